@@ -1,0 +1,140 @@
+"""Students and teachers by name: timm architectures, local folders, Hub ids."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from dataclasses import dataclass
+
+import timm
+import torch
+from torch import nn
+from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel, TimmWrapperConfig
+from transformers.models.timm_wrapper import TimmWrapperForImageClassification
+
+from .models.checkpoints import load_checkpoint
+from .teacher import Teacher
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """What a network expects of its input: side in pixels, and the mean and std (RGB, images in [0, 1])."""
+
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+def load_student(
+    name_or_path: str, class_names: list[str] | None = None, num_classes: int | None = None
+) -> PreTrainedModel:
+    """A transformers image classifier to train, with the classes of the data set.
+
+    A timm architecture (`cifar_resnet20`, `deit_tiny_distilled_patch16_224`) starts from random weights; a folder or
+    a Hub id from its own weights, with a new classifier where the number of classes differs.
+
+    Args:
+        name_or_path: timm architecture, folder written by `save_pretrained`, or Hub id.
+        class_names: names of the classes, in the order of the labels; they travel with the saved model.
+        num_classes: in place of `class_names`.
+
+    Raises:
+        ValueError: without classes, or for a name that is no architecture, folder or Hub id.
+    """
+    if class_names is None:
+        if num_classes is None:
+            raise ValueError("load_student needs class_names or num_classes: how many classes has the data set?")
+        class_names = [str(index) for index in range(num_classes)]
+    if _is_architecture(name_or_path):
+        return wrap_timm(timm.create_model(name_or_path, num_classes=len(class_names)), class_names)
+    return AutoModelForImageClassification.from_pretrained(
+        name_or_path,
+        num_labels=len(class_names),
+        id2label=dict(enumerate(class_names)),
+        label2id={name: index for index, name in enumerate(class_names)},
+        ignore_mismatched_sizes=True,
+    )
+
+
+def load_teacher(name_or_path: str, checkpoint: str | None = None, num_classes: int | None = None) -> Teacher:
+    """A frozen teacher.
+
+    Args:
+        name_or_path: a folder written by `save_pretrained` (an earlier run's `teacher/`), a Hub id, or a timm
+            architecture, which takes its weights from `checkpoint` or else timm's pretrained ones.
+        checkpoint: `.safetensors`, or a published `.pth` holding `{"model": state_dict}`, for an architecture.
+        num_classes: classes in `checkpoint`; by default the architecture's own number.
+
+    Raises:
+        ValueError: for an unknown name, weights that do not fit, or an architecture without any weights.
+    """
+    if not _is_architecture(name_or_path):
+        if checkpoint is not None:
+            raise ValueError(
+                f"teacher_checkpoint={checkpoint} goes with a timm architecture, but teacher_name_or_path="
+                f"{name_or_path} holds its own weights. Name an architecture such as cifar_resnet56, or drop it."
+            )
+        return Teacher(AutoModelForImageClassification.from_pretrained(name_or_path), name_or_path)
+    classes = {} if num_classes is None else {"num_classes": num_classes}
+    if checkpoint is not None:
+        model = timm.create_model(name_or_path, **classes)
+        load_checkpoint(model, checkpoint)
+        return Teacher(model, name_or_path)
+    if not timm.get_pretrained_cfg(name_or_path).has_weights:
+        raise ValueError(
+            f"The architecture {name_or_path} has no pretrained weights to teach with. Give teacher_checkpoint, or "
+            "train it with scripts/train_teacher.py and give the folder that it writes."
+        )
+    return Teacher(timm.create_model(name_or_path, pretrained=True, **classes), name_or_path)
+
+
+def _is_architecture(name_or_path: str) -> bool:
+    """True for a timm architecture, False for a folder or a Hub id, an error for neither."""
+    if timm.is_model(name_or_path):
+        return True
+    if os.path.isdir(name_or_path):
+        return False
+    looks_like_hub_id = name_or_path.count("/") == 1 and not name_or_path.startswith((".", "/", "runs/"))
+    if looks_like_hub_id:
+        return False
+    nearest = difflib.get_close_matches(name_or_path, timm.list_models(), n=3)
+    raise ValueError(
+        f"'{name_or_path}' is no timm architecture, no existing folder and no Hub id."
+        + (f" Near are {', '.join(nearest)}." if nearest else "")
+        + (" Train it first with scripts/train_teacher.py." if name_or_path.startswith("runs/") else "")
+    )
+
+
+def wrap_timm(model: nn.Module, class_names: list[str]) -> TimmWrapperForImageClassification:
+    """The transformers model around a timm one; both share the weights."""
+    pretrained_cfg = {key: value for key, value in model.pretrained_cfg.items() if value not in (None, "", ())}
+    config = TimmWrapperConfig(
+        architecture=pretrained_cfg["architecture"],
+        model_args={},
+        pretrained_cfg=pretrained_cfg,
+        num_labels=len(class_names),
+        id2label=dict(enumerate(class_names)),
+        label2id={name: index for index, name in enumerate(class_names)},
+    )
+    config.num_features = model.num_features  # timm's own config.json carries it
+    wrapper = TimmWrapperForImageClassification(config)
+    wrapper.timm_model = model  # the wrapper re-initialises the model that it builds; keep timm's initialisation
+    return wrapper
+
+
+def input_spec(model: nn.Module) -> InputSpec:
+    """Input size and normalisation of a timm model, or of a transformers one that came from a folder or the Hub."""
+    if isinstance(model, TimmWrapperForImageClassification):
+        model = model.timm_model
+    if isinstance(model, PreTrainedModel):
+        processor = AutoImageProcessor.from_pretrained(model.name_or_path)
+        size = processor.size
+        side = size.get("height") or size.get("shortest_edge")
+        return InputSpec(side, tuple(processor.image_mean), tuple(processor.image_std))
+    cfg = model.pretrained_cfg
+    return InputSpec(cfg["input_size"][-1], tuple(cfg["mean"]), tuple(cfg["std"]))
+
+
+def timm_state_dict(wrapper: TimmWrapperForImageClassification) -> dict[str, torch.Tensor]:
+    """Weights under timm's own names, without the wrapper's prefix: timm and transformers both read these."""
+    return wrapper.timm_model.state_dict()

@@ -1,0 +1,155 @@
+"""Recipes: a YAML file over at most one parent, then the command line, become the three argument classes."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+from .arguments import DataArguments, DistillationConfig, ModelArguments
+
+ARGUMENT_CLASSES = (ModelArguments, DataArguments, DistillationConfig)
+KEYS = [field.name for cls in ARGUMENT_CLASSES for field in dataclasses.fields(cls) if field.init]
+
+
+def unknown_key_error(key: str, valid: list[str], where: str) -> ValueError:
+    """The error for a name that nobody knows, with the nearest one that somebody does."""
+    nearest = difflib.get_close_matches(key, valid, n=1)
+    hint = f" Did you mean '{nearest[0]}'?" if nearest else " `--help` lists the valid keys."
+    return ValueError(f"Unknown key '{key}' in {where}.{hint}")
+
+
+def load_recipe(path: str | Path) -> dict[str, Any]:
+    """Reads a recipe and, where it `extends` another one (relative to itself), lays it over its parent.
+
+    Mappings such as `losses` are replaced whole, not merged: what a recipe says of its losses stands in one place.
+
+    Raises:
+        FileNotFoundError: if the recipe or its parent does not exist.
+        ValueError: for invalid YAML, an unknown key, or a parent that extends a third recipe.
+    """
+    path = Path(path)
+    recipe = _read_yaml(path)
+    parent_name = recipe.pop("extends", None)
+    if parent_name is None:
+        return recipe
+    parent_path = path.parent / parent_name
+    parent = _read_yaml(parent_path)
+    if "extends" in parent:
+        raise ValueError(f"{parent_path} is extended by {path} and extends a recipe itself: only one level is allowed.")
+    return parent | recipe
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no recipe at {path}.")
+    try:
+        recipe = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path} must hold a mapping of keys to values, got {type(recipe).__name__}.")
+    for key in recipe:
+        if key not in KEYS and key != "extends":
+            raise unknown_key_error(str(key), [*KEYS, "extends"], str(path))
+    return recipe
+
+
+class _Parser(HfArgumentParser):
+    """Raises what argparse prints, so that callers and tests see one kind of error."""
+
+    def error(self, message: str):
+        raise ValueError(message)
+
+
+def parse_recipe(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, DistillationConfig, dict]:
+    """Parses `recipe.yaml [--key value ...]`; the command line wins over the recipe, the recipe over the defaults.
+
+    A loss parameter is set by its path (`--losses.dkd.beta 2`). Without `output_dir` a run goes to `runs/` under the
+    recipe's own path below the `recipes` folder.
+
+    Returns:
+        The three argument objects and the resolved recipe: one flat mapping of every key that was set.
+
+    Raises:
+        ValueError: for an unknown key or a value of the wrong type, naming both.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser = _Parser(ARGUMENT_CLASSES, allow_abbrev=False, usage="%(prog)s recipe.yaml [--key value ...]")
+    if not argv or argv[0] in ("-h", "--help"):
+        parser.parse_args(["--help"])
+    path, overrides = argv[0], argv[1:]
+    if path.startswith("-"):
+        raise ValueError(f"The first argument must be a recipe, got '{path}'. Usage: {parser.usage}")
+    recipe = load_recipe(path)
+    losses, overrides = _split_loss_overrides(recipe.get("losses") or {}, overrides)
+    recipe["losses"] = losses
+    recipe.setdefault("output_dir", default_output_dir(path))
+
+    arguments = _to_argv(recipe) + overrides
+    given = {token[2:].replace("-", "_") for token in overrides if token.startswith("--")}
+    *parsed, unknown = parser.parse_args_into_dataclasses(
+        arguments, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        raise unknown_key_error(unknown[0].lstrip("-"), KEYS, "the command line")
+    model_args, data_args, config = parsed
+    resolved = {key: value for key, value in recipe.items() if key not in given and value is not None}
+    for key in sorted(given & set(KEYS)):
+        owner = next(part for part in parsed if key in {field.name for field in dataclasses.fields(part)})
+        resolved[key] = _plain(getattr(owner, key))
+    return model_args, data_args, config, resolved
+
+
+def default_output_dir(path: str | Path) -> str:
+    """`recipes/cifar100/a-b/kd.yaml` runs in `runs/cifar100/a-b/kd`; a recipe from elsewhere in `runs/<its name>`."""
+    parts = Path(path).resolve().with_suffix("").parts
+    if "recipes" in parts:
+        below = parts[len(parts) - parts[::-1].index("recipes") :]
+        return str(Path("runs", *below))
+    return str(Path("runs", parts[-1]))
+
+
+def _split_loss_overrides(losses: dict, argv: list[str]) -> tuple[dict, list[str]]:
+    """Takes `--losses.method.parameter value` out of `argv` and writes it into a copy of `losses`."""
+    if not isinstance(losses, dict):
+        raise ValueError(f"losses must map method names to their parameters, got {losses!r}.")
+    losses = {method: dict(parameters or {}) for method, parameters in losses.items()}
+    rest, tokens = [], iter(argv)
+    for token in tokens:
+        if not token.startswith("--losses."):
+            rest.append(token)
+            continue
+        name, _, value = token.partition("=")
+        path = name[len("--losses.") :].split(".")
+        value = value or next(tokens, None)
+        if len(path) != 2 or value is None:
+            raise ValueError(f"'{token}' must read --losses.METHOD.PARAMETER VALUE.")
+        losses.setdefault(path[0], {})[path[1]] = yaml.safe_load(value)
+    return losses, rest
+
+
+def _to_argv(recipe: dict[str, Any]) -> list[str]:
+    """The recipe as command-line tokens, so that one parser converts and checks the types of both."""
+    tokens = []
+    for key, value in recipe.items():
+        if value is None:
+            continue
+        if isinstance(value, dict):
+            tokens += [f"--{key}", json.dumps(value)]
+        elif isinstance(value, list):
+            tokens += [f"--{key}", *map(str, value)]
+        else:
+            tokens += [f"--{key}", str(value)]
+    return tokens
+
+
+def _plain(value: Any) -> Any:
+    """A value that YAML can hold: an enum member becomes its name in recipes."""
+    return value.value if hasattr(type(value), "__members__") else value

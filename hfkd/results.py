@@ -1,0 +1,83 @@
+"""`results.json`: what a run measured, written again after every evaluation so that a crash keeps it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+LIBRARIES = ("torch", "torchvision", "transformers", "accelerate", "datasets", "timm", "evaluate", "numpy")
+
+
+class ResultsWriter(TrainerCallback):
+    """Adds one row an evaluation to `<output_dir>/results.json`; on a resumed run, to the rows before the checkpoint.
+
+    Args:
+        facts: what is known before training (teacher, student, recipe, published value); stands first in the file.
+    """
+
+    def __init__(self, facts: dict[str, Any]):
+        self.facts = facts
+        self.rows: list[dict[str, Any]] = []
+        self._started = time.perf_counter()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        path = Path(args.output_dir, "results.json")
+        if state.global_step > 0 and path.is_file():
+            rows = json.loads(path.read_text())["epochs"]
+            self.rows = [row for row in rows if row["step"] <= state.global_step]
+        self._started = time.perf_counter()
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        now = time.perf_counter()
+        row = {"epoch": round(state.epoch, 4), "step": state.global_step, "seconds": round(now - self._started, 2)}
+        self._started = now
+        training = next((entry for entry in reversed(state.log_history) if "loss" in entry), {})
+        row |= {key: value for key, value in training.items() if key not in ("epoch", "step")}
+        names = ("loss", "top1", "top5", "agreement", "teacher_top1")
+        row |= {f"eval_{name}": metrics[f"eval_{name}"] for name in names if f"eval_{name}" in metrics}
+        self.rows.append(row)
+        if args.should_save:
+            self.write(Path(args.output_dir, "results.json"))
+
+    def write(self, path: Path) -> None:
+        """Writes the file whole or not at all."""
+        summary = self.facts | {
+            "best": _summary(max(self.rows, key=lambda row: row["eval_top1"])),
+            "last": _summary(self.rows[-1]),
+            "seconds": round(sum(row["seconds"] for row in self.rows), 1),
+            "images_per_second": _mean([row["images_per_second"] for row in self.rows if "images_per_second" in row]),
+        }
+        lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in summary.items()]
+        rows = ",\n".join(f"    {json.dumps(row)}" for row in self.rows)
+        text = "{\n" + ",\n".join(lines) + ',\n  "epochs": [\n' + rows + "\n  ]\n}\n"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".json.partial")
+        partial.write_text(text)
+        os.replace(partial, path)
+
+
+def _summary(row: dict[str, Any]) -> dict[str, Any]:
+    keys = ("epoch", "step", "eval_top1", "eval_top5", "eval_agreement")
+    return {key.removeprefix("eval_"): row[key] for key in keys if key in row}
+
+
+def _mean(values: list[float]) -> float | None:
+    return round(sum(values) / len(values), 1) if values else None
+
+
+def environment() -> dict[str, Any]:
+    """Versions of the libraries, and the commit of hfkd where it runs from a git checkout."""
+    versions = {"python": platform.python_version(), "hfkd": version("hfkd")}
+    versions |= {name: version(name) for name in LIBRARIES}
+    git = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return {"versions": versions, "git_commit": git.stdout.strip() or None}
