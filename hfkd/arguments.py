@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 
@@ -88,14 +89,15 @@ class DistillationConfig(TrainingArguments):
     )
     lr_milestones: list[float] | None = field(
         default=None,
-        metadata={"help": "Epochs after which the learning rate is multiplied by lr_gamma; replaces lr_scheduler_type."},
+        metadata={"help": "Epochs after which lr_gamma multiplies the learning rate; replaces lr_scheduler_type."},
     )
     lr_gamma: float = field(default=0.1, metadata={"help": "Factor of lr_milestones."})
     channels_last: bool = field(
         default=True, metadata={"help": "Keep student and teacher in the channels_last memory format."}
     )
     published_top1: float | None = field(
-        default=None, metadata={"help": "Top-1 in percent that the paper reports for this recipe; copied to results.json."}
+        default=None,
+        metadata={"help": "Top-1 in percent that the paper reports for this recipe; copied to results.json."},
     )
 
     max_grad_norm: float = field(default=0.0, metadata={"help": "Clip the gradient norm to this; 0: no clipping."})
@@ -113,6 +115,8 @@ class DistillationConfig(TrainingArguments):
     )
 
     def __post_init__(self):
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # else TrainingArguments refuses bf16, which CPUs have too
         super().__post_init__()
         self.losses = self.losses or {}
         if not isinstance(self.losses, dict):

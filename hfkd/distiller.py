@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .features import Outputs, as_float, forward_views
+from .features import Outputs, forward_views
+from .losses.standardize import at_least_float32
 
 
 class Distiller(nn.Module):
@@ -32,9 +33,9 @@ class Distiller(nn.Module):
         """
         student = forward_views(self.student, batch)
         with torch.autocast(student.logits.device.type, enabled=False):
-            student.logits = as_float(student.logits)
+            student.logits = at_least_float32(student.logits)
             if student.strong is not None:
-                student.strong.logits = as_float(student.strong.logits)
+                student.strong.logits = at_least_float32(student.strong.logits)
             terms = {}
             if self.ce_weight > 0:
                 terms["loss_ce"] = self.ce_weight * self._cross_entropy(student, batch["labels"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 
@@ -46,8 +45,3 @@ def forward_views(model: nn.Module, batch: dict[str, Tensor]) -> Outputs:
     strong = batch.get("pixel_values_strong")
     weak_logits = logits_of(model, batch["pixel_values"])
     return Outputs(weak_logits, None if strong is None else Outputs(logits_of(model, strong)))
-
-
-def as_float(logits: Tensor) -> Tensor:
-    """Half-precision logits in float32; losses are never computed in less."""
-    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits

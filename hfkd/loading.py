@@ -9,7 +9,12 @@ from dataclasses import dataclass
 import timm
 import torch
 from torch import nn
-from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel, TimmWrapperConfig
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    PreTrainedModel,
+    TimmWrapperConfig,
+)
 from transformers.models.timm_wrapper import TimmWrapperForImageClassification
 
 from .models.checkpoints import load_checkpoint

@@ -61,11 +61,26 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return recipe
 
 
-class _Parser(HfArgumentParser):
-    """Raises what argparse prints, so that callers and tests see one kind of error."""
+class ArgumentParser(HfArgumentParser):
+    """Fills argument classes from the command line; raises ValueError where argparse would print and exit."""
+
+    def __init__(self, argument_classes, usage: str):
+        super().__init__(argument_classes, allow_abbrev=False, usage=usage)
 
     def error(self, message: str):
         raise ValueError(message)
+
+    def parse(self, argv: list[str]) -> list:
+        """One object a class.
+
+        Raises:
+            ValueError: for an unknown key, with the nearest valid one, or a value of the wrong type.
+        """
+        *parsed, unknown = self.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+        if unknown:
+            keys = [field.name for cls in self.dataclass_types for field in dataclasses.fields(cls) if field.init]
+            raise unknown_key_error(unknown[0].lstrip("-"), keys, "the command line")
+        return parsed
 
 
 def parse_recipe(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, DistillationConfig, dict]:
@@ -81,7 +96,7 @@ def parse_recipe(argv: list[str] | None = None) -> tuple[ModelArguments, DataArg
         ValueError: for an unknown key or a value of the wrong type, naming both.
     """
     argv = sys.argv[1:] if argv is None else argv
-    parser = _Parser(ARGUMENT_CLASSES, allow_abbrev=False, usage="%(prog)s recipe.yaml [--key value ...]")
+    parser = ArgumentParser(ARGUMENT_CLASSES, usage="%(prog)s recipe.yaml [--key value ...]")
     if not argv or argv[0] in ("-h", "--help"):
         parser.parse_args(["--help"])
     path, overrides = argv[0], argv[1:]
@@ -92,19 +107,13 @@ def parse_recipe(argv: list[str] | None = None) -> tuple[ModelArguments, DataArg
     recipe["losses"] = losses
     recipe.setdefault("output_dir", default_output_dir(path))
 
-    arguments = _to_argv(recipe) + overrides
-    given = {token[2:].replace("-", "_") for token in overrides if token.startswith("--")}
-    *parsed, unknown = parser.parse_args_into_dataclasses(
-        arguments, return_remaining_strings=True, look_for_args_file=False
-    )
-    if unknown:
-        raise unknown_key_error(unknown[0].lstrip("-"), KEYS, "the command line")
-    model_args, data_args, config = parsed
+    parsed = parser.parse(to_argv(recipe) + overrides)
+    given = {token[2:].partition("=")[0].replace("-", "_") for token in overrides if token.startswith("--")}
     resolved = {key: value for key, value in recipe.items() if key not in given and value is not None}
     for key in sorted(given & set(KEYS)):
         owner = next(part for part in parsed if key in {field.name for field in dataclasses.fields(part)})
         resolved[key] = _plain(getattr(owner, key))
-    return model_args, data_args, config, resolved
+    return *parsed, resolved
 
 
 def default_output_dir(path: str | Path) -> str:
@@ -135,7 +144,7 @@ def _split_loss_overrides(losses: dict, argv: list[str]) -> tuple[dict, list[str
     return losses, rest
 
 
-def _to_argv(recipe: dict[str, Any]) -> list[str]:
+def to_argv(recipe: dict[str, Any]) -> list[str]:
     """The recipe as command-line tokens, so that one parser converts and checks the types of both."""
     tokens = []
     for key, value in recipe.items():

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import AutoModelForImageClassification, PreTrainedModel
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from .arguments import DataArguments, DistillationConfig, ModelArguments
-from .data import ImageDataset, load_image_splits
+from .data import ImageDataset, ImageSplit, NoAugmentation, WeakAugmentation, load_image_splits
 from .loading import input_spec, load_student, load_teacher
-from .recipe import parse_recipe
+from .recipe import ArgumentParser, load_recipe, parse_recipe, to_argv
 from .results import ResultsWriter, environment
 from .trainer import DistillationTrainer
 
-logger = logging.get_logger(__name__)
-
 RECIPE_NAME = "recipe.yaml"
+
+
+@dataclass
+class EvaluationArguments:
+    """How to evaluate."""
+
+    batch_size: int = field(default=500, metadata={"help": "Images a forward."})
+    bf16: bool = field(default=False, metadata={"help": "bf16 autocast; float32 by default."})
 
 
 def distill(argv: list[str] | None = None) -> DistillationTrainer:
@@ -49,6 +59,7 @@ def train(
     """Builds everything, trains, and leaves in `output_dir` the trained model (in a folder named by its role), the
     resolved recipe, `results.json`, the trainer's state and the best and last checkpoint."""
     claim_output_dir(config, recipe)
+    logging.disable_progress_bar()  # of loading and saving weights: they break the training's own bar
     trainer = build_trainer(model_args, data_args, config)
     facts = {
         "role": role,
@@ -73,13 +84,75 @@ def build_trainer(
     model_args: ModelArguments, data_args: DataArguments, config: DistillationConfig
 ) -> DistillationTrainer:
     """Networks, data and trainer of a recipe, checked against one another."""
-    train_set, eval_set = load_data(data_args, model_args, config)
-    student = load_student(model_args.student_name_or_path, train_set.class_names)
+    splits = load_splits(data_args)
+    class_names = splits[0].class_names
+    student = load_student(model_args.student_name_or_path, class_names)
     teacher = None
     if model_args.teacher_name_or_path:
-        classes = train_set.num_classes if model_args.teacher_checkpoint else None
+        classes = len(class_names) if model_args.teacher_checkpoint else None
         teacher = load_teacher(model_args.teacher_name_or_path, model_args.teacher_checkpoint, classes)
+    transforms = (WeakAugmentation(flip=data_args.random_flip), NoAugmentation())
+    seed = config.seed if config.data_seed is None else config.data_seed
+    train_set, eval_set = (
+        decode(split, student, data_args.image_size, transform=transform, seed=seed)
+        for split, transform in zip(splits, transforms, strict=True)
+    )
     return DistillationTrainer(student, teacher, config, train_dataset=train_set, eval_dataset=eval_set)
+
+
+def load_splits(
+    data_args: DataArguments, class_names: list[str] | None = None
+) -> tuple[ImageSplit | None, ImageSplit]:
+    """The training and evaluation split that the arguments name, not decoded yet."""
+    return load_image_splits(
+        data_args.dataset_name,
+        train_split=data_args.train_split,
+        eval_split=data_args.eval_split,
+        image_column=data_args.image_column,
+        label_column=data_args.label_column,
+        class_names=class_names,
+    )
+
+
+def decode(split: ImageSplit, student: PreTrainedModel, image_size: int | None, **arguments) -> ImageDataset:
+    """A split decoded at the student's input size, or `image_size`, and normalised with the student's mean and std."""
+    spec = input_spec(student)
+    return ImageDataset.from_split(
+        split, image_size=image_size or spec.image_size, mean=spec.mean, std=spec.std, **arguments
+    )
+
+
+def evaluate(argv: list[str] | None = None) -> dict[str, float]:
+    """Measures a saved model: `MODEL [--dataset_name ... --batch_size 500]`; prints and returns its metrics.
+
+    MODEL is a folder or a Hub id. What is not said of the data comes from the recipe of the run that MODEL lies in.
+
+    Raises:
+        ValueError: without a data set, or for a key that is unknown.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser = ArgumentParser((DataArguments, EvaluationArguments), usage="%(prog)s MODEL [--key value ...]")
+    if not argv or argv[0] in ("-h", "--help"):
+        parser.parse_args(["--help"])
+    name, overrides = argv[0], argv[1:]
+    recipe_path = Path(name).parent / RECIPE_NAME
+    keys = [field.name for field in dataclasses.fields(DataArguments)]
+    recipe = load_recipe(recipe_path) if recipe_path.is_file() else {}
+    defaults = to_argv({key: value for key, value in recipe.items() if key in keys})
+    data_args, args = parser.parse(defaults + overrides)
+    model = AutoModelForImageClassification.from_pretrained(name)
+    class_names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    data_args.train_split = None
+    _, split = load_splits(data_args, class_names)
+    eval_set = decode(split, model, data_args.image_size, transform=NoAugmentation())
+    with tempfile.TemporaryDirectory() as folder:
+        config = DistillationConfig(
+            output_dir=folder, per_device_eval_batch_size=args.batch_size, bf16=args.bf16, report_to="none"
+        )
+        metrics = DistillationTrainer(model, None, config, eval_dataset=eval_set).evaluate()
+    for key in ("eval_top1", "eval_top5", "eval_loss"):
+        print(f"{key.removeprefix('eval_')}: {metrics[key]:.4f}")
+    return metrics
 
 
 def claim_output_dir(config: DistillationConfig, recipe: dict[str, Any]) -> None:

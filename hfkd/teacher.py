@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .features import Outputs, as_float, forward_views
+from .features import Outputs, forward_views
+from .losses.standardize import at_least_float32
 
 
 def _refuse_train_mode(mode: bool = True) -> None:
@@ -57,9 +58,9 @@ class Teacher:
         device_type = batch["pixel_values"].device.type
         with torch.autocast(device_type, self._autocast_dtype, enabled=self._autocast_dtype is not None):
             outputs = forward_views(self.model, batch)
-        outputs.logits = as_float(outputs.logits)
+        outputs.logits = at_least_float32(outputs.logits)
         if outputs.strong is not None:
-            outputs.strong.logits = as_float(outputs.strong.logits)
+            outputs.strong.logits = at_least_float32(outputs.strong.logits)
         return outputs
 
     def parameter_count(self) -> int:

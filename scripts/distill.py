@@ -1,6 +1,10 @@
 """accelerate launch scripts/distill.py recipes/cifar100/resnet56-resnet20/kd_zscore.yaml [--key value ...]"""
 
-from hfkd.run import distill
+import sys
+
+sys.path.pop(0)  # this folder: its evaluate.py would hide the library of that name
+
+from hfkd.run import distill  # noqa: E402
 
 if __name__ == "__main__":
     distill()

@@ -1,6 +1,10 @@
 """python scripts/evaluate.py runs/.../student [--dataset_name ... --eval_split ...]"""
 
-from hfkd.run import evaluate
+import sys
+
+sys.path.pop(0)  # this folder: its evaluate.py would hide the library of that name
+
+from hfkd.run import evaluate  # noqa: E402
 
 if __name__ == "__main__":
     evaluate()

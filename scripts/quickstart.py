@@ -2,9 +2,12 @@
 
 import json
 import shutil
+import sys
 import time
 
-from hfkd.run import distill, train_teacher
+sys.path.pop(0)  # this folder: its evaluate.py would hide the library of that name
+
+from hfkd.run import distill, train_teacher  # noqa: E402
 
 STUDENTS = {"cross-entropy alone": "student", "KD": "kd", "KD + Z-score": "kd_zscore"}
 

@@ -1,6 +1,10 @@
 """accelerate launch scripts/train_teacher.py recipes/cifar100/teachers/resnet56.yaml [--key value ...]"""
 
-from hfkd.run import train_teacher
+import sys
+
+sys.path.pop(0)  # this folder: its evaluate.py would hide the library of that name
+
+from hfkd.run import train_teacher  # noqa: E402
 
 if __name__ == "__main__":
     train_teacher()

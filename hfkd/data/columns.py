@@ -1,0 +1,148 @@
+"""Which columns of a data set hold the images and the labels, and what the classes are called."""
+
+import difflib
+from dataclasses import dataclass
+
+import datasets
+import numpy as np
+import pyarrow.compute
+
+LABEL_NAMES = ("label", "labels")  # preferred where several columns or plain integers could be labels
+
+
+@dataclass(frozen=True)
+class ImageSplit:
+    """The rows of one split, not decoded yet.
+
+    Attributes:
+        dataset: the rows; `image_column` is a `datasets.Image`, `label_column` holds whole numbers.
+        name: for messages, e.g. "uoft-cs/cifar100, split 'train'".
+        class_names: the name of class i at position i.
+    """
+
+    dataset: datasets.Dataset
+    name: str
+    image_column: str
+    label_column: str
+    class_names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def labels(self) -> np.ndarray:
+        """(N,) int64, each in 0 ... C - 1.
+
+        Raises:
+            ValueError: naming the first row without a label, or with a label that is no class.
+        """
+        labels = _integers(self.dataset, self.label_column, self.name)
+        classes = len(self.class_names)
+        wrong = np.flatnonzero((labels < 0) | (labels >= classes))
+        if len(wrong):
+            value = labels[wrong[0]]
+            reason = "-1 marks an unlabelled row" if value == -1 else f"the classes are 0 ... {classes - 1}"
+            raise ValueError(
+                f"{self.name}: column '{self.label_column}' holds {value} in row {wrong[0]}; {reason}. "
+                f"Rows like it: {len(wrong)}. Choose another split or column, or remove these rows."
+            )
+        return labels
+
+
+def find_image_column(features: datasets.Features, requested: str | None, where: str) -> str:
+    """`requested`, or the one column of images.
+
+    Raises:
+        ValueError: if the requested column is missing or holds no images, or if not exactly one column does.
+    """
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    if requested is not None:
+        _check_exists("image_column", requested, features, where)
+        if requested not in images:
+            raise ValueError(
+                f"image_column: column '{requested}' of {where} is {_describe(features[requested])}, not an "
+                f"image. Columns of images: {_listed(images)}."
+            )
+        return requested
+    if len(images) != 1:
+        problem = f"several columns hold images: {_listed(images)}" if images else "no column holds images"
+        raise ValueError(f"{where}: {problem}. Set image_column to one of the columns: {_listed(features)}.")
+    return images[0]
+
+
+def find_label_column(
+    features: datasets.Features, requested: str | None, class_names: list[str] | None, where: str
+) -> str:
+    """`requested`, or the one column of class labels.
+
+    Of several columns of class labels, the one named label or labels, or else the one with these
+    `class_names`. Without any, a column of whole numbers named label or labels.
+
+    Raises:
+        ValueError: if the requested column is missing or of another type, or if the choice is not clear.
+    """
+    if requested is not None:
+        _check_exists("label_column", requested, features, where)
+        if not _is_label(features[requested]):
+            raise ValueError(
+                f"label_column: column '{requested}' of {where} is {_describe(features[requested])}, but "
+                f"labels are a ClassLabel or whole numbers. Candidates: {_label_candidates(features)}."
+            )
+        return requested
+    labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    if len(labels) == 1:
+        return labels[0]
+    named = [name for name in LABEL_NAMES if name in features and _is_label(features[name])]
+    if named:
+        return named[0]
+    matching = [name for name in labels if features[name].names == class_names]
+    if len(matching) == 1:
+        return matching[0]
+    problem = "several columns hold class labels" if labels else "no column holds class labels"
+    raise ValueError(f"{where}: {problem}. Set label_column. Candidates: {_label_candidates(features)}.")
+
+
+def find_class_names(splits: list[tuple[datasets.Dataset, str]], label_column: str) -> list[str]:
+    """The names of a ClassLabel; for whole numbers "0" up to the largest in any split (rows, name)."""
+    feature = splits[0][0].features[label_column]
+    if isinstance(feature, datasets.ClassLabel):
+        return list(feature.names)
+    largest = max(_integers(rows, label_column, name).max() for rows, name in splits)
+    return [str(i) for i in range(largest + 1)]
+
+
+def _integers(dataset, column, where):
+    """A column of whole numbers as (N,) int64."""
+    values = dataset.select_columns(column).with_format("arrow")[:][column]
+    if values.null_count:  # to_numpy would make floats of them
+        row = pyarrow.compute.index(values.is_null(), True).as_py()
+        raise ValueError(
+            f"{where}: column '{column}' is empty in row {row}. Rows like it: {values.null_count}. Choose "
+            "another split or column, or remove these rows."
+        )
+    return values.to_numpy().astype(np.int64)
+
+
+def _is_label(feature):
+    if isinstance(feature, datasets.Value):
+        return feature.dtype.startswith(("int", "uint"))
+    return isinstance(feature, datasets.ClassLabel)
+
+
+def _check_exists(key, name, features, where):
+    if name not in features:
+        nearest = difflib.get_close_matches(name, features, n=1, cutoff=0)[0]
+        raise ValueError(
+            f"{key}: {where} has no column '{name}'. Did you mean '{nearest}'? Columns: {_listed(features)}."
+        )
+
+
+def _label_candidates(features):
+    return _listed(name for name, feature in features.items() if _is_label(feature))
+
+
+def _describe(feature):
+    return feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
+
+
+def _listed(names):
+    return ", ".join(f"'{name}'" for name in names) or "none"

@@ -1,0 +1,163 @@
+"""Image classification data sets by name: scikit-learn's digits, the Hub, local folders."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import datasets
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+from .columns import ImageSplit, find_class_names, find_image_column, find_label_column
+
+EVAL_SPLITS = ("test", "validation", "val", "valid")
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".jp2"}
+
+
+def load_image_splits(
+    name: str,
+    *,
+    train_split: str | None = "train",
+    eval_split: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    class_names: list[str] | None = None,
+    config_name: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | None = None,
+) -> tuple[ImageSplit | None, ImageSplit]:
+    """The training and the evaluation split of an image classification data set, not decoded yet.
+
+    Args:
+        name: "digits": scikit-learn's, enlarged to 32 x 32, 1,437 to train on and 360 to test; a local folder
+            of Parquet files; a local folder of split folders ("train", "test", ...), each with a folder of
+            images for every class; or an id on the Hub, e.g. "uoft-cs/cifar100".
+        train_split: a name, or a slice as `datasets` writes it, e.g. "train[:90%]". None: no training split
+            is needed, and None is returned in its place.
+        eval_split: likewise; by default the first of test, validation, val and valid that exists.
+        image_column, label_column: by default found from the features.
+        class_names: expected names of the classes; they pick one of several columns of labels.
+        config_name, revision, cache_dir: for `datasets.load_dataset`.
+
+    Raises:
+        ValueError: if the data set cannot be loaded, a split is missing or empty, a column is missing, of a
+            wrong type or not clear, or a label is no class.
+    """
+    splits = _open(name, config_name, revision, cache_dir)
+    wanted = {"train_split": train_split, "eval_split": eval_split or _default_eval_split(name, splits)}
+    chosen = [
+        (_take(name, splits, key, split), f"{name}, split '{split}'")
+        for key, split in wanted.items()
+        if split is not None
+    ]
+    features = chosen[0][0].features
+    image_column = find_image_column(features, image_column, name)
+    label_column = find_label_column(features, label_column, class_names, name)
+    names = find_class_names(chosen, label_column)
+    found = [ImageSplit(rows, where, image_column, label_column, names) for rows, where in chosen]
+    for split in found:
+        split.labels()  # a wrong label is found now, not after minutes of decoding
+    return (None, *found) if train_split is None else tuple(found)
+
+
+def _open(name, config_name, revision, cache_dir) -> Mapping[str, datasets.Dataset]:
+    """All splits by name."""
+    if name == "digits":
+        return _digits()
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return _load(name, name, config_name, revision, cache_dir)
+    split_folders = _split_folders(folder)
+    if {"train", *EVAL_SPLITS}.isdisjoint(split_folders):
+        return _load(name, str(folder), config_name, revision, cache_dir)
+    return _image_folder(folder, split_folders)
+
+
+def _load(name, path, config_name, revision, cache_dir):
+    try:
+        return datasets.load_dataset(path, config_name, revision=revision, cache_dir=cache_dir)
+    except Exception as error:  # the Hub, the network, the cache and the readers have types of their own
+        if Path(path).is_dir():
+            reason = "give a folder of Parquet files, or one of train and test folders with class folders"
+        else:
+            reason = (
+                "there is no such folder, and the Hub does not give it. Without a network, give the path of "
+                "a local folder instead"
+            )
+        raise ValueError(f"The data set '{name}' cannot be loaded: {reason}. ({error})") from error
+
+
+def _digits():
+    """scikit-learn's 8 x 8 digits in a fixed stratified split."""
+    digits = load_digits()
+    pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    images = [Image.fromarray(p).resize((32, 32), Image.Resampling.BICUBIC).convert("RGB") for p in pixels]
+    label = datasets.ClassLabel(names=[str(name) for name in digits.target_names])
+    features = datasets.Features({"image": datasets.Image(), "label": label})
+    train, test = train_test_split(range(len(images)), test_size=360, stratify=digits.target, random_state=0)
+    splits = {}
+    for split, rows in (("train", train), ("test", test)):
+        columns = {"image": [images[i] for i in rows], "label": digits.target[rows]}
+        splits[split] = datasets.Dataset.from_dict(columns, features=features)
+    return splits
+
+
+def _split_folders(folder):
+    """{split: {class: folder}} of a folder of split folders; empty if it is not one."""
+    splits = {name: _subfolders(path) for name, path in _subfolders(folder).items()}
+    return {name: class_folders for name, class_folders in splits.items() if class_folders}
+
+
+def _subfolders(folder):
+    return {path.name: path for path in sorted(folder.iterdir()) if path.is_dir() and path.name[0] != "."}
+
+
+def _image_folder(folder, split_folders):
+    """Split folders with class folders, read here and not by `datasets`.
+
+    That infers the split from any folder name on the way, so that the images of a class called "train" land
+    in the training split, and it copies the list of files into its cache.
+    """
+    names = list(split_folders["train"] if "train" in split_folders else next(iter(split_folders.values())))
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    splits = {}
+    for split, class_folders in split_folders.items():
+        unknown = [name for name in class_folders if name not in names]
+        if unknown:
+            raise ValueError(
+                f"{folder}: {split} has class folders that the training split has not: {', '.join(unknown)}. "
+                f"The classes are: {', '.join(names)}."
+            )
+        columns = {"image": [], "label": []}
+        for name, class_folder in class_folders.items():
+            files = [str(file) for file in class_folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES]
+            columns["image"] += sorted(files)
+            columns["label"] += [names.index(name)] * len(files)
+        splits[split] = datasets.Dataset.from_dict(columns, features=features)
+    return splits
+
+
+def _default_eval_split(name, splits):
+    for split in EVAL_SPLITS:
+        if split in splits:
+            return split
+    raise ValueError(
+        f"eval_split: {name} has none of the splits {', '.join(EVAL_SPLITS)}. It has: {', '.join(splits)}. "
+        "Set eval_split to one of these, or to a part of one, e.g. train_split: train[:90%] and eval_split: "
+        "train[90%:]."
+    )
+
+
+def _take(name, splits, key, spec):
+    """The rows that `spec`, e.g. "train" or "train[:10%]", stands for."""
+    split, bracket, _ = spec.partition("[")
+    if split not in splits:
+        raise ValueError(f"{key}: {name} has no split '{split}'. It has: {', '.join(splits)}.")
+    rows = splits[split]
+    if bracket:
+        (part,) = datasets.ReadInstruction.from_spec(spec).to_absolute({split: len(rows)})
+        rows = rows.select(range(len(rows))[part.from_ : part.to])
+    if len(rows) == 0:
+        raise ValueError(f"{key}: {name}, split '{spec}' is empty.")
+    return rows

@@ -1,0 +1,79 @@
+"""Distillation losses: one method a file, and the one table of methods that a recipe can name."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from .base import DistillationLoss
+from .checks import checked_arguments, did_you_mean
+from .ctkd import CTKDLoss, ctkd_instance_loss
+from .dkd import DKDLoss, dkd_loss
+from .kd import KDLoss, kd_loss
+from .mlkd import MLKDLoss, mlkd_loss
+from .standardize import standardize
+
+__all__ = [
+    "LOSSES",
+    "CTKDLoss",
+    "DKDLoss",
+    "DistillationLoss",
+    "KDLoss",
+    "MLKDLoss",
+    "build_losses",
+    "ctkd_instance_loss",
+    "dkd_loss",
+    "kd_loss",
+    "mlkd_loss",
+    "standardize",
+]
+
+LOSSES: dict[str, type[DistillationLoss]] = {
+    "kd": KDLoss,
+    "dkd": DKDLoss,
+    "mlkd": MLKDLoss,
+    "ctkd": CTKDLoss,
+}
+
+
+def build_losses(
+    losses: Mapping[str, Mapping[str, Any] | DistillationLoss | None], logit_standardization: bool
+) -> nn.ModuleDict:
+    """The losses of a run, by name, in the order given.
+
+    Args:
+        losses: for each method of `LOSSES` its keyword arguments, None for its defaults; or, under any name,
+            an instance of a DistillationLoss.
+        logit_standardization: the run's switch, set on every loss, given instances included.
+
+    Raises:
+        ValueError: an unknown method, an unknown, missing or ill-typed parameter, a value out of range, or a
+            name that cannot be a module's.
+    """
+    if not isinstance(losses, Mapping):
+        raise ValueError(
+            f"losses is {losses!r}: give a mapping of methods, such as {{'kd': {{'temperature': 4.0}}}}"
+        )
+    modules = nn.ModuleDict()
+    for name, given in losses.items():
+        loss = given if isinstance(given, DistillationLoss) else _build(name, given)
+        if not (isinstance(name, str) and name.isidentifier()) or name in dir(modules):
+            raise ValueError(f"losses: {name!r} cannot name a loss; take letters, digits and underscores")
+        loss.logit_standardization = logit_standardization
+        modules[name] = loss
+    return modules
+
+
+def _build(name: str, arguments: Mapping[str, Any] | None) -> DistillationLoss:
+    if name not in LOSSES:
+        raise ValueError(f"losses: no method {name!r}.{did_you_mean(name, LOSSES)}")
+    if arguments is not None and not isinstance(arguments, Mapping):
+        raise ValueError(
+            f"losses.{name} is {arguments!r}: give its parameters by name, nothing for the defaults, "
+            "or an instance of a DistillationLoss"
+        )
+    arguments = checked_arguments(name, LOSSES[name], arguments or {})
+    try:
+        return LOSSES[name](**arguments)
+    except ValueError as error:
+        raise ValueError(f"losses.{name}: {error}") from error

@@ -1,0 +1,86 @@
+"""The interface of a distillation loss, and what every logit loss shares."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from .checks import not_negative
+from .standardize import at_least_float32, standardize
+
+
+class Outputs(Protocol):
+    """What a logit loss reads of a model's outputs."""
+
+    logits: Tensor  # (B, C)
+    strong: "Outputs | None"  # the same images under the strong augmentation, where a loss has views = 2
+
+
+class DistillationLoss(nn.Module):
+    """One method: reads the student's and the teacher's outputs, returns its terms.
+
+    A subclass states what it needs in the class attributes, takes its hyper-parameters by name in its
+    constructor, each annotated, and passes `weight` on. It may own parameters and buffers: they are trained,
+    synchronised and checkpointed with the student, and not shipped with it.
+
+    Args:
+        weight: what the training loop multiplies every term by; `forward` returns them without it.
+
+    Raises:
+        ValueError: weight is negative or not finite.
+    """
+
+    views = 1  # 2: `student.strong` and `teacher.strong` are filled
+    needs_index = False  # True: `batch["index"]` holds each sample's index in the data set
+    student_features: tuple[str, ...] = ()  # taps read from the student
+    teacher_features: tuple[str, ...] = ()  # taps read from the teacher
+
+    # The run's one switch. `build_losses` sets it, so that no constructor has to repeat it.
+    logit_standardization = False
+
+    def __init__(self, weight: float = 1.0):
+        super().__init__()
+        self.weight = not_negative("weight", weight)
+
+    def setup(self, student: Outputs, teacher: Outputs) -> None:
+        """Build what depends on shapes, from the outputs of one batch. Called once, before the optimizer."""
+
+    def forward(
+        self, student: Outputs, teacher: Outputs, batch: Mapping[str, Tensor]
+    ) -> Tensor | dict[str, Tensor]:
+        """The terms, not yet weighted: one 0-d tensor, or {term: 0-d tensor}.
+
+        `batch` holds `labels` (B,), int64, and `progress`, 0-d: epochs done, 2.5 half way through the third.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define forward")
+
+    def metrics(self) -> dict[str, Tensor]:
+        """{name: detached 0-d tensor}: what is logged beside the terms, as of the last forward."""
+        return {}
+
+    def logits(self, student: Outputs, teacher: Outputs) -> tuple[Tensor, Tensor]:
+        """Student and teacher logits, each (B, C), standardized when the run asks for it."""
+        if self.logit_standardization:
+            return standardize(student.logits), standardize(teacher.logits)
+        return student.logits, teacher.logits
+
+
+def paired(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The two, in float32 or wider, after a check that they can be compared class by class.
+
+    Raises:
+        ValueError: the shapes differ, or are not (B, C) with two classes or more.
+    """
+    if student_logits.shape != teacher_logits.shape:
+        raise ValueError(
+            "student and teacher logits must have one shape (B, C), "
+            f"got {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
+        )
+    if student_logits.ndim != 2 or student_logits.shape[1] < 2:
+        raise ValueError(f"logits of shape (B, C) with C >= 2 expected, got {tuple(student_logits.shape)}")
+    return at_least_float32(student_logits), at_least_float32(teacher_logits)
+
+
+def epoch_number(progress: Tensor) -> Tensor:
+    """The epoch under way, counted from 1, as warm-ups and curricula count it. 0-d."""
+    return progress.floor() + 1

@@ -1,0 +1,80 @@
+"""Checks of what a recipe gives to a loss: names, types and ranges, each failing with the way out."""
+
+import difflib
+import inspect
+import math
+from collections.abc import Collection, Mapping
+from numbers import Real
+from typing import Any, get_type_hints
+
+
+def positive(key: str, value: float) -> float:
+    """value, if it is a finite number above 0; ValueError if not."""
+    if not (_is_finite_number(value) and value > 0):
+        raise ValueError(f"{key} is {value!r}: give a finite number above 0")
+    return float(value)
+
+
+def not_negative(key: str, value: float) -> float:
+    """value, if it is a finite number, 0 or above; ValueError if not."""
+    if not (_is_finite_number(value) and value >= 0):
+        raise ValueError(f"{key} is {value!r}: give a finite number, 0 or above")
+    return float(value)
+
+
+def _is_finite_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def did_you_mean(name: str, valid: Collection[str]) -> str:
+    """The end of an error message: the nearest valid name, if one is near, and all of them."""
+    nearest = difflib.get_close_matches(str(name).lower(), valid, n=1)
+    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    return f"{hint} Valid: {', '.join(valid)}"
+
+
+def checked_arguments(method: str, loss_class: type, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments, fit for loss_class's constructor, with numbers that YAML left as strings converted.
+
+    Only float, int, bool and str annotations are checked here; what is annotated otherwise, the constructor
+    checks itself.
+
+    Raises:
+        ValueError: a parameter the constructor does not take, one it requires and does not get, or a value of
+            another type than the annotation says.
+    """
+    parameters = inspect.signature(loss_class).parameters
+    hints = get_type_hints(loss_class.__init__)
+    for key in arguments:
+        if key not in parameters:
+            raise ValueError(f"losses.{method} takes no parameter {key!r}.{did_you_mean(key, parameters)}")
+    for key, parameter in parameters.items():
+        if parameter.default is parameter.empty and key not in arguments:
+            raise ValueError(f"losses.{method} needs the parameter {key!r}. Add losses.{method}.{key}")
+    return {
+        key: _converted(f"losses.{method}.{key}", value, hints.get(key)) for key, value in arguments.items()
+    }
+
+
+def _converted(key: str, value: Any, wanted: Any) -> Any:
+    if wanted is float or wanted is int:
+        number = _parsed_number(value)
+        if number is None or (wanted is int and not number.is_integer()):
+            raise ValueError(
+                f"{key} is {value!r} ({type(value).__name__}): give a number ({wanted.__name__})"
+            )
+        return wanted(number)
+    if wanted in (bool, str) and not isinstance(value, wanted):
+        example = "true or false" if wanted is bool else "a string"
+        raise ValueError(f"{key} is {value!r} ({type(value).__name__}): give {example}")
+    return value
+
+
+def _parsed_number(value: Any) -> float | None:
+    """A number, or the string of one: YAML 1.1 reads 5e-1 and 1e3, which lack a dot or a sign, as strings."""
+    if isinstance(value, bool) or not isinstance(value, (Real, str)):
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        return None

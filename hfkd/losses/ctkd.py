@@ -1,0 +1,162 @@
+"""CTKD: KD at a temperature that is learned against the student, harder from epoch to epoch.
+
+Paper: Li, Li, Yang, Zhao, Song, Luo, Li and Yang, Curriculum Temperature for Knowledge Distillation,
+AAAI 2023.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import DistillationLoss, Outputs, epoch_number, paired
+from .checks import not_negative, positive
+from .kd import kd_loss
+
+RAW_TEMPERATURE = 1.0  # before the sigmoid, at the start of training
+HIDDEN_FEATURES = 128
+
+
+def ctkd_instance_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: Tensor) -> Tensor:
+    """T^2 * sum of p * log(p / q) at each sample's own temperature T, averaged over the batch.
+
+    p are the teacher's probabilities plus 1e-7, as in the released code, q the student's.
+
+    Args:
+        student_logits: (B, C).
+        teacher_logits: (B, C).
+        temperature: (B,), above 0. Gradients reach it.
+
+    Returns:
+        0-d, float32 or float64.
+
+    Raises:
+        ValueError: the logits' shapes differ or are not (B, C), or temperature is not (B,).
+    """
+    student_logits, teacher_logits = paired(student_logits, teacher_logits)
+    if temperature.shape != student_logits.shape[:1]:
+        raise ValueError(
+            f"temperature of shape ({student_logits.shape[0]},) expected, got {tuple(temperature.shape)}"
+        )
+    column = temperature[:, None]
+    student_log_probs = F.log_softmax(student_logits / column, dim=1)
+    teacher_probs = F.softmax(teacher_logits / column, dim=1) + 1e-7
+    divergence = (teacher_probs * (teacher_probs.log() - student_log_probs)).sum(1)
+    return (divergence * temperature**2).mean()
+
+
+def curriculum_factor(progress: Tensor, curriculum_epochs: float) -> Tensor:
+    """What the temperature's gradient is multiplied by: from 0 to -1 along a cosine, then -1. 0-d.
+
+    (cos(pi * min(epoch / curriculum_epochs, 1)) - 1) / 2, epochs counted from 1; without a curriculum, -1.
+    """
+    # The epoch is 1 or more, so with 0 curriculum epochs the quotient is infinite and the clamp gives 1.
+    done = (epoch_number(progress) / curriculum_epochs).clamp(max=1)
+    return (torch.cos(math.pi * done) - 1) / 2
+
+
+def scale_gradient(value: Tensor, factor: Tensor) -> Tensor:
+    """value, unchanged, whose gradient is multiplied by factor; a negative one reverses it."""
+    constant = value.detach()
+    return constant + factor * (value - constant)
+
+
+class GlobalTemperature(nn.Module):
+    """One raw temperature for all samples."""
+
+    def __init__(self):
+        super().__init__()
+        # One element rather than none: FSDP does not shard 0-d parameters.
+        self.raw = nn.Parameter(torch.full((1,), RAW_TEMPERATURE))
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        """The raw temperature, 0-d."""
+        return self.raw[0]
+
+
+class InstanceTemperature(nn.Module):
+    """A raw temperature for each sample, predicted by a small network from both logits.
+
+    Its normalisation is LayerNorm, not BatchNorm: it takes batches of one and has no statistics to
+    synchronise. The logits are detached: through the network the student would receive the reversed gradient
+    and learn to raise its own loss.
+    """
+
+    def __init__(self, classes: int):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(2 * classes, HIDDEN_FEATURES),
+            nn.LayerNorm(HIDDEN_FEATURES),
+            nn.ReLU(),
+            nn.Linear(HIDDEN_FEATURES, HIDDEN_FEATURES),
+            nn.LayerNorm(HIDDEN_FEATURES),
+            nn.ReLU(),
+            nn.Linear(HIDDEN_FEATURES, 1),
+        )
+        # So that it starts about where the global temperature does.
+        nn.init.constant_(self.layers[-1].bias, RAW_TEMPERATURE)
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        """Logits (B, C) -> raw temperatures (B,)."""
+        logits = torch.cat([teacher_logits, student_logits], dim=1).detach()
+        with torch.autocast(device_type=logits.device.type, enabled=False):
+            return self.layers(logits.to(self.layers[0].weight.dtype)).squeeze(1)
+
+
+class CTKDLoss(DistillationLoss):
+    """KD at temperature start + end * sigmoid(raw), where raw is trained to raise the loss.
+
+    The gradient to raw is multiplied by `curriculum_factor`. The temperature of the last step is logged.
+
+    Args:
+        instance_wise: not one temperature but one for each sample, by the `InstanceTemperature` that `setup`
+            builds.
+        start: the lowest temperature, above 0.
+        end: what can be added to it, above 0.
+        curriculum_epochs: until the reversed gradient has its full size; 0 for at once.
+        weight: see `DistillationLoss`.
+
+    Raises:
+        ValueError: one of them out of range.
+    """
+
+    def __init__(
+        self,
+        instance_wise: bool = False,
+        start: float = 1.0,
+        end: float = 20.0,
+        curriculum_epochs: float = 10.0,
+        weight: float = 1.0,
+    ):
+        super().__init__(weight)
+        self.instance_wise = instance_wise
+        self.start = positive("start", start)
+        self.end = positive("end", end)
+        self.curriculum_epochs = not_negative("curriculum_epochs", curriculum_epochs)
+        self.raw_temperature = None if instance_wise else GlobalTemperature()
+        # A buffer, written in place: logging it waits for no device and breaks no compiled graph.
+        initial = self._temperature(torch.tensor(RAW_TEMPERATURE))
+        self.register_buffer("last_temperature", initial, persistent=False)
+
+    def setup(self, student: Outputs, teacher: Outputs) -> None:
+        if self.instance_wise:
+            logits, _ = paired(student.logits, teacher.logits)
+            self.raw_temperature = InstanceTemperature(logits.shape[1]).to(logits.device)
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Mapping[str, Tensor]) -> Tensor:
+        student_logits, teacher_logits = paired(*self.logits(student, teacher))
+        raw = self.raw_temperature(student_logits, teacher_logits)
+        raw = scale_gradient(raw, curriculum_factor(batch["progress"], self.curriculum_epochs))
+        temperature = self._temperature(raw)
+        self.last_temperature.copy_(temperature.detach().mean())
+        loss = ctkd_instance_loss if self.instance_wise else kd_loss
+        return loss(student_logits, teacher_logits, temperature)
+
+    def metrics(self) -> dict[str, Tensor]:
+        """`temperature`: that of the last forward; instance-wise, its mean over the batch."""
+        return {"temperature": self.last_temperature.clone()}
+
+    def _temperature(self, raw: Tensor) -> Tensor:
+        return self.start + self.end * torch.sigmoid(raw)

@@ -1,0 +1,107 @@
+"""DKD: the KL divergence split into target class against the rest, and the rest among themselves.
+
+Paper: Zhao, Cui, Song, Qiu and Liang, Decoupled Knowledge Distillation, CVPR 2022.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .base import DistillationLoss, Outputs, epoch_number, paired
+from .checks import not_negative, positive
+
+
+def dkd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    alpha: float,
+    beta: float,
+    temperature: float,
+) -> Tensor:
+    """T^2 * (alpha * TCKD + beta * NCKD), averaged over the batch.
+
+    TCKD is the KL divergence between (label, any other class), NCKD the one among the other classes.
+
+    Args:
+        student_logits: (B, C).
+        teacher_logits: (B, C).
+        labels: (B,), int64, each in [0, C).
+        alpha: weight of TCKD.
+        beta: weight of NCKD.
+        temperature: above 0.
+
+    Returns:
+        0-d, float32 or float64.
+
+    Raises:
+        ValueError: the logits' shapes differ or are not (B, C), or labels are not (B,).
+    """
+    student_logits, teacher_logits = paired(student_logits, teacher_logits)
+    if labels.shape != student_logits.shape[:1]:
+        raise ValueError(
+            f"labels of shape ({student_logits.shape[0]},) expected: one class index for each row of logits, "
+            f"got {tuple(labels.shape)}"
+        )
+    student_target, student_others = _decoupled_log_probs(student_logits / temperature, labels)
+    teacher_target, teacher_others = _decoupled_log_probs(teacher_logits / temperature, labels)
+    tckd = F.kl_div(student_target, teacher_target, reduction="batchmean", log_target=True)
+    nckd = F.kl_div(student_others, teacher_others, reduction="batchmean", log_target=True)
+    return (alpha * tckd + beta * nckd) * temperature**2
+
+
+def _decoupled_log_probs(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of (label, any other class), (B, 2), and among the other classes, (B, C).
+
+    The label's column of the second is 0 in student and teacher alike, so it adds nothing to their
+    divergence. Everything is a difference of logits and log-sum-exps: neither a large negative mask, which
+    logits of 1e3 outgrow, nor the log of a probability, which underflows.
+    """
+    label_column = labels[:, None]
+    others = logits.scatter(1, label_column, -torch.inf)
+    others_total = others.logsumexp(1, keepdim=True)
+    margin = logits.gather(1, label_column) - others_total
+    target_log_probs = F.logsigmoid(torch.cat([margin, -margin], dim=1))
+    return target_log_probs, (others - others_total).scatter(1, label_column, 0.0)
+
+
+class DKDLoss(DistillationLoss):
+    """`dkd_loss` as a method of a recipe, with its warm-up.
+
+    The loss is multiplied by min(epoch / warmup_epochs, 1), epochs counted from 1.
+
+    Args:
+        alpha: weight of TCKD.
+        beta: weight of NCKD.
+        temperature: above 0.
+        warmup_epochs: 0 for none.
+        weight: see `DistillationLoss`.
+
+    Raises:
+        ValueError: one of them out of range.
+    """
+
+    def __init__(
+        self,
+        alpha: float = 1.0,
+        beta: float = 8.0,
+        temperature: float = 4.0,
+        warmup_epochs: float = 20.0,
+        weight: float = 1.0,
+    ):
+        super().__init__(weight)
+        self.alpha = not_negative("alpha", alpha)
+        self.beta = not_negative("beta", beta)
+        self.temperature = positive("temperature", temperature)
+        self.warmup_epochs = not_negative("warmup_epochs", warmup_epochs)
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Mapping[str, Tensor]) -> Tensor:
+        student_logits, teacher_logits = self.logits(student, teacher)
+        loss = dkd_loss(
+            student_logits, teacher_logits, batch["labels"], self.alpha, self.beta, self.temperature
+        )
+        # The epoch is 1 or more, so without warm-up the quotient is infinite and the clamp gives 1.
+        warmup = (epoch_number(batch["progress"]) / self.warmup_epochs).clamp(max=1)
+        return warmup * loss

@@ -1,0 +1,55 @@
+"""KD: the student matches the teacher's softened probabilities.
+
+Paper: Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network, 2015.
+"""
+
+from collections.abc import Mapping
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .base import DistillationLoss, Outputs, paired
+from .checks import positive
+
+
+def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float | Tensor) -> Tensor:
+    """T^2 * KL(softmax(teacher / T) || softmax(student / T)), averaged over the batch.
+
+    Args:
+        student_logits: (B, C).
+        teacher_logits: (B, C).
+        temperature: above 0; a number, a 0-d tensor, or one value a sample, (B,). Gradients reach a tensor.
+
+    Returns:
+        0-d, float32 or float64.
+
+    Raises:
+        ValueError: the logits' shapes differ or are not (B, C).
+    """
+    student_logits, teacher_logits = paired(student_logits, teacher_logits)
+    if isinstance(temperature, Tensor):
+        temperature = temperature.reshape(-1, 1)
+    student_log_probs = F.log_softmax(student_logits / temperature, dim=1)
+    teacher_log_probs = F.log_softmax(teacher_logits / temperature, dim=1)
+    divergence = F.kl_div(student_log_probs, teacher_log_probs, reduction="none", log_target=True)
+    return (divergence.sum(1, keepdim=True) * temperature**2).mean()
+
+
+class KDLoss(DistillationLoss):
+    """`kd_loss` as a method of a recipe.
+
+    Args:
+        temperature: above 0.
+        weight: see `DistillationLoss`.
+
+    Raises:
+        ValueError: temperature or weight out of range.
+    """
+
+    def __init__(self, temperature: float = 4.0, weight: float = 1.0):
+        super().__init__(weight)
+        self.temperature = positive("temperature", temperature)
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Mapping[str, Tensor]) -> Tensor:
+        student_logits, teacher_logits = self.logits(student, teacher)
+        return kd_loss(student_logits, teacher_logits, self.temperature)

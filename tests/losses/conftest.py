@@ -1,0 +1,80 @@
+"""Golden cases of the logit losses, and the stand-ins of model outputs and batches that their tests share."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+
+
+class GoldenSet:
+    """One set of inputs, with the reference's values and gradients for it."""
+
+    def __init__(self, name, values, arrays):
+        self.name, self.values, self.arrays = name, values, arrays
+
+    def tensor(self, name):
+        return torch.from_numpy(self.arrays[f"{self.name}/{name}"])
+
+    def inputs(self):
+        """Student and teacher logits, float64; the student's collect gradients."""
+        return self.tensor("student").clone().requires_grad_(), self.tensor("teacher")
+
+    def cases(self, method):
+        """(case, settings) of a method: "kd/T=4/zscore=1" and {"T": 4.0, "zscore": 1.0}."""
+        names = [name for name in self.values if name.startswith(f"{method}/")]
+        assert names, f"no golden case of {method} in {self.name}"
+        for name in names:
+            settings = (part.split("=") for part in name.split("/") if "=" in part)
+            yield name, {key: float(value) for key, value in settings}
+
+    def check(self, case, value, **gradients):
+        """value and gradients (by name in the npz) agree to 1e-9, gradients relative to the largest entry."""
+        assert value.item() == pytest.approx(self.values[case], rel=1e-9, abs=0), case
+        for name, gradient in gradients.items():
+            expected = self.tensor(f"{case}/grad_{name}")
+            error = (gradient.reshape(expected.shape) - expected).abs().max()
+            assert error <= 1e-9 * expected.abs().max(), f"{case}: gradient of {name} is off by {error}"
+
+
+@pytest.fixture(scope="session")
+def golden_file():
+    with np.load(GOLDEN / "logit_losses.npz") as arrays:
+        arrays = dict(arrays)
+    return json.loads((GOLDEN / "logit_losses.json").read_text()), arrays
+
+
+@pytest.fixture(params=["cifar_b8", "sharp_teacher_b8", "imagenet_b4"])
+def golden(request, golden_file):
+    values, arrays = golden_file
+    return GoldenSet(request.param, values[request.param], arrays)
+
+
+@pytest.fixture
+def make_outputs():
+    """Outputs of a random network: leaf logits, with a strong view."""
+
+    def make(batch_size=6, classes=10, dtype=torch.float32, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+
+        def view():
+            logits = 3 * torch.randn(batch_size, classes, generator=generator, dtype=torch.float64)
+            return SimpleNamespace(logits=logits.to(dtype).requires_grad_(), strong=None)
+
+        weak = view()
+        weak.strong = view()
+        return weak
+
+    return make
+
+
+@pytest.fixture
+def make_batch():
+    def make(progress=0.0, batch_size=6, classes=10):
+        return {"labels": torch.arange(batch_size) * 7 % classes, "progress": torch.tensor(progress)}
+
+    return make
