@@ -76,7 +76,9 @@ class ArgumentParser(HfArgumentParser):
         Raises:
             ValueError: for an unknown key, with the nearest valid one, or a value of the wrong type.
         """
-        *parsed, unknown = self.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+        *parsed, unknown = self.parse_args_into_dataclasses(
+            argv, return_remaining_strings=True, look_for_args_file=False
+        )
         if unknown:
             keys = [field.name for cls in self.dataclass_types for field in dataclasses.fields(cls) if field.init]
             raise unknown_key_error(unknown[0].lstrip("-"), keys, "the command line")

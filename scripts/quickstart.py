@@ -1,4 +1,4 @@
-"""A teacher and three students on scikit-learn's digits, compared in one table; `bash scripts/quickstart.sh` calls it."""
+"""A teacher and three students on scikit-learn's digits in one table; `bash scripts/quickstart.sh` calls it."""
 
 import json
 import shutil
