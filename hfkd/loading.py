@@ -120,8 +120,8 @@ def wrap_timm(model: nn.Module, class_names: list[str]) -> TimmWrapperForImageCl
         num_labels=len(class_names),
         id2label=dict(enumerate(class_names)),
         label2id={name: index for index, name in enumerate(class_names)},
+        num_features=model.num_features,  # timm's own config.json carries it
     )
-    config.num_features = model.num_features  # timm's own config.json carries it
     wrapper = TimmWrapperForImageClassification(config)
     wrapper.timm_model = model  # the wrapper re-initialises the model that it builds; keep timm's initialisation
     return wrapper
@@ -140,6 +140,10 @@ def input_spec(model: nn.Module) -> InputSpec:
     return InputSpec(cfg["input_size"][-1], tuple(cfg["mean"]), tuple(cfg["std"]))
 
 
-def timm_state_dict(wrapper: TimmWrapperForImageClassification) -> dict[str, torch.Tensor]:
-    """Weights under timm's own names, without the wrapper's prefix: timm and transformers both read these."""
-    return wrapper.timm_model.state_dict()
+def exported_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Weights to save: a wrapped timm model's under timm's own names, which both timm and transformers read.
+
+    Contiguous, since safetensors refuses channels_last strides.
+    """
+    inner = model.timm_model if isinstance(model, TimmWrapperForImageClassification) else model
+    return {name: value.contiguous() for name, value in inner.state_dict().items()}

@@ -14,14 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers import EvalPrediction, Trainer, TrainerCallback, default_data_collator
-from transformers.models.timm_wrapper import TimmWrapperForImageClassification
 from transformers.utils import logging
 
 from .arguments import DistillationConfig
 from .data import ImageDataset, NoAugmentation
 from .distiller import Distiller
 from .features import forward_views, logits_of
-from .loading import timm_state_dict
+from .loading import exported_state_dict, wrap_timm
 from .losses import DistillationLoss, build_losses
 from .losses.standardize import at_least_float32
 from .metrics import ImageClassificationMetrics
@@ -55,7 +54,8 @@ class DistillationTrainer(Trainer):
     holds the losses. Their state is part of every checkpoint and never of the exported student.
 
     Args:
-        model: the student: a transformers image classifier, a timm model or a module that returns logits (B, C).
+        model: the student: a transformers image classifier, a timm model (`trainer.model` is then transformers'
+            wrapper around it) or a module that returns logits (B, C).
         teacher: a `Teacher` (see `load_teacher`) or a model, which is frozen in place. None: labels alone.
         args: the `DistillationConfig`.
         train_dataset, eval_dataset: `hfkd.data.ImageDataset`, or any data set whose batches hold `pixel_values`
@@ -90,6 +90,10 @@ class DistillationTrainer(Trainer):
             args._n_gpu = 1
         losses = build_losses(args.losses if losses is None else losses, args.logit_standardization)
         _check_roles(model, teacher, losses, args)
+        if hasattr(model, "pretrained_cfg"):  # a bare timm model
+            known = isinstance(train_dataset, ImageDataset)
+            names = train_dataset.class_names if known else [str(index) for index in range(model.num_classes)]
+            model = wrap_timm(model, names[: model.num_classes])
         if args.channels_last:
             model = model.to(memory_format=torch.channels_last)
         kwargs.setdefault("data_collator", _collate)
@@ -298,9 +302,7 @@ class DistillationTrainer(Trainer):
     # ---- Checkpoints ---------------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        if state_dict is None and isinstance(self.model, TimmWrapperForImageClassification):
-            state_dict = timm_state_dict(self.model)
-        super()._save(output_dir, state_dict)
+        super()._save(output_dir, exported_state_dict(self.model) if state_dict is None else state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

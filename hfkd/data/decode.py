@@ -90,6 +90,6 @@ def _check_memory(where, shape):
     if needed > available:
         raise ValueError(
             f"{where}: {shape[0]} images of {shape[2]} x {shape[3]} take {needed / _GIB:.3g} GiB once "
-            f"decoded, and {available / _GIB:.3g} GiB of memory are available. Choose a smaller image_size or "
-            "fewer rows."
+            f"decoded, and {available / _GIB:.3g} GiB of memory are available. Choose a smaller "
+            "image_size or fewer rows."
         )

@@ -1,0 +1,312 @@
+"""python scripts/benchmark.py [--quick] [--pairs 11] [--batch_size 64] [--threads N]
+
+Is hfkd fast where it claims to be? One table, measured in one run on random images:
+
+data       Images/s of finished batches (float32, cropped, flipped, normalised) from one CPU thread: the weak view, and
+           the weak and the strong one. Against them, for scale, torchvision's transforms on one PIL image at a time.
+trainer    A step of DistillationTrainer as the recipe runs it, against a loop written by hand: same batches, networks,
+           losses, optimizer, precision, memory format and compile setting. So the ratio is what Trainer costs.
+reference  The same against the loop of the published code: float32, contiguous, eager, the loss written out.
+
+Contenders alternate in short rounds, and `ratio` is the median over the rounds of ours / theirs: what slows the machine
+for a while slows both. Trust the ratio and its quartiles; images/s, medians too, are this machine's at this moment.
+On CUDA `peak MiB` is what a round allocates on top of what stood before it. On a CPU that others use too, give
+--threads 1: threads that wait for one another wait for the others as well. Weights are random: they cost the same.
+"""
+
+import sys
+
+sys.path.pop(0)  # this folder: its evaluate.py would hide the library of that name
+
+import argparse  # noqa: E402
+import copy  # noqa: E402
+import itertools  # noqa: E402
+import tempfile  # noqa: E402
+import time  # noqa: E402
+from collections.abc import Iterator  # noqa: E402
+from dataclasses import dataclass  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import numpy as np  # noqa: E402
+import timm  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from PIL import Image  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch.utils.data import DataLoader, Dataset  # noqa: E402
+from torchvision import transforms  # noqa: E402
+from transformers import PrinterCallback, TrainerCallback  # noqa: E402
+from transformers.utils import logging  # noqa: E402
+
+from hfkd import DistillationConfig, DistillationTrainer, load_student  # noqa: E402
+from hfkd.data import ImageDataset, WeakAugmentation, collate_batch  # noqa: E402
+from hfkd.losses import kd_loss, standardize  # noqa: E402
+from hfkd.models.base import CIFAR_MEAN, CIFAR_STD  # noqa: E402
+from hfkd.recipe import parse_recipe  # noqa: E402
+
+RECIPES = Path(__file__).parents[1] / "recipes" / "cifar100"
+CLASSES = 100
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Meter:
+    """Images/s of each round of one contender, the first of which is its warm-up; on CUDA also the memory it takes."""
+
+    def __init__(self):
+        self.rates: list[float] = []
+        self.peak_bytes = 0
+
+    def start(self) -> None:
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self._bytes_before = torch.cuda.memory_allocated()
+        self._clock = time.perf_counter()
+
+    def stop(self, images: int) -> None:
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+            self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated() - self._bytes_before)
+        self.rates.append(images / (time.perf_counter() - self._clock))
+
+
+@dataclass
+class Row:
+    """One line of the table: our rounds, theirs, and what the design asks for."""
+
+    name: str
+    ours: Meter
+    against: str
+    theirs: Meter
+    target: str = ""
+
+    header = ("", "images/s", "against", "images/s", "ratio", "quartiles", "target", "peak MiB")
+
+    def cells(self) -> tuple[str, ...]:
+        ours, theirs = (np.array(meter.rates[1:]) for meter in (self.ours, self.theirs))
+        low, middle, high = np.quantile(ours / theirs, (0.25, 0.5, 0.75))
+        peaks = (self.ours.peak_bytes, self.theirs.peak_bytes)
+        return (
+            self.name,
+            f"{np.median(ours):,.0f}",
+            self.against,
+            f"{np.median(theirs):,.0f}",
+            f"{middle:.2f}",
+            f"{low:.2f} .. {high:.2f}",
+            self.target,
+            " / ".join(f"{peak / 2**20:,.0f}" for peak in peaks) if any(peaks) else "-",
+        )
+
+
+def random_images(count: int) -> ImageDataset:
+    images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8)
+    labels = torch.randint(0, CLASSES, (count,))
+    names = [str(label) for label in range(CLASSES)]
+    return ImageDataset(images, labels, names, transform=WeakAugmentation(), mean=CIFAR_MEAN, std=CIFAR_STD)
+
+
+# ---- Data path ---------------------------------------------------------------------------------------------------
+
+
+class PILImages(Dataset):
+    """The usual CIFAR pipeline: every image by itself, from PIL to a normalised tensor."""
+
+    def __init__(self, images: ImageDataset):
+        self.pixels = images.images.permute(0, 2, 3, 1).contiguous().numpy()
+        self.labels = images.labels.tolist()
+        self.transform = transforms.Compose(
+            [
+                transforms.RandomCrop(32, padding=4),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize(CIFAR_MEAN, CIFAR_STD),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(Image.fromarray(self.pixels[index])), self.labels[index]
+
+
+def data_rows(args: argparse.Namespace) -> list[Row]:
+    """A round is one epoch; the slower pipelines have shorter ones, so that rounds last about equally long."""
+    scale = 1 if args.quick else 4
+    weak, both, usual = (random_images(scale * batches * args.batch_size) for batches in (50, 10, 3))
+    both.views = 2
+    loaders = [
+        DataLoader(dataset, args.batch_size, shuffle=True, collate_fn=collate) for dataset, collate in
+        ((weak, collate_batch), (both, collate_batch), (PILImages(usual), None))
+    ]  # fmt: skip
+    meters = [Meter() for _ in loaders]
+    for _ in range(args.pairs + 1):
+        for loader, meter in zip(loaders, meters, strict=True):
+            meter.start()
+            for _ in loader:
+                pass
+            meter.stop(len(loader.dataset))
+    against = "torchvision, PIL"
+    return [
+        Row("data: weak view", meters[0], against, meters[2], ">= 60,000 images/s"),
+        Row("data: weak + strong view", meters[1], against, meters[2]),
+    ]
+
+
+# ---- A training step ---------------------------------------------------------------------------------------------
+
+
+class Alternate(TrainerCallback):
+    """Cuts a Trainer's run into rounds, from the end of one step to that of the `steps`-th after it, so that all that
+    Trainer does in between counts; each is followed by a round of the other loop."""
+
+    def __init__(self, other: Iterator[None], steps: int, batch_size: int):
+        self.other, self.steps, self.images = other, steps, steps * batch_size
+        self.ours, self.theirs = Meter(), Meter()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.ours.start()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % self.steps:
+            return
+        self.ours.stop(self.images)
+        self.theirs.start()
+        for _ in itertools.islice(self.other, self.steps):
+            pass
+        self.theirs.stop(self.images)
+        self.ours.start()
+
+
+def loop_by_hand(
+    student: nn.Module, teacher: nn.Module | None, config: DistillationConfig, published: bool, batches: DataLoader
+) -> Iterator[None]:
+    """Trains, one step for each `next`."""
+    bf16, kd = (False, published_kd) if published else (config.bf16, library_kd)
+    optimizer = torch.optim.SGD(
+        student.parameters(), config.learning_rate, 0.9, weight_decay=config.weight_decay, fused=not published
+    )
+    student.train()
+    for batch in batches:
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):
+            logits = student(batch["pixel_values"]).float()
+        loss = config.ce_weight * F.cross_entropy(logits, batch["labels"])
+        if teacher is not None:
+            with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):
+                teacher_logits = teacher(batch["pixel_values"]).float()
+            loss = loss + config.losses["kd"]["weight"] * kd(logits, teacher_logits, config.losses["kd"]["temperature"])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        yield
+
+
+def published_kd(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """KD on Z-scores, written out; logits (B, C)."""
+    student, teacher = (
+        (logits - logits.mean(dim=1, keepdim=True)) / (1e-7 + logits.std(dim=1, keepdim=True)) / temperature
+        for logits in (student_logits, teacher_logits)
+    )
+    divergence = F.kl_div(F.log_softmax(student, dim=1), F.softmax(teacher, dim=1), reduction="none")
+    return divergence.sum(1).mean() * temperature**2
+
+
+def library_kd(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    return kd_loss(standardize(student_logits), standardize(teacher_logits), temperature)
+
+
+def recipe_config(recipe: str, batch_size: int, folder: str) -> DistillationConfig:
+    """The recipe's settings, for a run of one epoch that neither evaluates, nor saves, nor logs a step."""
+    changes = {"output_dir": folder, "num_train_epochs": 1, "per_device_train_batch_size": batch_size}
+    changes |= {"eval_strategy": "no", "save_strategy": "no", "logging_strategy": "no"}
+    changes |= {"load_best_model_at_end": False, "report_to": "none", "disable_tqdm": True}
+    overrides = [token for key, value in changes.items() for token in (f"--{key}", str(value))]
+    return parse_recipe([str(RECIPES / recipe), *overrides])[2]
+
+
+def step_row(
+    title: str, recipe: str, student: str, teacher: str | None, steps: int, target: str, args: argparse.Namespace
+) -> Row:
+    """The trainer of a recipe in rounds of `steps` steps; `title` says what against."""
+    published = title.startswith("reference")
+    steps = 1 if args.quick else steps if DEVICE.type == "cpu" else 50
+    dataset = random_images(args.batch_size * steps * (args.pairs + 1))
+    student_model = load_student(student, num_classes=CLASSES)
+    student_by_hand = copy.deepcopy(student_model.timm_model).to(DEVICE)
+    teacher_model = teacher and timm.create_model(teacher, num_classes=CLASSES)
+    teacher_by_hand = copy.deepcopy(teacher_model).requires_grad_(False).eval().to(DEVICE) if published else None
+    with tempfile.TemporaryDirectory() as folder:
+        config = recipe_config(recipe, args.batch_size, folder)
+        losses = config.losses if teacher else {}
+        trainer = DistillationTrainer(student_model, teacher_model, config, train_dataset=dataset, losses=losses)
+        if not published:
+            teacher_by_hand = teacher and trainer.teacher.model  # in the precision and layout of the run
+            if config.channels_last:
+                student_by_hand.to(memory_format=torch.channels_last)
+            if config.torch_compile:
+                student_by_hand.compile()
+        loader = DataLoader(dataset, args.batch_size, shuffle=True, collate_fn=collate_batch)
+        loop = loop_by_hand(student_by_hand, teacher_by_hand, config, published, loader)
+        rounds = Alternate(loop, steps, args.batch_size)
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(rounds)
+        trainer.train()
+    return Row(title, rounds.ours, "published loop" if published else "loop by hand", rounds.theirs, target)
+
+
+def step_rows(args: argparse.Namespace) -> list[Row]:
+    """Targets hold for the default options; the last one on a CPU with AMX."""
+    small, large = "resnet56-resnet20/kd_zscore.yaml", "resnet32x4-resnet8x4/kd_zscore.yaml"
+    pair, large_pair = ("cifar_resnet20", "cifar_resnet56"), ("cifar_resnet8x4", "cifar_resnet32x4")
+    return [
+        step_row("trainer: resnet20, labels alone", small, pair[0], None, 5, ">= 0.90", args),
+        step_row("trainer: resnet56 -> resnet20, KD + Z-score", small, *pair, 3, ">= 0.90", args),
+        step_row("reference: resnet32x4 -> resnet8x4, KD + Z-score", large, *large_pair, 1, ">= 3 (AMX)", args),
+    ]
+
+
+# ---- The table ---------------------------------------------------------------------------------------------------
+
+
+def machine(args: argparse.Namespace) -> str:
+    cpu = torch.cpu.get_capabilities()
+    device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu"
+    bf16 = ", ".join(name for name in ("amx_bf16", "avx512_bf16") if cpu.get(name)) or "neither AMX nor avx512_bf16"
+    return (
+        f"torch {torch.__version__}, device {device}, CPU {cpu.get('cpu_name', 'unknown')} ({bf16}), "
+        f"{args.threads} threads, batch {args.batch_size}, {args.pairs} rounds"
+    )
+
+
+def print_table(rows: list[Row]) -> None:
+    lines = [Row.header, *(row.cells() for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    numbers = {1, 3, 4}
+    rule = ["-" * (width - 1) + ":" if column in numbers else "-" * width for column, width in enumerate(widths)]
+    for line in (lines[0], rule, *lines[1:]):
+        cells = (
+            f"{cell:{'>' if column in numbers else '<'}{width}}"
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        print(f"| {' | '.join(cells)} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measures hfkd's speed on random images.")
+    parser.add_argument("--quick", action="store_true", help="Few small rounds, to see that it runs.")
+    parser.add_argument("--pairs", type=int, help="Rounds of each contender (11; quick: 2).")
+    parser.add_argument("--batch_size", type=int, help="Images a step (64; quick: 8).")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of a step.")
+    args = parser.parse_args()
+    args.pairs = args.pairs or (2 if args.quick else 11)
+    args.batch_size = args.batch_size or (8 if args.quick else 64)
+    logging.set_verbosity_error()
+    print(machine(args), flush=True)
+    torch.set_num_threads(1)
+    rows = data_rows(args)
+    torch.set_num_threads(args.threads)
+    print_table(rows + step_rows(args))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""Loading by name: splits, columns, class names, and what is said when something is wrong."""
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Features, Value
+from PIL import Image
+
+from hfkd.data import ImageDataset, NoAugmentation, load_image_splits
+
+FLAT = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "transform": NoAugmentation()}
+ANIMALS = ClassLabel(names=["cat", "dog"])
+IMAGE = datasets.Image()
+
+
+def picture(value=0):
+    return Image.fromarray(np.full((8, 8, 3), value, dtype=np.uint8))
+
+
+def parquet_folder(folder, features, labels, splits=("train", "test")):
+    """A folder of Parquet files; `labels`: {column: values}, in every split; pictures in image columns."""
+    folder.mkdir(exist_ok=True)
+    rows = len(next(iter(labels.values())))
+    pictures = [picture(i) for i in range(rows)]
+    images = {name: pictures for name, feature in features.items() if isinstance(feature, datasets.Image)}
+    for split in splits:
+        data = datasets.Dataset.from_dict({**images, **labels}, features=Features(features))
+        data.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return str(folder)
+
+
+def load(folder, tmp_path, **arguments):
+    return load_image_splits(str(folder), cache_dir=str(tmp_path / "cache"), **arguments)
+
+
+def image_folder(folder, splits):
+    """{split: {class: [file name]}}; files hold the picture of their position."""
+    for split, classes in splits.items():
+        for name, files in classes.items():
+            (folder / split / name).mkdir(parents=True)
+            for i, file in enumerate(files):
+                picture(i).save(folder / split / name / file)
+    return folder
+
+
+# ---- What can be loaded --------------------------------------------------------------------------
+
+
+def test_digits():
+    train, test = load_image_splits("digits")
+    assert (len(train), len(test)) == (1437, 360)
+    assert train.class_names == [str(digit) for digit in range(10)]
+    assert np.bincount(test.labels()).min() >= 35
+    again = ImageDataset.from_split(load_image_splits("digits")[1], image_size=32, **FLAT)
+    dataset = ImageDataset.from_split(test, image_size=32, **FLAT)
+    assert dataset.images.shape == (360, 3, 32, 32) and dataset.images.float().std() > 50
+    assert torch.equal(dataset.images, again.images) and torch.equal(dataset.labels, again.labels)
+    assert torch.equal(dataset.images[:, 0], dataset.images[:, 2])
+
+
+def test_parquet_folder(tmp_path):
+    folder = parquet_folder(tmp_path / "pets", {"photo": IMAGE, "animal": ANIMALS}, {"animal": [0, 1, 1]})
+    train, test = load(folder, tmp_path)
+    assert (train.image_column, train.label_column, train.class_names) == ("photo", "animal", ["cat", "dog"])
+    assert train.name == f"{folder}, split 'train'" and test.name == f"{folder}, split 'test'"
+    dataset = ImageDataset.from_split(train, image_size=8, **FLAT)
+    assert dataset.labels.tolist() == [0, 1, 1]
+    assert dataset.images[:, 0, 0, 0].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("evaluation", ["test", "val", "valid", "validation"])
+def test_image_folder(tmp_path, evaluation):
+    # "train" is also a class: its images must not land in the training split.
+    classes = {"train": ["a.png", "b.PNG"], "cat": ["c.bmp"]}
+    folder = image_folder(tmp_path / "pets", {"train": classes, evaluation: {"train": ["d.png"], "cat": []}})
+    (folder / "train" / "cat" / "notes.txt").write_text("no image")
+    (folder / "train" / ".hidden").mkdir()
+    train, test = load_image_splits(str(folder))
+    assert train.class_names == test.class_names == ["cat", "train"]
+    assert train.labels().tolist() == [0, 1, 1] and test.labels().tolist() == [1]
+    assert test.name.endswith(f"split '{evaluation}'")
+    dataset = ImageDataset.from_split(train, image_size=8, **FLAT)
+    assert dataset.images[:, 0, 0, 0].tolist() == [0, 0, 1]
+
+
+def test_image_folder_with_images_of_many_kinds(tmp_path):
+    folder = image_folder(tmp_path / "pets", {"train": {"cat": ["rgb.png"]}, "test": {"cat": ["rgb.png"]}})
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    half = np.zeros((8, 8, 3), dtype=np.uint8)
+    half[:4] = 200
+    Image.fromarray(half).save(folder / "train" / "cat" / "turned.png", exif=exif)
+    for mode, name in (("L", "grey.png"), ("RGBA", "alpha.png"), ("CMYK", "ink.jpg")):
+        picture(200).convert(mode).save(folder / "train" / "cat" / name)
+    dataset = ImageDataset.from_split(load_image_splits(str(folder))[0], image_size=8, **FLAT)
+    alpha, grey, ink, _, turned = dataset.images  # in the order of their names
+    assert all((image == 200).all() for image in (alpha, grey))
+    assert (ink.int() - 200).abs().max() <= 2
+    assert (turned[:, :, :4] == 0).all() and (turned[:, :, 4:] == 200).all()
+
+
+def test_default_evaluation_split_is_test_before_validation(tmp_path):
+    splits = ("train", "validation", "test")
+    folder = parquet_folder(tmp_path / "pets", {"image": IMAGE, "label": ANIMALS}, {"label": [0, 1]}, splits)
+    assert load(folder, tmp_path)[1].name.endswith("'test'")
+    assert load(folder, tmp_path, eval_split="validation")[1].name.endswith("'validation'")
+
+
+def test_evaluation_needs_no_training_split(tmp_path):
+    features = {"image": IMAGE, "label": ANIMALS}
+    folder = parquet_folder(tmp_path / "pets", features, {"label": [0, 1]}, ("test",))
+    train, test = load(folder, tmp_path, train_split=None)
+    assert train is None and len(test) == 2
+
+
+def test_slices_of_a_split():
+    train, test = load_image_splits("digits", train_split="train[:90%]", eval_split="train[90%:]")
+    assert (len(train), len(test)) == (1293, 144)
+    whole = load_image_splits("digits")[0].labels().tolist()
+    assert train.labels().tolist() + test.labels().tolist() == whole
+    assert train.name == "digits, split 'train[:90%]'"
+
+
+# ---- Columns and classes -------------------------------------------------------------------------
+
+
+TWO_LABELS = {"image": IMAGE, "fine": ANIMALS, "coarse": ClassLabel(names=["pet"])}
+
+
+def test_label_column_among_several(tmp_path):
+    folder = parquet_folder(tmp_path / "pets", TWO_LABELS, {"fine": [0, 1], "coarse": [0, 0]})
+    for arguments in ({"label_column": "fine"}, {"class_names": ["cat", "dog"]}):
+        assert load(folder, tmp_path, **arguments)[0].label_column == "fine"
+    for arguments in ({}, {"class_names": ["dog", "cat"]}):
+        with pytest.raises(ValueError, match="several .* Set label_column. Candidates: 'fine', 'coarse'"):
+            load(folder, tmp_path, **arguments)
+
+
+def test_a_column_named_label_comes_first(tmp_path):
+    features = {"image": IMAGE, "species": ANIMALS, "label": ANIMALS}
+    folder = parquet_folder(tmp_path / "pets", features, {"species": [0, 1], "label": [1, 0]})
+    assert load(folder, tmp_path)[0].label_column == "label"
+
+
+def test_whole_numbers_as_labels(tmp_path):
+    folder = parquet_folder(tmp_path / "a", {"image": IMAGE, "labels": Value("int8")}, {"labels": [0, 3]})
+    train, test = load(folder, tmp_path)
+    assert train.class_names == test.class_names == ["0", "1", "2", "3"]
+    folder = parquet_folder(tmp_path / "b", {"image": IMAGE, "kind": Value("int64")}, {"kind": [0, 1]})
+    assert load(folder, tmp_path, label_column="kind")[0].class_names == ["0", "1"]
+    with pytest.raises(ValueError, match="no column holds class labels. .* Candidates: 'kind'"):
+        load(folder, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"label_column": "lable"},
+            "label_column: .* no column 'lable'. Did you mean 'label'\\? Columns: 'image', 'label', 'text'",
+        ),
+        ({"image_column": "imgae"}, "image_column: .* has no column 'imgae'. Did you mean 'image'\\?"),
+        ({"label_column": "text"}, "label_column: column 'text' .* is string, .* Candidates: 'label'"),
+        ({"image_column": "label"}, "image_column: column 'label' .* is ClassLabel, not an image.* 'image'"),
+        ({"train_split": "trian"}, "train_split: .* has no split 'trian'. It has: train, test"),
+        ({"eval_split": "dev"}, "eval_split: .* has no split 'dev'"),
+        ({"train_split": "train[:0]"}, "train_split: .*split 'train\\[:0\\]' is empty"),
+    ],
+)
+def test_wrong_keys(tmp_path, arguments, message):
+    features = {"image": IMAGE, "label": ANIMALS, "text": Value("string")}
+    folder = parquet_folder(tmp_path / "pets", features, {"label": [0, 1], "text": ["a", "b"]})
+    with pytest.raises(ValueError, match=message):
+        load(folder, tmp_path, **arguments)
+
+
+def test_image_column_must_be_clear(tmp_path):
+    folder = parquet_folder(tmp_path / "a", {"x": IMAGE, "y": IMAGE, "label": ANIMALS}, {"label": [0]})
+    with pytest.raises(ValueError, match="several columns hold images: 'x', 'y'. Set image_column"):
+        load(folder, tmp_path)
+    assert load(folder, tmp_path, image_column="y")[0].image_column == "y"
+    folder = parquet_folder(tmp_path / "b", {"label": ANIMALS}, {"label": [0]})
+    with pytest.raises(ValueError, match="no column holds images"):
+        load(folder, tmp_path)
+
+
+def test_no_evaluation_split(tmp_path):
+    folder = parquet_folder(tmp_path / "pets", {"image": IMAGE, "label": ANIMALS}, {"label": [0]}, ("train",))
+    with pytest.raises(ValueError, match="eval_split: .* none of the splits .* It has: train. Set eval"):
+        load(folder, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("feature", "labels", "message"),
+    [
+        (ANIMALS, [0, 1, -1], "column 'label' holds -1 in row 2; -1 marks an unlabelled row.* it: 1"),
+        (Value("int64"), [0, -7, -7], "column 'label' holds -7 in row 1; the classes are 0 ... 0.* it: 2"),
+        (ANIMALS, [0, None, 1], "column 'label' is empty in row 1. Rows like it: 1"),
+    ],
+)
+def test_labels_that_are_no_class(tmp_path, feature, labels, message):
+    folder = parquet_folder(tmp_path / "pets", {"image": IMAGE, "label": feature}, {"label": labels})
+    with pytest.raises(ValueError, match=f"split 'train': {message}"):
+        load(folder, tmp_path)
+
+
+def test_class_folders_must_agree(tmp_path):
+    splits = {"train": {"cat": ["a.png"], "dog": ["b.png"]}, "test": {"cats": ["c.png"]}}
+    folder = image_folder(tmp_path / "pets", splits)
+    with pytest.raises(ValueError, match="test has class folders .* not: cats. The classes are: cat, dog"):
+        load_image_splits(str(folder))
+
+
+def test_class_folders_without_images(tmp_path):
+    folder = image_folder(tmp_path / "pets", {"train": {"cat": ["a.png"]}, "test": {"cat": []}})
+    with pytest.raises(ValueError, match="eval_split: .* split 'test' is empty"):
+        load_image_splits(str(folder))
+
+
+# ---- What cannot be loaded -----------------------------------------------------------------------
+
+
+def test_the_hub_does_not_answer(monkeypatch):
+    failure = ConnectionError("no route to host")
+
+    def load_dataset(*args, **kwargs):
+        raise failure
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(ValueError, match="'owner/pets' cannot be .*local folder instead.*no route") as caught:
+        load_image_splits("owner/pets")
+    assert caught.value.__cause__ is failure
+
+
+def test_missing_and_empty_folders(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="'./missing' cannot be loaded: there is no such folder"):
+        load_image_splits("./missing")
+    with pytest.raises(ValueError, match="empty' cannot be loaded: give a folder of Parquet files"):
+        load(tmp_path / "empty", tmp_path)

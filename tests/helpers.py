@@ -1,0 +1,67 @@
+"""Small networks and data sets that several test files use."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from hfkd import DistillationConfig
+from hfkd.data import ImageDataset, NoAugmentation, WeakAugmentation
+from hfkd.models.base import CIFAR_MEAN, CIFAR_STD
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = Path(__file__).parent / "golden"
+
+
+class Plain(nn.Module):
+    """A module that returns logits and knows nothing of any library; no BatchNorm, so a batch can be split."""
+
+    def __init__(self, classes=10, width=8):
+        super().__init__()
+        self.conv = nn.Conv2d(3, width, 3, stride=4)
+        self.fc = nn.Linear(width, classes)
+
+    def forward(self, pixel_values):
+        pixel_values = pixel_values.to(self.fc.weight.dtype)  # tests of exact equality run it in float64
+        return self.fc(self.conv(pixel_values).relu().mean(dim=(2, 3)))
+
+
+def images(count=16, classes=10, seed=0, augment=True, size=32):
+    """Random images; class k is brighter the larger k, so that there is something to learn."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % classes
+    noise = torch.randint(0, 128, (count, 3, size, size), generator=generator)
+    pixels = (noise + (labels * (127 // classes)).view(-1, 1, 1, 1)).to(torch.uint8)
+    return ImageDataset(
+        pixels,
+        labels,
+        [f"class {index}" for index in range(classes)],
+        transform=WeakAugmentation() if augment else NoAugmentation(),
+        mean=CIFAR_MEAN,
+        std=CIFAR_STD,
+        seed=seed,
+    )
+
+
+def config(output_dir="run", **changes):
+    """Few steps of SGD on the CPU, silent, without checkpoints."""
+    defaults = {
+        "output_dir": str(output_dir),
+        "optim": "sgd",
+        "optim_args": "momentum=0.9",
+        "learning_rate": 0.05,
+        "lr_scheduler_type": "constant",
+        "per_device_train_batch_size": 8,
+        "num_train_epochs": 1,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    return DistillationConfig(**(defaults | changes))
+
+
+def train_logs(trainer):
+    """The log entries of training steps."""
+    return [entry for entry in trainer.state.log_history if "loss" in entry]

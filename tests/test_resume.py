@@ -1,0 +1,62 @@
+"""A run that was cut short and resumed ends bit for bit where the undisturbed one ends."""
+
+import pytest
+import torch
+from helpers import config, images, train_logs
+
+from hfkd import DistillationTrainer, load_student
+
+METHODS = {
+    "kd": {"kd": {}},
+    "ctkd": {"ctkd": {"weight": 0.9}},
+    "ctkd_instance": {"ctkd": {"instance_wise": True}},
+    "mlkd": {"mlkd": {}},
+    "dkd": {"dkd": {"warmup_epochs": 3}},
+}
+
+
+def build(output_dir, losses, **changes):
+    torch.manual_seed(0)
+    student = load_student("cifar_resnet8", num_classes=10)
+    teacher = load_student("cifar_resnet14", num_classes=10)
+    settings = {
+        "losses": losses,
+        "num_train_epochs": 3,
+        "eval_strategy": "epoch",
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "lr_milestones": [2],
+        "weight_decay": 5e-4,
+        "decay_all_parameters": True,
+    }
+    args = config(output_dir, **(settings | changes))
+    return DistillationTrainer(student, teacher, args, train_dataset=images(24), eval_dataset=images(10, augment=False))
+
+
+@pytest.mark.parametrize(
+    "method, changes, resume_at",
+    [
+        ("kd", {}, 6),  # at the end of an epoch
+        ("kd", {}, 4),  # in the middle of one
+        ("kd", {"gradient_accumulation_steps": 2}, 3),
+        ("kd", {"bf16": True}, 4),
+        ("kd", {"optim": "adamw_torch", "optim_args": None}, 4),
+        ("ctkd", {}, 4),
+        ("ctkd_instance", {}, 4),
+        ("mlkd", {}, 4),
+        ("dkd", {}, 4),
+    ],
+)
+def test_resumed_is_identical(method, changes, resume_at):
+    whole = build("whole", METHODS[method], **changes)
+    whole.train()
+    resumed = build("resumed", METHODS[method], **changes)
+    resumed.train(resume_from_checkpoint=f"whole/checkpoint-{resume_at}")
+
+    assert resumed.state.global_step == whole.state.global_step > resume_at
+    expected, given = whole.distiller.state_dict(), resumed.distiller.state_dict()
+    assert expected.keys() == given.keys()
+    assert [name for name in expected if not torch.equal(expected[name], given[name])] == []
+    assert resumed.state.best_metric == whole.state.best_metric
+    after = [entry["loss"] for entry in train_logs(whole) if entry["step"] > resume_at]
+    assert [entry["loss"] for entry in train_logs(resumed) if entry["step"] > resume_at] == after

@@ -1,0 +1,321 @@
+import copy
+import json
+import zlib
+
+import numpy as np
+import pytest
+import timm
+import torch
+from helpers import GOLDEN, Plain, config, images, train_logs
+from safetensors.torch import load_file
+from torch import nn
+from transformers import ResNetConfig, ResNetForImageClassification
+
+from hfkd import DistillationTrainer, Teacher, load_student
+from hfkd.data import ImageDataset, NoAugmentation
+from hfkd.losses import DistillationLoss, KDLoss, kd_loss
+from hfkd.models.base import CIFAR_MEAN, CIFAR_STD
+
+KD = {"kd": {"temperature": 4.0}}
+
+
+def probe(model):
+    """The golden file's weights: a pattern of each name."""
+    state = model.state_dict()
+    for name, value in state.items():
+        if not value.is_floating_point():
+            value.zero_()
+            continue
+        phase = (zlib.crc32(name.encode()) % 1000) * 0.01
+        wave = torch.sin(torch.arange(value.numel(), dtype=torch.float64) * 0.37 + phase).reshape(value.shape)
+        if value.ndim > 1:
+            value.copy_(wave * (0.5 / max(1, value[0].numel())) ** 0.5)
+        elif name.endswith(("running_var", "weight")):
+            value.copy_(1 + 0.1 * wave)
+        else:
+            value.copy_(0.1 * wave)
+    return model.double()
+
+
+class Float64Images(ImageDataset):
+    """Batches in float64, as the golden steps were computed."""
+
+    def __getitems__(self, indices):
+        batch = super().__getitems__(indices)
+        mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (CIFAR_MEAN, CIFAR_STD))
+        pixels = self.images[torch.tensor(indices)].double() / 255
+        return batch | {"pixel_values": (pixels - mean) / std}
+
+
+def test_twelve_golden_steps():
+    """Weighting, weight decay on every parameter, momentum and modes, against the reference code on real images."""
+    golden = json.loads((GOLDEN / "training.json").read_text())["kd_zscore"]
+    rows = np.load(GOLDEN / "cifar100_rows.npz")
+    pixels, labels = torch.from_numpy(rows["images"]).permute(0, 3, 1, 2), torch.from_numpy(rows["labels"]).long()
+    data = Float64Images(
+        pixels.contiguous(), labels, [str(i) for i in range(100)], transform=NoAugmentation(), mean=CIFAR_MEAN, std=CIFAR_STD
+    )
+    train_set, held_out = torch.utils.data.Subset(data, range(192)), data.__getitems__(list(range(192, 200)))
+    student = probe(timm.create_model("cifar_resnet8", num_classes=100).double())
+    teacher = probe(timm.create_model("cifar_resnet20", num_classes=100).double())
+    args = config(
+        losses={"kd": {"temperature": 2.0, "weight": 9.0}},
+        logit_standardization=True,
+        ce_weight=0.1,
+        weight_decay=5e-4,
+        decay_all_parameters=True,
+        per_device_train_batch_size=16,
+        train_sampling_strategy="sequential",
+    )
+    trainer = DistillationTrainer(student, teacher, args, train_dataset=train_set)
+    trainer.train()
+
+    logs = train_logs(trainer)
+    assert len(logs) == len(golden["steps"]) == 12
+    for log, step in zip(logs, golden["steps"], strict=True):
+        assert log["loss_ce"] == pytest.approx(step["loss_ce"], rel=1e-6)
+        assert log["loss_kd"] == pytest.approx(step["loss_kd"], rel=1e-6)
+        assert log["loss"] == pytest.approx(step["total"], rel=1e-6)
+    student.eval()
+    final = torch.tensor(golden["final_logits"], dtype=torch.float64)
+    torch.testing.assert_close(student(held_out["pixel_values"]), final, rtol=1e-6, atol=1e-6)
+    norm = torch.cat([p.detach().flatten() for p in student.parameters()]).norm().item()
+    assert norm == pytest.approx(golden["final_parameter_norm"], rel=1e-6)
+
+
+def transformers_resnet(classes=10):
+    return ResNetForImageClassification(
+        ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=classes)
+    )
+
+
+MODELS = {
+    "plain": Plain,
+    "timm": lambda: timm.create_model("cifar_resnet8", num_classes=10),
+    "wrapped": lambda: load_student("cifar_resnet8", num_classes=10),
+    "transformers": transformers_resnet,
+}
+
+
+@pytest.mark.parametrize("teacher_kind", MODELS)
+@pytest.mark.parametrize("student_kind", MODELS)
+def test_any_student_learns_from_any_teacher(student_kind, teacher_kind):
+    torch.manual_seed(0)
+    student, teacher = MODELS[student_kind](), MODELS[teacher_kind]()
+    before = copy.deepcopy(student.state_dict())
+    frozen = copy.deepcopy(teacher.state_dict())
+    trainer = DistillationTrainer(
+        student, teacher, config(losses=KD, max_steps=2), train_dataset=images(), eval_dataset=images(augment=False)
+    )
+    trainer.train()
+    assert all(not torch.equal(before[name], value) for name, value in student.named_parameters())
+    assert all(torch.equal(frozen[name], value) for name, value in teacher.state_dict().items())
+    assert not any(module.training for module in teacher.modules())
+    metrics = trainer.evaluate()
+    assert {"eval_loss", "eval_top1", "eval_top5", "eval_agreement", "eval_teacher_top1"} <= metrics.keys()
+
+
+def test_the_teacher_cannot_train():
+    teacher = Teacher(timm.create_model("cifar_resnet8"))
+    with pytest.raises(RuntimeError, match="eval mode"):
+        teacher.model.train()
+    with pytest.raises(RuntimeError, match="eval mode"):
+        teacher.model.layer1.train()
+    teacher.model.eval()
+    assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
+    assert not any(module.training for module in teacher.model.modules())
+
+
+def test_metrics_are_those_of_the_logits():
+    torch.manual_seed(0)
+    student, teacher, data = Plain(), Plain(), images(48, augment=False)
+    trainer = DistillationTrainer(student, teacher, config(losses=KD), train_dataset=data, eval_dataset=data)
+    metrics = trainer.evaluate()
+    batch = data.__getitems__(list(range(48)))
+    with torch.no_grad():
+        logits, teacher_logits = student(batch["pixel_values"]), teacher(batch["pixel_values"])
+    labels = batch["labels"]
+    top5 = (logits.topk(5).indices == labels[:, None]).any(dim=1).float().mean() * 100
+    assert metrics["eval_top1"] == pytest.approx((logits.argmax(1) == labels).float().mean().item() * 100)
+    assert metrics["eval_top5"] == pytest.approx(top5.item())
+    agreement = (logits.argmax(1) == teacher_logits.argmax(1)).float().mean().item() * 100
+    assert metrics["eval_agreement"] == pytest.approx(agreement)
+    assert metrics["eval_teacher_top1"] == pytest.approx((teacher_logits.argmax(1) == labels).float().mean().item() * 100)
+    assert metrics["eval_loss"] == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert trainer.evaluate()["eval_agreement"] == metrics["eval_agreement"]  # the second time from memory
+    prediction = trainer.predict(data)
+    np.testing.assert_allclose(prediction.predictions, logits.numpy(), rtol=1e-4, atol=1e-5)
+    assert prediction.metrics["test_top1"] == metrics["eval_top1"]
+
+
+def test_every_term_is_logged_by_its_own_name():
+    losses = {"kd": {"weight": 0.5}, "dkd": {}, "mlkd": {}, "ctkd": {}}
+    trainer = DistillationTrainer(
+        Plain(), Plain(), config(losses=losses, logit_standardization=True, max_steps=2), train_dataset=images()
+    )
+    trainer.train()
+    log = train_logs(trainer)[0]
+    terms = {name: value for name, value in log.items() if name.startswith("loss_")}
+    assert set(terms) == {
+        "loss_ce",
+        "loss_kd",
+        "loss_dkd",
+        "loss_mlkd_kd",
+        "loss_mlkd_class_correlation",
+        "loss_mlkd_batch_correlation",
+        "loss_ctkd",
+    }
+    assert log["loss"] == pytest.approx(sum(terms.values()), rel=1e-5)
+    assert log["ctkd_temperature"] == pytest.approx(1 + 20 * torch.sigmoid(torch.tensor(1.0)).item(), rel=1e-3)
+    assert log["images_per_second"] > 0
+
+
+def test_a_logged_term_is_the_mean_since_the_last_log():
+    def run(logging_steps):
+        torch.manual_seed(0)
+        trainer = DistillationTrainer(
+            Plain(), Plain(), config(losses=KD, logging_steps=logging_steps, max_steps=4), train_dataset=images(32)
+        )
+        trainer.train()
+        return [log["loss_kd"] for log in train_logs(trainer)]
+
+    singles, pairs = run(1), run(2)
+    assert pairs == pytest.approx([(singles[0] + singles[1]) / 2, (singles[2] + singles[3]) / 2], rel=1e-5)
+
+
+@pytest.mark.parametrize("losses", [KD, {"dkd": {}}, {"ctkd": {"weight": 0.9}}])
+def test_gradient_accumulation_changes_nothing(losses):
+    def run(batch_size, accumulation):
+        torch.manual_seed(0)
+        student = Plain()
+        args = config(
+            losses=losses,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            num_train_epochs=3,
+        )
+        torch.manual_seed(1)
+        trainer = DistillationTrainer(student, Plain(), args, train_dataset=images(16))
+        trainer.train()
+        return trainer
+
+    whole, parts = run(8, 1), run(2, 4)
+    assert whole.state.global_step == parts.state.global_step == 6
+    for expected, given in zip(whole.distiller.parameters(), parts.distiller.parameters(), strict=True):
+        torch.testing.assert_close(given, expected, rtol=1e-5, atol=1e-6)
+    for expected, given in zip(train_logs(whole), train_logs(parts), strict=True):
+        assert given["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("losses", [{"ctkd": {}}, {"ctkd": {"instance_wise": True}}])
+def test_what_a_loss_owns_is_trained_and_saved_but_not_shipped(losses, tmp_path):
+    args = config(losses=losses, num_train_epochs=2, save_strategy="epoch", weight_decay=5e-4)
+    trainer = DistillationTrainer(load_student("cifar_resnet8", num_classes=10), Plain(), args, train_dataset=images(32))
+    before = copy.deepcopy(dict(trainer.distiller.losses.named_parameters()))
+    assert before
+    trainer.train()
+    for name, value in trainer.distiller.losses.named_parameters():
+        assert not torch.equal(value, before[name]), name
+    saved = load_file(f"run/checkpoint-{trainer.state.global_step}/losses.safetensors")
+    torch.testing.assert_close(saved, dict(trainer.distiller.losses.state_dict()))
+    shipped = load_file(f"run/checkpoint-{trainer.state.global_step}/model.safetensors")
+    assert set(shipped) == set(timm.create_model("cifar_resnet8", num_classes=10).state_dict())
+
+
+def test_a_losses_own_view_of_progress():
+    seen = []
+
+    class Watch(KDLoss):
+        def forward(self, student, teacher, batch):
+            seen.append(batch["progress"].item())
+            return super().forward(student, teacher, batch)
+
+    args = config(num_train_epochs=2, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    trainer = DistillationTrainer(Plain(), Plain(), args, train_dataset=images(16), losses={"mine": Watch()})
+    trainer.train()
+    assert seen == pytest.approx([0, 0, 0.5, 0.5, 1, 1, 1.5, 1.5])
+    assert "loss_mine" in train_logs(trainer)[0]
+
+
+def test_learning_rate_drops_after_its_milestones():
+    args = config(num_train_epochs=4, lr_milestones=[1, 2.5], learning_rate=0.1)
+    trainer = DistillationTrainer(Plain(), None, args, train_dataset=images(16))
+    trainer.train()
+    rates = [log["learning_rate"] for log in train_logs(trainer)]
+    assert rates == pytest.approx([0.1] * 2 + [0.01] * 3 + [0.001] * 3)
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_weight_decay_groups(everywhere):
+    student = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, num_classes=10, depth=1)
+    args = config(losses={"ctkd": {}}, weight_decay=0.05, decay_all_parameters=everywhere)
+    trainer = DistillationTrainer(student, Plain(), args, train_dataset=images())
+    decayed, free = trainer.create_optimizer(trainer.distiller).param_groups
+    names = {id(value): name for name, value in trainer.distiller.named_parameters()}
+    free_names = {names[id(value)] for value in free["params"]}
+    assert decayed["weight_decay"] == 0.05 and free["weight_decay"] == 0
+    assert len(decayed["params"]) + len(free["params"]) == len(names)
+    if everywhere:
+        assert not free_names
+    else:
+        assert {"student.cls_token", "student.pos_embed", "student.head.bias", "student.norm.weight"} <= free_names
+        assert "student.head.weight" not in free_names
+        assert any(name.startswith("losses.ctkd") for name in free_names)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_bf16_losses_are_float32(compiled):
+    """Under autocast the networks run in bf16; the loss of the logits they give is exact."""
+    seen = {}
+
+    class Watch(DistillationLoss):
+        def forward(self, student, teacher, batch):
+            seen.update(student=student.logits.dtype, teacher=teacher.logits.dtype)
+            return kd_loss(student.logits, teacher.logits, 2.0)
+
+    args = config(bf16=True, max_steps=1, torch_compile=compiled, torch_compile_backend="eager" if compiled else None)
+    trainer = DistillationTrainer(Plain(), Plain(), args, train_dataset=images(), losses={"watch": Watch()})
+    trainer.train()
+    assert seen == {"student": torch.float32, "teacher": torch.float32}
+    logits = trainer.model(images().__getitems__([0])["pixel_values"])
+    assert logits.dtype == torch.float32  # outside training no autocast is left on the student
+
+
+def test_wrong_roles_are_refused():
+    data = images()
+    model = Plain()
+    with pytest.raises(ValueError, match="need a teacher"):
+        DistillationTrainer(Plain(), None, config(losses=KD), train_dataset=data)
+    with pytest.raises(ValueError, match="Nothing to train on"):
+        DistillationTrainer(Plain(), None, config(ce_weight=0), train_dataset=data)
+    with pytest.raises(ValueError, match="same object"):
+        DistillationTrainer(model, model, config(losses=KD), train_dataset=data)
+    with pytest.raises(ValueError, match="teacher has 7 classes and the student 10"):
+        DistillationTrainer(Plain(10), Plain(7), config(losses=KD), train_dataset=data)
+    with pytest.raises(ValueError, match="student has 4 classes and the data set 10"):
+        DistillationTrainer(Plain(4), Plain(4), config(losses=KD), train_dataset=data)
+    with pytest.raises(TypeError, match="must return logits"):
+        DistillationTrainer(nn.Conv2d(3, 3, 1), None, config(), train_dataset=data)
+
+
+class Dictionaries(torch.utils.data.Dataset):
+    """A user's own data set: one sample at a time, one view, no index."""
+
+    def __init__(self, source):
+        self.source = source
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        sample = self.source[index]
+        return {"pixel_values": sample["pixel_values"], "labels": sample["labels"].item()}
+
+
+def test_ones_own_data_set():
+    data = Dictionaries(images(augment=False))
+    trainer = DistillationTrainer(Plain(), Plain(), config(losses=KD, max_steps=2), train_dataset=data, eval_dataset=data)
+    trainer.train()
+    assert trainer.evaluate()["eval_agreement"] >= 0
+    with pytest.raises(ValueError, match="'mlkd' needs two views"):
+        DistillationTrainer(Plain(), Plain(), config(losses={"mlkd": {}}), train_dataset=data)
