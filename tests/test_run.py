@@ -1,0 +1,210 @@
+"""Whole runs from a recipe: what they leave behind, and what they refuse."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from datasets import ClassLabel, Dataset, Features, Image
+from helpers import images
+from PIL import Image as PILImage
+from transformers import AutoModelForImageClassification
+
+from hfkd import load_student
+from hfkd.arguments import DataArguments
+from hfkd.data import NoAugmentation
+from hfkd.run import decode as decode_split
+from hfkd.run import distill, evaluate, load_splits, train_teacher
+
+RECIPE = {
+    "student_name_or_path": "cifar_resnet8",
+    "dataset_name": "digits",
+    "random_flip": False,
+    "train_split": "train[:128]",
+    "eval_split": "test[:50]",
+    "num_train_epochs": 2,
+    "per_device_train_batch_size": 64,
+    "optim": "sgd",
+    "optim_args": "momentum=0.9",
+    "learning_rate": 0.05,
+    "eval_strategy": "epoch",
+    "logging_strategy": "epoch",
+    "save_strategy": "epoch",
+    "load_best_model_at_end": True,
+    "save_total_limit": 2,
+    "disable_tqdm": True,
+    "report_to": "none",
+}
+KD = {"losses": {"kd": {"temperature": 4.0, "weight": 0.9}}, "ce_weight": 0.1, "teacher_name_or_path": "teacher"}
+
+
+def recipe(path="recipes/digits/run.yaml", **changes):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(yaml.safe_dump(RECIPE | changes))
+    return path
+
+
+@pytest.fixture
+def teacher():
+    """An (untrained) teacher of ten classes in the folder `teacher`."""
+    torch.manual_seed(1)
+    load_student("cifar_resnet14", num_classes=10).save_pretrained("teacher")
+
+
+def test_what_a_run_leaves(teacher):
+    trainer = distill([recipe(published_top1=71.43, **KD), "--seed", "3"])
+    folder = "runs/digits/run"
+
+    results = json.loads(open(f"{folder}/results.json").read())
+    assert [row["epoch"] for row in results["epochs"]] == [1, 2]
+    assert results["last"]["top1"] == results["epochs"][-1]["eval_top1"]
+    assert results["best"]["top1"] == max(row["eval_top1"] for row in results["epochs"])
+    assert {"top1", "top5", "agreement", "epoch", "step"} <= results["best"].keys()
+    assert results["published_top1"] == 71.43 and results["exported"] == "best" and results["role"] == "student"
+    assert results["seconds"] > 0 and results["images_per_second"] > 0
+    assert results["parameters"] == sum(value.numel() for value in trainer.model.parameters())
+    assert torch.__version__.startswith(results["versions"]["torch"]) and "git_commit" in results
+    assert {"loss_ce", "loss_kd", "learning_rate"} <= results["epochs"][0].keys()
+
+    resolved = yaml.safe_load(open(f"{folder}/recipe.yaml"))
+    assert resolved["seed"] == 3 and resolved["losses"] == KD["losses"] and resolved["output_dir"] == folder
+    history = json.loads(open(f"{folder}/trainer_state.json").read())["log_history"]
+    assert sum("loss_kd" in entry for entry in history) == 2
+
+    data = images(4, augment=False).__getitems__([0, 1, 2, 3])["pixel_values"]
+    trainer.model.eval().to(memory_format=torch.contiguous_format)  # as a loaded model is: kernels round by layout
+    torch.save((data, trainer.model(data).logits), "expected.pt")
+    script = """
+import torch, timm, hfkd
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+data, expected = torch.load("expected.pt")
+student = AutoModelForImageClassification.from_pretrained("runs/digits/run/student").eval()
+assert torch.equal(student(data).logits, expected)
+assert student.config.id2label[7] == "7"
+assert torch.equal(timm.create_model("local-dir:runs/digits/run/student", pretrained=True).eval()(data), expected)
+processor = AutoImageProcessor.from_pretrained("runs/digits/run/student")
+from PIL import Image
+import numpy as np
+pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+given = processor(Image.fromarray(pixels))["pixel_values"]
+mean, std = np.array([0.5071, 0.4867, 0.4408]), np.array([0.2675, 0.2565, 0.2761])
+np.testing.assert_allclose(given[0].permute(1, 2, 0).numpy(), (pixels / 255 - mean) / std, atol=1e-5)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+    best = evaluate([f"{folder}/student"])
+    assert best["eval_top1"] == pytest.approx(results["best"]["top1"])
+
+
+def test_train_teacher_then_distil():
+    train_teacher([recipe("recipes/teachers/t.yaml")])
+    results = json.loads(open("runs/teachers/t/results.json").read())
+    assert results["role"] == "teacher" and results["teacher"] is None and "agreement" not in results["best"]
+    distill([recipe(**KD | {"teacher_name_or_path": "runs/teachers/t/teacher"})])
+    last = json.loads(open("runs/digits/run/results.json").read())["epochs"][-1]
+    assert last["eval_teacher_top1"] == pytest.approx(results["best"]["top1"])
+    with pytest.raises(ValueError, match="labels alone"):
+        train_teacher([recipe(**KD)])
+
+
+def test_resume_keeps_the_rows_and_ends_alike(teacher):
+    path = recipe(**KD)
+    distill([path, "--output_dir", "whole"])
+    with pytest.raises(ValueError, match="holds a run of this recipe.*--resume_from_checkpoint true"):
+        distill([path, "--output_dir", "whole"])
+
+    shutil.copytree("whole", "cut")
+    shutil.rmtree("cut/checkpoint-4")
+    resolved = yaml.safe_load(open("cut/recipe.yaml")) | {"output_dir": "cut"}
+    open("cut/recipe.yaml", "w").write(yaml.safe_dump(resolved))
+    distill([path, "--output_dir", "cut", "--resume_from_checkpoint", "true"])
+    whole, cut = (json.loads(open(f"{name}/results.json").read())["epochs"] for name in ("whole", "cut"))
+    assert [row["step"] for row in cut] == [row["step"] for row in whole] == [2, 4]
+    assert cut[0] == whole[0] and cut[1]["eval_loss"] == whole[1]["eval_loss"] and cut[1]["loss"] == whole[1]["loss"]
+
+
+def test_another_recipes_folder_is_refused(teacher):
+    path = recipe(**KD)
+    distill([path, "--num_train_epochs", "1"])
+    with pytest.raises(ValueError, match="another recipe.*num_train_epochs: 1.0 there, 2 here.*--output_dir"):
+        distill([path])
+    with pytest.raises(ValueError, match="another recipe"):
+        distill([path, "--resume_from_checkpoint", "true"])
+
+
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        ({"teacher_name_or_path": "runs/no/teacher"}, ValueError, "no existing folder.*train_teacher"),
+        ({"teacher_name_or_path": "cifar_resnet14"}, ValueError, "no pretrained weights.*teacher_checkpoint"),
+        ({"student_name_or_path": "cifar_resnet21"}, ValueError, "'cifar_resnet21' is no timm.*cifar_resnet"),
+        ({"losses": {"dk": {}}}, ValueError, "no method 'dk'.*kd"),
+        ({"losses": {"kd": {"temprature": 4}}}, ValueError, "temprature.*temperature"),
+        ({"losses": {"kd": {"temperature": 0}}}, ValueError, "temperature"),
+        ({"losses": {"kd": {"temperature": -2}}}, ValueError, "temperature"),
+        ({"label_column": "lable"}, ValueError, "lable.*label"),
+        ({"eval_split": "tset"}, ValueError, "tset.*test"),
+        ({"dataset_name": "no/such/folder/here"}, ValueError, "no/such/folder/here"),
+    ],
+)
+def test_bad_input_fails_before_training(teacher, changes, error, message):
+    with pytest.raises(error, match=message):
+        distill([recipe(**KD | changes)])
+
+
+def test_a_checkpoint_of_another_architecture(teacher):
+    torch.save({"model": load_student("cifar_resnet20", num_classes=10).timm_model.state_dict()}, "t.pth")
+    with pytest.raises(ValueError, match=r"t.pth does not fit CifarResNet:\n  36 unexpected: layer1.2.conv1.weight"):
+        changes = {"teacher_name_or_path": "cifar_resnet14", "teacher_checkpoint": "t.pth"}
+        distill([recipe(**KD | changes)])
+    with pytest.raises(ValueError, match="goes with a timm architecture"):
+        distill([recipe(**KD | {"teacher_checkpoint": "t.pth"})])
+
+
+def test_a_published_checkpoint_teaches():
+    torch.save({"model": load_student("cifar_resnet20", num_classes=10).timm_model.state_dict(), "epoch": 240}, "t.pth")
+    changes = {"teacher_name_or_path": "cifar_resnet20", "teacher_checkpoint": "t.pth", "num_train_epochs": 1}
+    trainer = distill([recipe(**KD | changes)])
+    assert trainer.teacher.name == "cifar_resnet20"
+
+
+def test_teacher_with_other_classes():
+    load_student("cifar_resnet14", num_classes=7).save_pretrained("teacher")
+    with pytest.raises(ValueError, match="teacher has 7 classes and the student 10"):
+        distill([recipe(**KD)])
+
+
+@pytest.fixture
+def animals(tmp_path):
+    """A Parquet folder with CIFAR-100's columns and two classes a level."""
+    features = Features(
+        {
+            "img": Image(),
+            "fine_label": ClassLabel(names=["cat", "dog", "eel"]),
+            "coarse_label": ClassLabel(names=["mammal", "fish"]),
+        }
+    )
+    for split in ("train", "test"):
+        grey = [PILImage.new("RGB", (32, 32), (i, i, i)) for i in range(12)]
+        rows = [{"img": image, "fine_label": i % 3, "coarse_label": i % 2} for i, image in enumerate(grey)]
+        Dataset.from_list(rows, features=features).to_parquet(tmp_path / "animals" / f"{split}.parquet")
+    return str(tmp_path / "animals")
+
+
+def test_evaluating_finds_the_labels_that_a_model_knows(animals, capsys):
+    """Nothing but the model's own class names says which of two columns of labels is meant."""
+    load_student("cifar_resnet8", class_names=["cat", "dog", "eel"]).save_pretrained("model")
+    metrics = evaluate(["model", "--dataset_name", animals, "--batch_size", "5"])
+    printed = capsys.readouterr().out
+    assert f"top1: {metrics['eval_top1']:.4f}" in printed and "top5: " in printed
+    model = AutoModelForImageClassification.from_pretrained("model").eval()
+    _, split = load_splits(DataArguments(animals, train_split=None, label_column="fine_label"))
+    batch = decode_split(split, model, None, transform=NoAugmentation()).__getitems__(list(range(12)))
+    correct = (model(batch["pixel_values"]).logits.argmax(1) == batch["labels"]).float().mean().item()
+    assert metrics["eval_top1"] == pytest.approx(100 * correct)
+    with pytest.raises(ValueError, match="batch_sise.*batch_size"):
+        evaluate(["model", "--dataset_name", animals, "--batch_sise", "5"])
