@@ -31,7 +31,10 @@ class InputSpec:
 
 
 def load_student(
-    name_or_path: str, class_names: list[str] | None = None, num_classes: int | None = None
+    name_or_path: str,
+    class_names: list[str] | None = None,
+    num_classes: int | None = None,
+    image_size: int | None = None,
 ) -> PreTrainedModel:
     """A transformers image classifier to train, with the classes of the data set.
 
@@ -42,16 +45,26 @@ def load_student(
         name_or_path: timm architecture, folder written by `save_pretrained`, or Hub id.
         class_names: names of the classes, in the order of the labels; they travel with the saved model.
         num_classes: in place of `class_names`.
+        image_size: side of the square input in pixels, for a timm architecture; by default its own.
 
     Raises:
-        ValueError: without classes, or for a name that is no architecture, folder or Hub id.
+        ValueError: without classes, for a name that is no architecture, folder or Hub id, or for an image_size where
+            the weights come with their own.
     """
     if class_names is None:
         if num_classes is None:
             raise ValueError("load_student needs class_names or num_classes: how many classes has the data set?")
         class_names = [str(index) for index in range(num_classes)]
     if _is_architecture(name_or_path):
-        return wrap_timm(timm.create_model(name_or_path, num_classes=len(class_names)), class_names)
+        overlay = {"crop_pct": 1.0, "interpolation": "bicubic"}  # how hfkd prepares images; travels with the student
+        if image_size is not None:
+            overlay["input_size"] = (3, image_size, image_size)
+        model = timm.create_model(name_or_path, num_classes=len(class_names), pretrained_cfg_overlay=overlay)
+        return wrap_timm(model, class_names)
+    if image_size is not None:
+        raise ValueError(
+            f"image_size={image_size} goes with a timm architecture; {name_or_path} comes with its own. Leave it out."
+        )
     return AutoModelForImageClassification.from_pretrained(
         name_or_path,
         num_labels=len(class_names),
@@ -130,13 +143,13 @@ def wrap_timm(model: nn.Module, class_names: list[str]) -> TimmWrapperForImageCl
 def input_spec(model: nn.Module) -> InputSpec:
     """Input size and normalisation of a timm model, or of a transformers one that came from a folder or the Hub."""
     if isinstance(model, TimmWrapperForImageClassification):
-        model = model.timm_model
-    if isinstance(model, PreTrainedModel):
+        cfg = model.config.pretrained_cfg  # not the timm model's own, which timm makes anew when the folder is loaded
+    elif isinstance(model, PreTrainedModel):
         processor = AutoImageProcessor.from_pretrained(model.name_or_path)
-        size = processor.size
-        side = size.get("height") or size.get("shortest_edge")
+        side = processor.size.get("height") or processor.size.get("shortest_edge")
         return InputSpec(side, tuple(processor.image_mean), tuple(processor.image_std))
-    cfg = model.pretrained_cfg
+    else:
+        cfg = model.pretrained_cfg
     return InputSpec(cfg["input_size"][-1], tuple(cfg["mean"]), tuple(cfg["std"]))
 
 

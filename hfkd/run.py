@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import AutoModelForImageClassification, PreTrainedModel
+from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+from transformers.models.timm_wrapper import TimmWrapperForImageClassification
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
@@ -19,6 +20,7 @@ from .data import ImageDataset, ImageSplit, NoAugmentation, WeakAugmentation, lo
 from .loading import input_spec, load_student, load_teacher
 from .recipe import ArgumentParser, load_recipe, parse_recipe, to_argv
 from .results import ResultsWriter, environment
+from .teacher import Teacher
 from .trainer import DistillationTrainer
 
 RECIPE_NAME = "recipe.yaml"
@@ -86,18 +88,23 @@ def build_trainer(
     """Networks, data and trainer of a recipe, checked against one another."""
     splits = load_splits(data_args)
     class_names = splits[0].class_names
-    student = load_student(model_args.student_name_or_path, class_names)
+    student = load_student(model_args.student_name_or_path, class_names, image_size=data_args.image_size)
     teacher = None
     if model_args.teacher_name_or_path:
         classes = len(class_names) if model_args.teacher_checkpoint else None
         teacher = load_teacher(model_args.teacher_name_or_path, model_args.teacher_checkpoint, classes)
+        _check_same_input(student, teacher)
     transforms = (WeakAugmentation(flip=data_args.random_flip), NoAugmentation())
     seed = config.seed if config.data_seed is None else config.data_seed
     train_set, eval_set = (
-        decode(split, student, data_args.image_size, transform=transform, seed=seed)
+        decode(split, student, transform=transform, seed=seed)
         for split, transform in zip(splits, transforms, strict=True)
     )
-    return DistillationTrainer(student, teacher, config, train_dataset=train_set, eval_dataset=eval_set)
+    wrapped = isinstance(student, TimmWrapperForImageClassification)  # timm's config.json says how to prepare images
+    processor = None if wrapped else AutoImageProcessor.from_pretrained(student.name_or_path)
+    return DistillationTrainer(
+        student, teacher, config, train_dataset=train_set, eval_dataset=eval_set, processing_class=processor
+    )
 
 
 def load_splits(
@@ -114,12 +121,18 @@ def load_splits(
     )
 
 
-def decode(split: ImageSplit, student: PreTrainedModel, image_size: int | None, **arguments) -> ImageDataset:
-    """A split decoded at the student's input size, or `image_size`, and normalised with the student's mean and std."""
-    spec = input_spec(student)
-    return ImageDataset.from_split(
-        split, image_size=image_size or spec.image_size, mean=spec.mean, std=spec.std, **arguments
-    )
+def decode(split: ImageSplit, student: PreTrainedModel, **arguments) -> ImageDataset:
+    """A split decoded at the student's input size and normalised with its mean and std."""
+    return ImageDataset.from_split(split, **vars(input_spec(student)), **arguments)
+
+
+def _check_same_input(student: PreTrainedModel, teacher: Teacher) -> None:
+    expected, given = input_spec(teacher.model), input_spec(student)
+    if expected != given:
+        raise ValueError(
+            f"Teacher {teacher.name} expects {expected}, but the student is trained on {given}: both see the same "
+            "images. Take a teacher of the same input, or set image_size."
+        )
 
 
 def evaluate(argv: list[str] | None = None) -> dict[str, float]:
@@ -144,7 +157,7 @@ def evaluate(argv: list[str] | None = None) -> dict[str, float]:
     class_names = [model.config.id2label[index] for index in range(model.config.num_labels)]
     data_args.train_split = None
     _, split = load_splits(data_args, class_names)
-    eval_set = decode(split, model, data_args.image_size, transform=NoAugmentation())
+    eval_set = decode(split, model, transform=NoAugmentation())
     with tempfile.TemporaryDirectory() as folder:
         config = DistillationConfig(
             output_dir=folder, per_device_eval_batch_size=args.batch_size, bf16=args.bf16, report_to="none"

@@ -203,7 +203,7 @@ def test_evaluating_finds_the_labels_that_a_model_knows(animals, capsys):
     assert f"top1: {metrics['eval_top1']:.4f}" in printed and "top5: " in printed
     model = AutoModelForImageClassification.from_pretrained("model").eval()
     _, split = load_splits(DataArguments(animals, train_split=None, label_column="fine_label"))
-    batch = decode_split(split, model, None, transform=NoAugmentation()).__getitems__(list(range(12)))
+    batch = decode_split(split, model, transform=NoAugmentation()).__getitems__(list(range(12)))
     correct = (model(batch["pixel_values"]).logits.argmax(1) == batch["labels"]).float().mean().item()
     assert metrics["eval_top1"] == pytest.approx(100 * correct)
     with pytest.raises(ValueError, match="batch_sise.*batch_size"):

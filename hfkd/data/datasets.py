@@ -6,8 +6,6 @@ from pathlib import Path
 import datasets
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 from .columns import ImageSplit, find_class_names, find_image_column, find_label_column
 
@@ -90,6 +88,9 @@ def _load(name, path, config_name, revision, cache_dir):
 
 def _digits():
     """scikit-learn's 8 x 8 digits in a fixed stratified split."""
+    from sklearn.datasets import load_digits  # two seconds to import, and only this data set needs it
+    from sklearn.model_selection import train_test_split
+
     digits = load_digits()
     pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)
     images = [Image.fromarray(p).resize((32, 32), Image.Resampling.BICUBIC).convert("RGB") for p in pixels]

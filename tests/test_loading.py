@@ -1,0 +1,73 @@
+import pytest
+import timm
+import torch
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTImageProcessor,
+)
+
+from hfkd import load_student, load_teacher
+from hfkd.loading import InputSpec, input_spec
+
+IMAGENET = InputSpec(32, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def test_class_names_size_and_normalisation_travel():
+    student = load_student("resnet10t", class_names=["ant", "bee"], image_size=32).eval()
+    assert input_spec(student) == IMAGENET
+    student.save_pretrained("student")
+    loaded = AutoModelForImageClassification.from_pretrained("student").eval()
+    assert loaded.config.id2label == {0: "ant", 1: "bee"} and input_spec(loaded) == IMAGENET
+    pixels = torch.randn(2, 3, 32, 32)
+    assert torch.equal(loaded(pixels).logits, student(pixels).logits)
+    size = AutoImageProcessor.from_pretrained("student").val_transforms.transforms[0].size
+    assert size == 32  # no enlarging before the crop: that is how hfkd prepared the training images
+
+
+def test_a_timm_student_keeps_timms_initialisation():
+    torch.manual_seed(0)
+    expected = timm.create_model("cifar_resnet8", num_classes=3).state_dict()
+    torch.manual_seed(0)
+    given = load_student("cifar_resnet8", num_classes=3).timm_model.state_dict()
+    assert all(torch.equal(expected[name], given[name]) for name in expected)
+
+
+def test_a_student_from_weights_gets_a_new_classifier():
+    first = load_student("cifar_resnet8", num_classes=3)
+    first.save_pretrained("first")
+    second = load_student("first", num_classes=5)
+    assert second(torch.randn(1, 3, 32, 32)).logits.shape == (1, 5)
+    assert torch.equal(second.timm_model.conv1.weight, first.timm_model.conv1.weight)
+    with pytest.raises(ValueError, match="image_size=64 goes with a timm architecture"):
+        load_student("first", num_classes=5, image_size=64)
+
+
+def test_a_transformers_model_from_a_folder():
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], num_labels=4)
+    ResNetForImageClassification(config).save_pretrained("resnet")
+    processor = ViTImageProcessor(size={"height": 48, "width": 48}, image_mean=[0.1] * 3, image_std=[0.2] * 3)
+    processor.save_pretrained("resnet")
+    student = load_student("resnet", num_classes=6)
+    assert student.num_labels == 6 and input_spec(student) == InputSpec(48, (0.1,) * 3, (0.2,) * 3)
+    teacher = load_teacher("resnet")
+    assert teacher.name == "resnet" and teacher.parameter_count() == sum(p.numel() for p in teacher.model.parameters())
+
+
+def test_clear_errors():
+    with pytest.raises(ValueError, match="class_names or num_classes"):
+        load_student("cifar_resnet8")
+    with pytest.raises(ValueError, match="'cifar_resnet57' is no timm architecture.*cifar_resnet56"):
+        load_student("cifar_resnet57", num_classes=2)
+    with pytest.raises(ValueError, match="cifar_resnet8 has no pretrained weights.*teacher_checkpoint"):
+        load_teacher("cifar_resnet8")
+    with pytest.raises(FileNotFoundError, match="nothing.pth"):
+        load_teacher("cifar_resnet8", "nothing.pth")
+    load_student("cifar_resnet8", num_classes=3).save_pretrained("folder")
+    with pytest.raises(ValueError, match="goes with a timm architecture"):
+        load_teacher("folder", "nothing.pth")
+    torch.save(timm.create_model("cifar_resnet8", num_classes=7).state_dict(), "seven.pth")
+    with pytest.raises(ValueError, match="checkpoint has 7 classes, model 10"):
+        load_teacher("cifar_resnet8", "seven.pth", num_classes=10)
