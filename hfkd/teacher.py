@@ -40,7 +40,15 @@ class Teacher:
         Convolution and linear weights are converted to the autocast type once, since autocast would otherwise convert
         them again in every step (its weight cache lives for one forward). Norms keep float32 weights, as under
         autocast, so the logits are the same.
+
+        Raises:
+            ValueError: if the weights were converted to another type before.
         """
+        if self._autocast_dtype not in (None, autocast_dtype):
+            raise ValueError(
+                f"This teacher's weights were converted to {self._autocast_dtype} for an earlier trainer and cannot "
+                f"serve in {autocast_dtype or torch.float32}: load the teacher again."
+            )
         self.model.to(device)
         self._autocast_dtype = autocast_dtype
         if autocast_dtype is not None:

@@ -173,6 +173,7 @@ class DistillationTrainer(Trainer):
         finally:
             self.model = student
         self.callback_handler.model = student
+        self._clock = time.perf_counter()
         return prepared
 
     def set_initial_training_values(self, args, dataloader):

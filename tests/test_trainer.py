@@ -131,6 +131,20 @@ def test_the_teacher_cannot_train():
     assert not any(module.training for module in teacher.model.modules())
 
 
+def test_a_teacher_in_bf16_serves_bf16_only():
+    """Converting its weights once gives the very logits that autocast gives."""
+    torch.manual_seed(0)
+    model = timm.create_model("cifar_resnet8", num_classes=10).eval()
+    batch = images(4).__getitems__([0, 1, 2, 3])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = model(batch["pixel_values"]).float()
+    teacher = Teacher(model)
+    DistillationTrainer(Plain(), teacher, config(losses=KD, bf16=True, channels_last=False), train_dataset=images())
+    assert torch.equal(teacher(batch).logits, expected)
+    with pytest.raises(ValueError, match="load the teacher again"):
+        DistillationTrainer(Plain(), teacher, config(losses=KD), train_dataset=images())
+
+
 def test_metrics_are_those_of_the_logits():
     torch.manual_seed(0)
     student, teacher, data = Plain(), Plain(), images(48, augment=False)
