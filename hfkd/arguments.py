@@ -54,6 +54,10 @@ class DataArguments:
         default=True, metadata={"help": "Mirror half of the training images; wrong for digits and letters."}
     )
 
+    def __post_init__(self):
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(f"image_size must be a number of pixels, got {self.image_size}.")
+
 
 @dataclass
 class DistillationConfig(TrainingArguments):
@@ -124,6 +128,8 @@ class DistillationConfig(TrainingArguments):
                 f"losses must map method names to their parameters, e.g. {{'kd': {{'temperature': 4.0}}}}; "
                 f"got {self.losses!r}."
             )
+        if self.fp16 and self.use_cpu:
+            raise ValueError("fp16 needs an accelerator; on a CPU set bf16 instead, or neither.")
         if self.ce_weight < 0:
             raise ValueError(f"ce_weight must not be negative, got {self.ce_weight}.")
         if self.label_smoothing_factor:

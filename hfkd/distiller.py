@@ -57,7 +57,7 @@ class Distiller(nn.Module):
     def metrics(self) -> dict[str, Tensor]:
         """What the losses want in the log beside their terms, such as CTKD's temperature; 0-d tensors."""
         return {
-            metric if len(self.losses) == 1 else f"{name}_{metric}": value
+            f"{name}_{metric}": value
             for name, loss in self.losses.items()
             for metric, value in loss.metrics().items()
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import timm
 import torch
@@ -60,7 +61,8 @@ def load_student(
         if image_size is not None:
             overlay["input_size"] = (3, image_size, image_size)
         model = timm.create_model(name_or_path, num_classes=len(class_names), pretrained_cfg_overlay=overlay)
-        return wrap_timm(model, class_names)
+        fixed = image_size is not None and model.pretrained_cfg.get("fixed_input_size")
+        return wrap_timm(model, class_names, {"img_size": image_size} if fixed else None)
     if image_size is not None:
         raise ValueError(
             f"image_size={image_size} goes with a timm architecture; {name_or_path} comes with its own. Leave it out."
@@ -93,8 +95,8 @@ def load_teacher(name_or_path: str, checkpoint: str | None = None, num_classes: 
                 f"{name_or_path} holds its own weights. Name an architecture such as cifar_resnet56, or drop it."
             )
         return Teacher(AutoModelForImageClassification.from_pretrained(name_or_path), name_or_path)
-    classes = {} if num_classes is None else {"num_classes": num_classes}
     if checkpoint is not None:
+        classes = {} if num_classes is None else {"num_classes": num_classes}
         model = timm.create_model(name_or_path, **classes)
         load_checkpoint(model, checkpoint)
         return Teacher(model, name_or_path)
@@ -103,7 +105,7 @@ def load_teacher(name_or_path: str, checkpoint: str | None = None, num_classes: 
             f"The architecture {name_or_path} has no pretrained weights to teach with. Give teacher_checkpoint, or "
             "train it with scripts/train_teacher.py and give the folder that it writes."
         )
-    return Teacher(timm.create_model(name_or_path, pretrained=True, **classes), name_or_path)
+    return Teacher(timm.create_model(name_or_path, pretrained=True), name_or_path)
 
 
 def _is_architecture(name_or_path: str) -> bool:
@@ -123,12 +125,24 @@ def _is_architecture(name_or_path: str) -> bool:
     )
 
 
-def wrap_timm(model: nn.Module, class_names: list[str]) -> TimmWrapperForImageClassification:
-    """The transformers model around a timm one; both share the weights."""
+def wrap_timm(
+    model: nn.Module, class_names: list[str], model_args: dict[str, Any] | None = None
+) -> TimmWrapperForImageClassification:
+    """The transformers model around a timm one; both share the weights.
+
+    Args:
+        model: made by `timm.create_model`.
+        class_names: as many as the model has classes.
+        model_args: the keywords that the model was made with beside `num_classes`, such as `img_size`: without them
+            a saved model could not be built again.
+
+    Raises:
+        ValueError: if architecture, classes and `model_args` give a model of other shapes.
+    """
     pretrained_cfg = {key: value for key, value in model.pretrained_cfg.items() if value not in (None, "", ())}
     config = TimmWrapperConfig(
         architecture=pretrained_cfg["architecture"],
-        model_args={},
+        model_args=model_args or {},
         pretrained_cfg=pretrained_cfg,
         num_labels=len(class_names),
         id2label=dict(enumerate(class_names)),
@@ -136,8 +150,24 @@ def wrap_timm(model: nn.Module, class_names: list[str]) -> TimmWrapperForImageCl
         num_features=model.num_features,  # timm's own config.json carries it
     )
     wrapper = TimmWrapperForImageClassification(config)
+    expected = {name: value.shape for name, value in wrapper.timm_model.state_dict().items()}
+    given = {name: value.shape for name, value in model.state_dict().items()}
+    if expected != given:
+        name = next(name for name in (expected | given) if expected.get(name) != given.get(name))
+        raise ValueError(
+            f"{config.architecture} with {len(class_names)} classes and model_args={model_args or {}} has another "
+            f"shape at '{name}' ({expected.get(name)}) than the model given ({given.get(name)}), so it could not be "
+            "loaded again. Pass the keywords it was made with: wrap_timm(model, class_names, {'img_size': ...})."
+        )
     wrapper.timm_model = model  # the wrapper re-initialises the model that it builds; keep timm's initialisation
     return wrapper
+
+
+def class_names_of(model: nn.Module) -> list[str]:
+    """The names of a transformers classifier's classes, in order; none for other models."""
+    if not isinstance(model, PreTrainedModel):
+        return []
+    return [model.config.id2label[index] for index in range(model.config.num_labels)]
 
 
 def input_spec(model: nn.Module) -> InputSpec:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import json
@@ -15,6 +16,7 @@ from transformers import HfArgumentParser
 from .arguments import DataArguments, DistillationConfig, ModelArguments
 
 ARGUMENT_CLASSES = (ModelArguments, DataArguments, DistillationConfig)
+NOT_RECORDED = {"hub_token", "push_to_hub_token", "resume_from_checkpoint"}  # secrets, and what is no setting
 KEYS = [field.name for cls in ARGUMENT_CLASSES for field in dataclasses.fields(cls) if field.init]
 
 
@@ -70,6 +72,10 @@ class ArgumentParser(HfArgumentParser):
     def error(self, message: str):
         raise ValueError(message)
 
+    def option(self, token: str) -> argparse.Action | None:
+        """The option that a command-line token such as `--seed=3` or `--no_bf16` names, if it names one."""
+        return self._option_string_actions.get(token.partition("=")[0])
+
     def parse(self, argv: list[str]) -> list:
         """One object a class.
 
@@ -108,14 +114,19 @@ def parse_recipe(argv: list[str] | None = None) -> tuple[ModelArguments, DataArg
     losses, overrides = _split_loss_overrides(recipe.get("losses") or {}, overrides)
     recipe["losses"] = losses
     recipe.setdefault("output_dir", default_output_dir(path))
+    argv = to_argv(recipe, parser) + overrides
+    return *parser.parse(argv), _resolve(parser, argv)
 
-    parsed = parser.parse(to_argv(recipe) + overrides)
-    given = {token[2:].partition("=")[0].replace("-", "_") for token in overrides if token.startswith("--")}
-    resolved = {key: value for key, value in recipe.items() if key not in given and value is not None}
-    for key in sorted(given & set(KEYS)):
-        owner = next(part for part in parsed if key in {field.name for field in dataclasses.fields(part)})
-        resolved[key] = _plain(getattr(owner, key))
-    return *parsed, resolved
+
+def _resolve(parser: ArgumentParser, argv: list[str]) -> dict[str, Any]:
+    """Every key that `argv` sets, with its value as typed: what the argument classes make of it is not a recipe's."""
+    values = vars(parser.parse_known_args(argv)[0])
+    options = [parser.option(token) for token in argv]
+    resolved = {option.dest: values[option.dest] for option in options if option is not None}
+    for key, value in resolved.items():
+        if isinstance(value, str) and value.startswith("{"):
+            resolved[key] = json.loads(value)
+    return {key: value for key, value in resolved.items() if key not in NOT_RECORDED}
 
 
 def default_output_dir(path: str | Path) -> str:
@@ -137,30 +148,29 @@ def _split_loss_overrides(losses: dict, argv: list[str]) -> tuple[dict, list[str
         if not token.startswith("--losses."):
             rest.append(token)
             continue
-        name, _, value = token.partition("=")
+        name, has_value, value = token.partition("=")
         path = name[len("--losses.") :].split(".")
-        value = value or next(tokens, None)
-        if len(path) != 2 or value is None:
+        value = value if has_value else next(tokens, None)
+        if len(path) != 2 or not value:
             raise ValueError(f"'{token}' must read --losses.METHOD.PARAMETER VALUE.")
+        if any(other.partition("=")[0] == "--losses" for other in argv):
+            raise ValueError(f"--losses replaces all losses: give it, or '{token}', but not both.")
         losses.setdefault(path[0], {})[path[1]] = yaml.safe_load(value)
     return losses, rest
 
 
-def to_argv(recipe: dict[str, Any]) -> list[str]:
+def to_argv(recipe: dict[str, Any], parser: ArgumentParser) -> list[str]:
     """The recipe as command-line tokens, so that one parser converts and checks the types of both."""
     tokens = []
     for key, value in recipe.items():
-        if value is None:
-            continue
-        if isinstance(value, dict):
-            tokens += [f"--{key}", json.dumps(value)]
-        elif isinstance(value, list):
-            tokens += [f"--{key}", *map(str, value)]
-        else:
-            tokens += [f"--{key}", str(value)]
+        if isinstance(value, list):
+            if parser.option(f"--{key}").nargs != "+":
+                raise ValueError(f"{key} takes one value, got the list {value}.")
+            tokens += [f"--{key}", *map(str, value)] if value else []
+        elif isinstance(value, dict):
+            tokens.append(f"--{key}={json.dumps(value)}")
+        elif value is False and key.endswith("_strategy"):
+            tokens.append(f"--{key}=no")  # YAML 1.1 reads `no` as false
+        elif value is not None:
+            tokens.append(f"--{key}={value}")
     return tokens
-
-
-def _plain(value: Any) -> Any:
-    """A value that YAML can hold: an enum member becomes its name in recipes."""
-    return value.value if hasattr(type(value), "__members__") else value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 import time
 from importlib.metadata import version
@@ -66,7 +67,8 @@ class ResultsWriter(TrainerCallback):
 
 def _summary(row: dict[str, Any]) -> dict[str, Any]:
     keys = ("epoch", "step", "eval_top1", "eval_top5", "eval_agreement")
-    return {key.removeprefix("eval_"): row[key] for key in keys if key in row}
+    summary = {key.removeprefix("eval_"): row[key] for key in keys if key in row}
+    return summary | {"checkpoint": f"checkpoint-{row['step']}"}
 
 
 def _mean(values: list[float]) -> float | None:
@@ -77,7 +79,12 @@ def environment() -> dict[str, Any]:
     """Versions of the libraries, and the commit of hfkd where it runs from a git checkout."""
     versions = {"python": platform.python_version(), "hfkd": version("hfkd")}
     versions |= {name: version(name) for name in LIBRARIES}
-    git = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return {"versions": versions, "git_commit": git.stdout.strip() or None}
+    return {"versions": versions, "git_commit": _git_commit()}
+
+
+def _git_commit() -> str | None:
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return None  # installed from a wheel, or a machine without git
+    git = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return git.stdout.strip() or None

@@ -10,20 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel, set_seed
 from transformers.models.timm_wrapper import TimmWrapperForImageClassification
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from .arguments import DataArguments, DistillationConfig, ModelArguments
 from .data import ImageDataset, ImageSplit, NoAugmentation, WeakAugmentation, load_image_splits
-from .loading import input_spec, load_student, load_teacher
+from .loading import class_names_of, input_spec, load_student, load_teacher
 from .recipe import ArgumentParser, load_recipe, parse_recipe, to_argv
 from .results import ResultsWriter, environment
 from .teacher import Teacher
 from .trainer import DistillationTrainer
 
 RECIPE_NAME = "recipe.yaml"
+WITHOUT_EFFECT = {"disable_tqdm", "report_to", "dataloader_num_workers", "per_device_eval_batch_size"}  # on a result
 
 
 @dataclass
@@ -73,10 +74,13 @@ def train(
         "exported": "best" if config.load_best_model_at_end else "last",
         "devices": f"{config.world_size} x {config.device.type}",
     }
-    trainer.add_callback(ResultsWriter(facts | environment()))
+    results = ResultsWriter(facts | environment())
+    trainer.add_callback(results)
     if trainer.is_world_process_zero():
         Path(config.output_dir, RECIPE_NAME).write_text(yaml.safe_dump(recipe, sort_keys=False))
     trainer.train(resume_from_checkpoint=_resume_point(config))
+    if not results.rows:  # eval_strategy: no
+        trainer.evaluate()
     trainer.save_state()
     trainer.save_model(str(Path(config.output_dir, role)))
     return trainer
@@ -85,7 +89,12 @@ def train(
 def build_trainer(
     model_args: ModelArguments, data_args: DataArguments, config: DistillationConfig
 ) -> DistillationTrainer:
-    """Networks, data and trainer of a recipe, checked against one another."""
+    """Networks, data and trainer of a recipe, checked against one another.
+
+    Raises:
+        ValueError: if they do not fit.
+    """
+    set_seed(config.seed)  # the student's initial weights are part of the recipe
     splits = load_splits(data_args)
     class_names = splits[0].class_names
     student = load_student(model_args.student_name_or_path, class_names, image_size=data_args.image_size)
@@ -93,7 +102,7 @@ def build_trainer(
     if model_args.teacher_name_or_path:
         classes = len(class_names) if model_args.teacher_checkpoint else None
         teacher = load_teacher(model_args.teacher_name_or_path, model_args.teacher_checkpoint, classes)
-        _check_same_input(student, teacher)
+        _check_fits(student, teacher)
     transforms = (WeakAugmentation(flip=data_args.random_flip), NoAugmentation())
     seed = config.seed if config.data_seed is None else config.data_seed
     train_set, eval_set = (
@@ -126,12 +135,18 @@ def decode(split: ImageSplit, student: PreTrainedModel, **arguments) -> ImageDat
     return ImageDataset.from_split(split, **vars(input_spec(student)), **arguments)
 
 
-def _check_same_input(student: PreTrainedModel, teacher: Teacher) -> None:
+def _check_fits(student: PreTrainedModel, teacher: Teacher) -> None:
     expected, given = input_spec(teacher.model), input_spec(student)
     if expected != given:
         raise ValueError(
-            f"Teacher {teacher.name} expects {expected}, but the student is trained on {given}: both see the same "
-            "images. Take a teacher of the same input, or set image_size."
+            f"teacher_name_or_path: {teacher.name} expects {expected}, but the student is trained on {given}, and both "
+            "see the same images. Take a teacher of the same size and normalisation."
+        )
+    names = class_names_of(student), class_names_of(teacher.model)
+    if names[0] != names[1] and sorted(names[0]) == sorted(names[1]):
+        raise ValueError(
+            f"teacher_name_or_path: {teacher.name} has the data set's classes in another order ({names[1][:3]}... "
+            f"against {names[0][:3]}...). Train the teacher on this data set."
         )
 
 
@@ -151,12 +166,11 @@ def evaluate(argv: list[str] | None = None) -> dict[str, float]:
     recipe_path = Path(name).parent / RECIPE_NAME
     keys = [field.name for field in dataclasses.fields(DataArguments)]
     recipe = load_recipe(recipe_path) if recipe_path.is_file() else {}
-    defaults = to_argv({key: value for key, value in recipe.items() if key in keys})
+    defaults = to_argv({key: value for key, value in recipe.items() if key in keys}, parser)
     data_args, args = parser.parse(defaults + overrides)
     model = AutoModelForImageClassification.from_pretrained(name)
-    class_names = [model.config.id2label[index] for index in range(model.config.num_labels)]
     data_args.train_split = None
-    _, split = load_splits(data_args, class_names)
+    _, split = load_splits(data_args, class_names_of(model))
     eval_set = decode(split, model, transform=NoAugmentation())
     with tempfile.TemporaryDirectory() as folder:
         config = DistillationConfig(
@@ -180,7 +194,7 @@ def claim_output_dir(config: DistillationConfig, recipe: dict[str, Any]) -> None
     found = yaml.safe_load((output_dir / RECIPE_NAME).read_text())
     different = [
         f"{key}: {found.get(key)!r} there, {recipe.get(key)!r} here"
-        for key in sorted({*found, *recipe} - {"resume_from_checkpoint"})
+        for key in sorted({*found, *recipe} - WITHOUT_EFFECT)
         if found.get(key) != recipe.get(key)
     ]
     if different:
@@ -188,14 +202,17 @@ def claim_output_dir(config: DistillationConfig, recipe: dict[str, Any]) -> None
             f"{output_dir} holds the run of another recipe ({'; '.join(different[:5])}). "
             "Give another --output_dir, or remove the folder."
         )
-    if get_last_checkpoint(str(output_dir)) and not _resume_point(config):
+    done = get_last_checkpoint(str(output_dir)) or (output_dir / "results.json").is_file()
+    if done and not _resume_point(config):
         raise ValueError(
             f"{output_dir} holds a run of this recipe. Continue it with --resume_from_checkpoint true, give another "
             "--output_dir, or remove the folder."
         )
 
 
-def _resume_point(config: DistillationConfig) -> str | bool | None:
-    """`resume_from_checkpoint` as Trainer takes it: 'true' means the last checkpoint, anything else a folder."""
+def _resume_point(config: DistillationConfig) -> str | None:
+    """The checkpoint to go on from: the last for `resume_from_checkpoint: true`, else the folder that it names."""
     given = config.resume_from_checkpoint
-    return {"true": True, "false": None}.get(str(given).lower(), given)
+    if str(given).lower() == "true":  # a run that ended before its first checkpoint starts again
+        return get_last_checkpoint(config.output_dir) if Path(config.output_dir).is_dir() else None
+    return None if str(given).lower() == "false" else given

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import nn
 
@@ -9,9 +11,11 @@ from .features import Outputs, forward_views
 from .losses.standardize import at_least_float32
 
 
-def _refuse_train_mode(mode: bool = True) -> None:
+def _refuse_train_mode(module: nn.Module, mode: bool = True) -> nn.Module:
+    """Stands in for `module.train`."""
     if mode:
         raise RuntimeError("A teacher stays in eval mode: its BatchNorm statistics and its dropout must not train.")
+    return module
 
 
 class Teacher:
@@ -29,11 +33,11 @@ class Teacher:
         self.name = name or type(model).__name__
         self.model = model.requires_grad_(False).eval()
         for module in self.model.modules():
-            module.train = _refuse_train_mode
+            module.train = functools.partial(_refuse_train_mode, module)
         self._autocast_dtype: torch.dtype | None = None
 
     def prepare(
-        self, device: torch.device, autocast_dtype: torch.dtype | None, channels_last: bool, compile: bool
+        self, device: torch.device, autocast_dtype: torch.dtype | None, channels_last: bool
     ) -> None:
         """Moves the teacher to a device and into the precision and layout of the run.
 
@@ -44,21 +48,20 @@ class Teacher:
         Raises:
             ValueError: if the weights were converted to another type before.
         """
-        if self._autocast_dtype not in (None, autocast_dtype):
+        weights = [module for module in self.model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+        half = {module.weight.dtype for module in weights} & {torch.float16, torch.bfloat16}
+        if half - {autocast_dtype}:
             raise ValueError(
-                f"This teacher's weights were converted to {self._autocast_dtype} for an earlier trainer and cannot "
-                f"serve in {autocast_dtype or torch.float32}: load the teacher again."
+                f"This teacher's weights were converted to {half.pop()} for an earlier trainer and cannot serve in "
+                f"{autocast_dtype or torch.float32}: load the teacher again."
             )
         self.model.to(device)
         self._autocast_dtype = autocast_dtype
         if autocast_dtype is not None:
-            for module in self.model.modules():
-                if isinstance(module, (nn.Conv2d, nn.Linear)):
-                    module.to(autocast_dtype)
+            for module in weights:
+                module.to(autocast_dtype)
         if channels_last:
             self.model.to(memory_format=torch.channels_last)
-        if compile:
-            self.model.compile()
 
     @torch.no_grad()
     def __call__(self, batch: dict[str, torch.Tensor]) -> Outputs:

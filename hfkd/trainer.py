@@ -6,18 +6,20 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
-from transformers import EvalPrediction, Trainer, TrainerCallback, default_data_collator
+from torch.utils.data import IterableDataset, Subset
+from transformers import EvalPrediction, Trainer, TrainerCallback
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import logging
 
 from .arguments import DistillationConfig
-from .data import ImageDataset, NoAugmentation
+from .data import ImageDataset, NoAugmentation, collate_batch
 from .distiller import Distiller
 from .features import forward_views, logits_of
 from .loading import exported_state_dict, wrap_timm
@@ -31,9 +33,11 @@ logger = logging.get_logger(__name__)
 LOSSES_NAME = "losses.safetensors"
 
 
-def _collate(samples):
-    """An `ImageDataset` hands over whole batches; other data sets a list of samples."""
-    return samples if isinstance(samples, dict) else default_data_collator(samples)
+def _image_source(dataset) -> ImageDataset | None:
+    """The `ImageDataset` that a data set is, or is a subset of."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    return dataset if isinstance(dataset, ImageDataset) else None
 
 
 class _SetEpoch(TrainerCallback):
@@ -91,42 +95,46 @@ class DistillationTrainer(Trainer):
         losses = build_losses(args.losses if losses is None else losses, args.logit_standardization)
         _check_roles(model, teacher, losses, args)
         if hasattr(model, "pretrained_cfg"):  # a bare timm model
-            known = isinstance(train_dataset, ImageDataset)
-            names = train_dataset.class_names if known else [str(index) for index in range(model.num_classes)]
-            model = wrap_timm(model, names[: model.num_classes])
+            source = _image_source(train_dataset)
+            names = source.class_names if source else []
+            names = [*names, *map(str, range(len(names), model.num_classes))][: model.num_classes]
+            model = wrap_timm(model, names)
         if args.channels_last:
             model = model.to(memory_format=torch.channels_last)
-        kwargs.setdefault("data_collator", _collate)
+        kwargs.setdefault("data_collator", collate_batch)
         kwargs.setdefault("compute_metrics", _compute_metrics)
         super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
 
         self.teacher = Teacher(teacher) if isinstance(teacher, nn.Module) else teacher
         if self.teacher is not None:
             autocast_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-            self.teacher.prepare(args.device, autocast_dtype, args.channels_last, args.torch_compile)
+            self.teacher.prepare(args.device, autocast_dtype, args.channels_last)
         self.distiller = Distiller(self.model, losses, args.ce_weight)
         self._term_names: list[str] = []
         self._term_sums: Tensor | None = None
         self._term_count = self._images_seen = 0
         self._clock = time.perf_counter()
         self._keep_logits = False
-        self._teacher_memories: dict[int, Tensor] = {}
+        self._teacher_memories: WeakKeyDictionary[ImageDataset, Tensor] = WeakKeyDictionary()
         self._teacher_memory: Tensor | None = None
         self._place_data()
         self._dry_run()
         self.distiller.to(args.device)
+        if self.teacher is not None and args.torch_compile:
+            self.teacher.model.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
 
     # ---- Before training ---------------------------------------------------------------------------------------
 
     def _place_data(self) -> None:
         """Small images live on the training device and are augmented there."""
-        for dataset in (self.train_dataset, self.eval_dataset):
-            if isinstance(dataset, ImageDataset) and self.args.dataloader_num_workers == 0:
+        for dataset in (_image_source(self.train_dataset), _image_source(self.eval_dataset)):
+            if dataset is not None and self.args.dataloader_num_workers == 0:
                 dataset.to(self.args.device)
                 self.args.dataloader_pin_memory = False  # the batches are on the device already
-        if isinstance(self.train_dataset, ImageDataset):
-            self.train_dataset.views = max([loss.views for loss in self.distiller.losses.values()], default=1)
-            self.add_callback(_SetEpoch(self.train_dataset))
+        train_images = _image_source(self.train_dataset)
+        if train_images is not None:
+            train_images.views = max([loss.views for loss in self.distiller.losses.values()], default=1)
+            self.add_callback(_SetEpoch(train_images))
 
     def _dry_run(self) -> None:
         """One forward of two images: do the classes agree, and which shapes will the losses see?"""
@@ -134,7 +142,8 @@ class DistillationTrainer(Trainer):
         if dataset is None or isinstance(dataset, IterableDataset | dict):
             return
         pair = [0, len(dataset) - 1]
-        samples = dataset.__getitems__(pair) if isinstance(dataset, ImageDataset) else [dataset[i] for i in pair]
+        source = _image_source(dataset)
+        samples = [dataset[i] for i in pair] if source is None else dataset.__getitems__(pair)
         batch = self._prepare_inputs(self.data_collator(samples))
         was_training = self.model.training
         self.model.eval()
@@ -142,10 +151,11 @@ class DistillationTrainer(Trainer):
             student = forward_views(self.model, batch)
         self.model.train(was_training)
         classes = student.logits.shape[1]
-        if isinstance(dataset, ImageDataset) and classes < dataset.num_classes:
+        needed = source.num_classes if source else int(batch["labels"].max()) + 1
+        if classes < needed:
             raise ValueError(
-                f"The student has {classes} classes and the data set {dataset.num_classes}: build the student with "
-                f"num_classes={dataset.num_classes}."
+                f"The student has {classes} classes and the data set {needed}: build the student with "
+                f"num_classes={needed}."
             )
         if self.teacher is None:
             return
@@ -153,7 +163,7 @@ class DistillationTrainer(Trainer):
         if teacher.logits.shape[1] != classes:
             raise ValueError(
                 f"The teacher has {teacher.logits.shape[1]} classes and the student {classes}: logit losses compare "
-                "them class by class. Take a teacher that was trained on the student's classes."
+                "them class by class. Set teacher_name_or_path to one that was trained on the student's classes."
             )
         for name, loss in self.distiller.losses.items():
             if loss.views == 2 and student.strong is None:
@@ -173,6 +183,7 @@ class DistillationTrainer(Trainer):
         finally:
             self.model = student
         self.callback_handler.model = student
+        self._term_sums, self._term_count, self._images_seen = None, 0, 0
         self._clock = time.perf_counter()
         return prepared
 
@@ -271,13 +282,14 @@ class DistillationTrainer(Trainer):
         labels = inputs.get("labels")
         with self.accelerator.autocast():
             logits = at_least_float32(logits_of(model, inputs["pixel_values"]))
-        loss = None if labels is None else F.cross_entropy(logits, labels)
-        if prediction_loss_only or self._keep_logits:
+        if prediction_loss_only or self._keep_logits or labels is None:
+            loss = None if labels is None else F.cross_entropy(logits, labels)
             return loss, None if prediction_loss_only else logits, labels
         ranked = logits.topk(min(5, logits.shape[1])).indices
-        if self.teacher is None:
-            return loss, ranked, labels
-        return loss, (ranked, self._teacher_choice(inputs)), labels
+        # One loss an image: Trainer's mean over batches would count twice the images that pad a rank's last batch.
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        teacher = () if self.teacher is None else (self._teacher_choice(inputs),)
+        return None, (ranked, losses, *teacher), labels
 
     def _memory_of(self, dataset) -> Tensor | None:
         """What the teacher chose in earlier evaluations of an unaugmented `ImageDataset`, (N,), -1 where not known.
@@ -285,10 +297,11 @@ class DistillationTrainer(Trainer):
         The teacher never changes, and is often several times the student: asking it once saves most of the time of
         every later evaluation.
         """
-        if not isinstance(dataset, ImageDataset) or not isinstance(dataset.transform, NoAugmentation):
+        source = _image_source(dataset)
+        if source is None or not isinstance(source.transform, NoAugmentation):
             return None
-        unknown = torch.full((len(dataset),), -1, device=self.args.device)
-        return self._teacher_memories.setdefault(id(dataset), unknown)
+        unknown = torch.full((len(source),), -1, device=self.args.device)
+        return self._teacher_memories.setdefault(source, unknown)
 
     def _teacher_choice(self, inputs: dict[str, Tensor]) -> Tensor:
         """The teacher's most probable class for each image, (B,)."""
@@ -304,6 +317,8 @@ class DistillationTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         super()._save(output_dir, exported_state_dict(self.model) if state_dict is None else state_dict)
+        if self.args.should_save:  # Trainer's pickle of the arguments holds the Hub token
+            os.remove(os.path.join(output_dir or self.args.output_dir, TRAINING_ARGS_NAME))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -328,12 +343,13 @@ def _check_roles(model: nn.Module, teacher, losses: nn.ModuleDict, args: Distill
 
 
 def _compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Metrics from ranked classes (N, K), with the teacher's choice (N,) beside them; or from logits (N, C)."""
-    ranked, teacher = prediction.predictions, None
-    if isinstance(ranked, tuple):
-        ranked, teacher = ranked
-    if np.issubdtype(ranked.dtype, np.floating):
-        ranked = np.argsort(-ranked, axis=1)[:, :5]
-    return ImageClassificationMetrics().compute(
-        predictions=ranked, references=prediction.label_ids, teacher=teacher
+    """Metrics from what `prediction_step` gives: logits (N, C), or ranked classes (N, K) and losses (N,), with the
+    teacher's choice (N,) where there is one."""
+    given, labels = prediction.predictions, prediction.label_ids
+    if not isinstance(given, tuple):
+        return ImageClassificationMetrics().compute(predictions=np.argsort(-given, axis=1)[:, :5], references=labels)
+    ranked, losses, *teacher = given
+    metrics = ImageClassificationMetrics().compute(
+        predictions=ranked, references=labels, teacher=teacher[0] if teacher else None
     )
+    return metrics | {"loss": losses.mean().item()}

@@ -14,7 +14,8 @@ STUDENTS = {"cross-entropy alone": "student", "KD": "kd", "KD + Z-score": "kd_zs
 
 def main() -> None:
     started = time.perf_counter()
-    shutil.rmtree("runs/digits", ignore_errors=True)
+    for name in ("teacher", *STUDENTS.values()):
+        shutil.rmtree(f"runs/digits/{name}", ignore_errors=True)
     train_teacher(["recipes/digits/teacher.yaml"])
     rows = [("teacher, ResNet-20", "runs/digits/teacher")]
     for title, name in STUDENTS.items():

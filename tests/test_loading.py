@@ -27,6 +27,14 @@ def test_class_names_size_and_normalisation_travel():
     assert size == 32  # no enlarging before the crop: that is how hfkd prepared the training images
 
 
+def test_a_vision_transformer_at_another_size_loads_again():
+    student = load_student("deit_tiny_patch16_224", num_classes=3, image_size=64).eval()
+    student.save_pretrained("vit")
+    loaded = AutoModelForImageClassification.from_pretrained("vit").eval()
+    pixels = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(loaded(pixels).logits, student(pixels).logits)
+
+
 def test_a_timm_student_keeps_timms_initialisation():
     torch.manual_seed(0)
     expected = timm.create_model("cifar_resnet8", num_classes=3).state_dict()

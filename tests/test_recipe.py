@@ -61,6 +61,9 @@ def test_unknown_keys_name_the_nearest(tmp_path):
     [
         (["--num_train_epochs", "many"], "num_train_epochs.*many"),
         (["--losses.kd", "4"], "losses.METHOD.PARAMETER"),
+        (["--losses.kd.weight=", "--seed", "3"], "losses.METHOD.PARAMETER"),
+        (["--losses", '{"kd": {}}', "--losses.kd.weight", "9"], "not both"),
+        (["--image_size", "0"], "image_size must be"),
         (["--ce_weight", "-1"], "ce_weight must not be negative"),
         (["--label_smoothing_factor", "0.1"], "label_smoothing_factor"),
         (["--lr_milestones", "3", "--warmup_steps", "5"], "lr_milestones has no warm-up"),
@@ -69,6 +72,26 @@ def test_unknown_keys_name_the_nearest(tmp_path):
 def test_bad_values_are_named(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         parse_recipe([write(tmp_path / "r.yaml"), *arguments])
+
+
+def test_what_is_typed_is_what_is_recorded(tmp_path):
+    keys = {"learning_rate": "5e-2", "eval_strategy": False, "lr_milestones": None, "ce_weight": 1e-05}
+    path = write(tmp_path / "r.yaml", run_name="-x", **keys)
+    overrides = ["--no_random_flip", "--report_to", "none", "--hub_token", "secret", "--resume_from_checkpoint", "true"]
+    overrides += ["--accelerator_config", '{"split_batches": true}', "--max_grad_norm=-1"]
+    _, data_args, config, resolved = parse_recipe([path, *overrides])
+    assert data_args.random_flip is False is resolved["random_flip"]
+    assert resolved["learning_rate"] == 0.05 and resolved["report_to"] == "none" and resolved["run_name"] == "-x"
+    assert resolved["eval_strategy"] == "no" == config.eval_strategy and resolved["max_grad_norm"] == -1
+    assert resolved["accelerator_config"] == {"split_batches": True}
+    assert "secret" not in str(resolved) and "resume_from_checkpoint" not in resolved
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(resolved))
+    assert parse_recipe([str(tmp_path / "again.yaml")])[3] == resolved
+
+
+def test_a_list_where_one_value_belongs(tmp_path):
+    with pytest.raises(ValueError, match="seed takes one value"):
+        parse_recipe([write(tmp_path / "r.yaml", seed=[1, 2])])
 
 
 def test_bad_files_are_named(tmp_path):

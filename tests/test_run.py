@@ -12,13 +12,16 @@ import yaml
 from datasets import ClassLabel, Dataset, Features, Image
 from helpers import images
 from PIL import Image as PILImage
+from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
 from hfkd import load_student
 from hfkd.arguments import DataArguments
 from hfkd.data import NoAugmentation
+from hfkd.recipe import parse_recipe
+from hfkd.results import environment
+from hfkd.run import build_trainer, distill, evaluate, load_splits, train_teacher
 from hfkd.run import decode as decode_split
-from hfkd.run import distill, evaluate, load_splits, train_teacher
 
 RECIPE = {
     "student_name_or_path": "cifar_resnet8",
@@ -127,10 +130,52 @@ def test_resume_keeps_the_rows_and_ends_alike(teacher):
     assert cut[0] == whole[0] and cut[1]["eval_loss"] == whole[1]["eval_loss"] and cut[1]["loss"] == whole[1]["loss"]
 
 
+def test_the_seed_decides_the_initial_weights():
+    weights = []
+    for seed in ("3", "3", "4"):
+        torch.rand(7)  # whatever was drawn before
+        model = build_trainer(*parse_recipe([recipe(), "--seed", seed])[:3]).model
+        weights.append(model.timm_model.conv1.weight)
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_the_best_epoch_is_exported(teacher):
+    """The second epoch is ruined by its learning rate, so the first is the best, and what student/ holds."""
+    path = recipe(**KD | {"lr_milestones": [1], "lr_gamma": 1e4, "lr_scheduler_type": "constant"})
+    trainer = distill([path])
+    results = json.loads(open("runs/digits/run/results.json").read())
+    assert results["best"]["checkpoint"] == "checkpoint-2" and results["last"]["checkpoint"] == "checkpoint-4"
+    assert Path("runs/digits/run/checkpoint-2").is_dir() and Path("runs/digits/run/checkpoint-4").is_dir()
+    assert trainer.evaluate()["eval_top1"] == results["best"]["top1"]
+    exported, best = (load_file(f"runs/digits/run/{name}/model.safetensors") for name in ("student", "checkpoint-2"))
+    assert all(torch.equal(exported[name], best[name]) for name in best)
+    assert not list(Path("runs").rglob("training_args.bin"))  # it would hold the Hub token
+
+
+def test_results_without_evaluation_during_training(teacher):
+    changes = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "num_train_epochs": 1}
+    distill([recipe(**KD | changes)])
+    results = json.loads(open("runs/digits/run/results.json").read())
+    assert results["exported"] == "last" and "top1" in results["last"]
+    with pytest.raises(ValueError, match="holds a run of this recipe"):
+        distill([recipe(**KD | changes)])
+
+
+def test_no_git_no_commit(monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert environment()["git_commit"] is None
+
+
+def test_a_teacher_with_its_classes_in_another_order():
+    load_student("cifar_resnet14", class_names=[str(i) for i in range(10)][::-1]).save_pretrained("teacher")
+    with pytest.raises(ValueError, match="classes in another order"):
+        distill([recipe(**KD)])
+
+
 def test_another_recipes_folder_is_refused(teacher):
     path = recipe(**KD)
     distill([path, "--num_train_epochs", "1"])
-    with pytest.raises(ValueError, match="another recipe.*num_train_epochs: 1.0 there, 2 here.*--output_dir"):
+    with pytest.raises(ValueError, match="another recipe.*num_train_epochs: 1.0 there, 2.0 here.*--output_dir"):
         distill([path])
     with pytest.raises(ValueError, match="another recipe"):
         distill([path, "--resume_from_checkpoint", "true"])

@@ -13,6 +13,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from hfkd import DistillationTrainer, Teacher, load_student
 from hfkd.data import ImageDataset, NoAugmentation
+from hfkd.loading import wrap_timm
 from hfkd.losses import DistillationLoss, KDLoss, kd_loss
 from hfkd.models.base import CIFAR_MEAN, CIFAR_STD
 
@@ -268,7 +269,11 @@ def test_learning_rate_drops_after_its_milestones():
 
 @pytest.mark.parametrize("everywhere", [True, False])
 def test_weight_decay_groups(everywhere):
-    student = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, num_classes=10, depth=1)
+    model_args = {"img_size": 32, "patch_size": 8, "depth": 1}
+    bare = timm.create_model("vit_tiny_patch16_224", num_classes=10, **model_args)
+    with pytest.raises(ValueError, match="another shape at.*Pass the keywords"):
+        DistillationTrainer(bare, None, config(), train_dataset=images())
+    student = wrap_timm(bare, [str(i) for i in range(10)], model_args)
     args = config(losses={"ctkd": {}}, weight_decay=0.05, decay_all_parameters=everywhere)
     trainer = DistillationTrainer(student, Plain(), args, train_dataset=images())
     decayed, free = trainer.create_optimizer(trainer.distiller).param_groups
@@ -279,8 +284,9 @@ def test_weight_decay_groups(everywhere):
     if everywhere:
         assert not free_names
     else:
-        assert {"student.cls_token", "student.pos_embed", "student.head.bias", "student.norm.weight"} <= free_names
-        assert "student.head.weight" not in free_names
+        for name in ("cls_token", "pos_embed", "head.bias", "norm.weight"):
+            assert f"student.timm_model.{name}" in free_names
+        assert "student.timm_model.head.weight" not in free_names
         assert any(name.startswith("losses.ctkd") for name in free_names)
 
 
@@ -315,6 +321,10 @@ def test_wrong_roles_are_refused():
         DistillationTrainer(Plain(10), Plain(7), config(losses=KD), train_dataset=data)
     with pytest.raises(ValueError, match="student has 4 classes and the data set 10"):
         DistillationTrainer(Plain(4), Plain(4), config(losses=KD), train_dataset=data)
+    with pytest.raises(ValueError, match="student has 4 classes and the data set 10"):
+        DistillationTrainer(Plain(4), None, config(), train_dataset=Dictionaries(data))
+    with pytest.raises(ValueError, match="fp16 needs an accelerator"):
+        config(fp16=True)
     with pytest.raises(TypeError, match="must return logits"):
         DistillationTrainer(nn.Conv2d(3, 3, 1), None, config(), train_dataset=data)
 
@@ -331,6 +341,29 @@ class Dictionaries(torch.utils.data.Dataset):
     def __getitem__(self, index):
         sample = self.source[index]
         return {"pixel_values": sample["pixel_values"], "labels": sample["labels"].item()}
+
+
+def test_a_subset_is_augmented_anew_in_every_epoch():
+    """A Subset hides the data set that must hear of the epoch, and of the second view."""
+    seen = []
+
+    class Watch(KDLoss):
+        def forward(self, student, teacher, batch):
+            seen.append(batch["pixel_values"][0].clone())
+            return super().forward(student, teacher, batch)
+
+    part = torch.utils.data.Subset(images(16), range(4))
+    args = config(num_train_epochs=2, train_sampling_strategy="sequential")
+    losses = {"mine": Watch(), "mlkd": {}}
+    DistillationTrainer(Plain(), Plain(), args, train_dataset=part, losses=losses).train()
+    assert len(seen) == 2 and not torch.equal(*seen)
+
+
+def test_one_teacher_for_two_trainers():
+    teacher, data = Plain(), images()
+    for _ in range(2):
+        DistillationTrainer(Plain(), teacher, config(losses=KD, max_steps=1), train_dataset=data).train()
+    assert not teacher.training
 
 
 def test_ones_own_data_set():

@@ -98,7 +98,10 @@ def find_label_column(
     if len(matching) == 1:
         return matching[0]
     problem = "several columns hold class labels" if labels else "no column holds class labels"
-    raise ValueError(f"{where}: {problem}. Set label_column. Candidates: {_label_candidates(features)}.")
+    raise ValueError(
+        f"{where}: {problem}. Set label_column. Candidates: {_label_candidates(features)}. Text can be made class "
+        "labels with `Dataset.class_encode_column`."
+    )
 
 
 def find_class_names(splits: list[tuple[datasets.Dataset, str]], label_column: str) -> list[str]:
@@ -106,8 +109,13 @@ def find_class_names(splits: list[tuple[datasets.Dataset, str]], label_column: s
     feature = splits[0][0].features[label_column]
     if isinstance(feature, datasets.ClassLabel):
         return list(feature.names)
-    largest = max(_integers(rows, label_column, name).max() for rows, name in splits)
-    return [str(i) for i in range(largest + 1)]
+    labels = np.unique(np.concatenate([_integers(rows, label_column, name) for rows, name in splits]))
+    if labels.max() > 10 * len(labels):
+        raise ValueError(
+            f"label_column: '{label_column}' of {splits[0][1]} has {len(labels)} different numbers up to "
+            f"{labels.max()}; classes are numbered from 0 without gaps. `Dataset.class_encode_column` renumbers them."
+        )
+    return [str(i) for i in range(labels.max() + 1)]
 
 
 def _integers(dataset, column, where):

@@ -53,6 +53,11 @@ def load_image_splits(
     image_column = find_image_column(features, image_column, name)
     label_column = find_label_column(features, label_column, class_names, name)
     names = find_class_names(chosen, label_column)
+    if class_names and names != class_names and sorted(names) == sorted(class_names):
+        raise ValueError(
+            f"label_column: '{label_column}' of {name} numbers the expected classes in another order ({names[:3]}... "
+            f"against {class_names[:3]}...). Renumber it, e.g. with datasets' `align_labels_with_mapping`."
+        )
     found = [ImageSplit(rows, where, image_column, label_column, names) for rows, where in chosen]
     for split in found:
         split.labels()  # a wrong label is found now, not after minutes of decoding
@@ -157,8 +162,13 @@ def _take(name, splits, key, spec):
         raise ValueError(f"{key}: {name} has no split '{split}'. It has: {', '.join(splits)}.")
     rows = splits[split]
     if bracket:
-        (part,) = datasets.ReadInstruction.from_spec(spec).to_absolute({split: len(rows)})
-        rows = rows.select(range(len(rows))[part.from_ : part.to])
+        try:
+            (part,) = datasets.ReadInstruction.from_spec(spec).to_absolute({split: len(rows)})
+        except (ValueError, AssertionError) as error:
+            raise ValueError(f"{key}: '{spec}' is no slice like {split}[:90%] or {split}[5:9] ({error}).") from error
+        # Rows are often sorted by class, so that a slice of them as they stand could miss whole classes.
+        order = np.random.default_rng(0).permutation(len(rows))
+        rows = rows.select(order[part.from_ : part.to])
     if len(rows) == 0:
         raise ValueError(f"{key}: {name}, split '{spec}' is empty.")
     return rows

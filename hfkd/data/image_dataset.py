@@ -7,15 +7,16 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from transformers import default_data_collator
 
 from .augment import StrongAugmentation, random_bits
 from .columns import ImageSplit
 from .decode import decode_split
 
 
-def collate_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The `collate_fn` for an ImageDataset, whose `__getitems__` has collated the batch already."""
-    return batch
+def collate_batch(samples: dict[str, Tensor] | list[dict[str, Any]]) -> dict[str, Tensor]:
+    """A `collate_fn`: an ImageDataset hands over whole batches, other data sets a list of samples."""
+    return samples if isinstance(samples, dict) else default_data_collator(samples)
 
 
 class ImageDataset(Dataset):

@@ -31,9 +31,6 @@ class DistillationLoss(nn.Module):
     """
 
     views = 1  # 2: `student.strong` and `teacher.strong` are filled
-    needs_index = False  # True: `batch["index"]` holds each sample's index in the data set
-    student_features: tuple[str, ...] = ()  # taps read from the student
-    teacher_features: tuple[str, ...] = ()  # taps read from the teacher
 
     # The run's one switch. `build_losses` sets it, so that no constructor has to repeat it.
     logit_standardization = False

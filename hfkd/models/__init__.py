@@ -4,16 +4,18 @@
 those of the published checkpoints, which `load_checkpoint` reads.
 """
 
-from . import mobilenetv2, resnet, resnet_wide_stem, shufflenetv1, shufflenetv2, vgg, wrn
+from . import mobilenetv2, pvt, resnet, resnet_wide_stem, shufflenetv1, shufflenetv2, t2t_vit, vgg, wrn
 from .checkpoints import load_checkpoint
 
 __all__ = [
     "load_checkpoint",
     "mobilenetv2",
+    "pvt",
     "resnet",
     "resnet_wide_stem",
     "shufflenetv1",
     "shufflenetv2",
+    "t2t_vit",
     "vgg",
     "wrn",
 ]

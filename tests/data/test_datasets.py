@@ -117,9 +117,23 @@ def test_evaluation_needs_no_training_split(tmp_path):
 def test_slices_of_a_split():
     train, test = load_image_splits("digits", train_split="train[:90%]", eval_split="train[90%:]")
     assert (len(train), len(test)) == (1293, 144)
-    whole = load_image_splits("digits")[0].labels().tolist()
-    assert train.labels().tolist() + test.labels().tolist() == whole
+    whole = load_image_splits("digits")[0].labels()
+    assert sorted(train.labels().tolist() + test.labels().tolist()) == sorted(whole.tolist())
+    assert len(set(test.labels().tolist())) == 10
     assert train.name == "digits, split 'train[:90%]'"
+
+
+def test_slices_of_rows_sorted_by_class_hold_every_class(tmp_path):
+    labels = [0] * 20 + [1] * 20
+    folder = parquet_folder(tmp_path / "sorted", {"image": IMAGE, "label": ANIMALS}, {"label": labels})
+    train, test = load(folder, tmp_path, train_split="train[:75%]", eval_split="train[75%:]")
+    assert set(train.labels()) == set(test.labels()) == {0, 1} and (len(train), len(test)) == (30, 10)
+
+
+@pytest.mark.parametrize("spec", ["train[:10", "train[:x]", "train[5000:]"])
+def test_slices_that_are_none(spec):
+    with pytest.raises(ValueError, match=r"train_split: .*train\["):
+        load_image_splits("digits", train_split=spec)
 
 
 # ---- Columns and classes -------------------------------------------------------------------------
@@ -132,6 +146,8 @@ def test_label_column_among_several(tmp_path):
     folder = parquet_folder(tmp_path / "pets", TWO_LABELS, {"fine": [0, 1], "coarse": [0, 0]})
     for arguments in ({"label_column": "fine"}, {"class_names": ["cat", "dog"]}):
         assert load(folder, tmp_path, **arguments)[0].label_column == "fine"
+    with pytest.raises(ValueError, match="another order"):
+        load(folder, tmp_path, label_column="fine", class_names=["dog", "cat"])
     for arguments in ({}, {"class_names": ["dog", "cat"]}):
         with pytest.raises(ValueError, match="several .* Set label_column. Candidates: 'fine', 'coarse'"):
             load(folder, tmp_path, **arguments)
