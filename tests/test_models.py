@@ -5,20 +5,20 @@ and its logits for one input under one pattern of weights, computed in float64 b
 """
 
 import json
-import zlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import timm
 import torch
+from helpers import GOLDEN as GOLDEN_FOLDER
+from helpers import probe_weight, wave
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, TimmWrapperConfig, TimmWrapperForImageClassification
 
 import hfkd.models  # noqa: F401  registers the architectures
 from hfkd.models.base import CIFAR_MEAN, CIFAR_STD
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "models_cifar.json").read_text())
+GOLDEN = json.loads((GOLDEN_FOLDER / "models_cifar.json").read_text())
 ONE_OF_EACH_FAMILY = [
     "cifar_resnet8",
     "cifar_resnet18",
@@ -28,23 +28,6 @@ ONE_OF_EACH_FAMILY = [
     "cifar_shufflenetv1",
     "cifar_shufflenetv2",
 ]
-
-torch.set_num_threads(1)
-
-
-def wave(shape: torch.Size | tuple[int, ...], frequency: float, phase: float = 0.0) -> Tensor:
-    steps = torch.arange(torch.Size(shape).numel(), dtype=torch.float64)
-    return torch.sin(steps * frequency + phase).reshape(shape)
-
-
-def probe_weight(name: str, tensor: Tensor) -> Tensor:
-    """The weights under which the golden logits were computed, a function of a tensor's name and shape."""
-    if not tensor.is_floating_point():
-        return torch.zeros_like(tensor)
-    s = wave(tensor.shape, 0.37, phase=zlib.crc32(name.encode()) % 1000 * 0.01)
-    if tensor.ndim > 1:
-        return s * (0.5 / tensor[0].numel()) ** 0.5
-    return 1 + 0.1 * s if name.endswith(("weight", "running_var")) else 0.1 * s
 
 
 @dataclass

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from test_models import probe_weight, wave
+from helpers import probe_weight, wave
 from timm.layers import DropPath
 from torch import nn
 from transformers import AutoModelForImageClassification

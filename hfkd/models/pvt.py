@@ -1,4 +1,4 @@
-"""Pyramid vision transformers (version 1), and the interface that they share with T2T-ViT.
+"""Pyramid vision transformers (version 1).
 
 Paper: Wang, Xie, Li, Fan, Song, Liang, Lu, Luo, Shao, "Pyramid Vision Transformer: A Versatile Backbone for Dense
 Prediction without Convolutions", 2021. Parameter names: the official release.
@@ -8,193 +8,19 @@ Blocks are counted over all four stages: in pvt_tiny, 0 and 1 are `block1.0` and
 multiples of 32, but at 32 the attention of the first three stages sees one key, so their queries learn nothing.
 """
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, PatchEmbed, calculate_drop_path_rates, to_2tuple, trunc_normal_
+from timm.layers import PatchEmbed, calculate_drop_path_rates, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
-from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
+
+from .tokens import IMAGENET_CFG, Block, TokenClassifier, to_map
 
 NORM_EPS = 1e-6  # of the blocks and the last norm; the norms of patches and of reduced maps have PyTorch's 1e-5
 
-
-class TokenClassifier(nn.Module):
-    """Base of `t2t_vit_*` and `pvt_*`: everything of timm's interface except the layers.
-
-    A subclass's constructor creates its layers, then calls `add_head` once, last; `enter_block` does what precedes a
-    block. The tokens (B, N, C) that a block gives are those of an image grid, after a class token or without one.
-    `img_size`, one side or (height, width) in pixels, raises ValueError unless both are multiples of `multiple`.
-    """
-
-    def __init__(self, img_size: int | tuple[int, int], multiple: int, in_chans: int, drop_rate: float):
-        super().__init__()
-        self.img_size = tuple(to_2tuple(img_size))
-        if any(side < multiple or side % multiple for side in self.img_size):
-            below = tuple(max(1, side // multiple) * multiple for side in self.img_size)
-            above = tuple(max(1, -(-side // multiple)) * multiple for side in self.img_size)
-            raise ValueError(
-                f"img_size is {img_size}; {type(self).__name__} needs height and width in multiples of {multiple}. "
-                f"Nearest (height, width): {below}" + (f" or {above}" if above != below else "")
-            )
-        self.in_chans = in_chans
-        self.drop_rate = drop_rate
-        self.grad_checkpointing = False
-
-    def add_head(self, feature_info: list[dict[str, Any]], norm_eps: float, num_classes: int, global_pool: str) -> None:
-        """Create the last norm and the classifier and initialise every linear layer as the releases do.
-
-        `feature_info`: timm's description of each block, in the order in which they run.
-        """
-        self.feature_info = feature_info
-        self.num_features = self.head_hidden_size = feature_info[-1]["num_chs"]
-        self.norm = nn.LayerNorm(self.num_features, eps=norm_eps)
-        self.reset_classifier(num_classes, global_pool)
-        self.apply(init_linear)
-
-    def enter_block(self, index: int, x: Tensor) -> Tensor:
-        """What the block before `index` gave (before block 0: the images) -> tokens for block `index`."""
-        raise NotImplementedError
-
-    def no_weight_decay(self) -> set[str]:
-        """Parameters that the official training code leaves without weight decay, besides all vectors."""
-        return {"cls_token"}
-
-    def get_classifier(self) -> nn.Module:
-        """The linear classifier, or an identity when `num_classes` is 0."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put in a fresh classifier; `num_classes=0` removes it, `global_pool=None` keeps the pooling.
-
-        Raises:
-            ValueError: `global_pool` is not "token" (the class token), "avg" (of the others) or "" (none).
-        """
-        if global_pool not in (None, "token", "avg", ""):
-            raise ValueError(f"global_pool is {global_pool!r}; {type(self).__name__} takes 'token', 'avg' or ''")
-        if global_pool is not None:
-            self.global_pool = global_pool
-        self.num_classes = num_classes
-        like = {"device": self.norm.weight.device, "dtype": self.norm.weight.dtype}
-        self.head = nn.Linear(self.num_features, num_classes, **like) if num_classes > 0 else nn.Identity()
-        init_linear(self.head)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade time for memory: recompute each block in the backward pass."""
-        self.grad_checkpointing = enable
-
-    def _run_blocks(self, x: Tensor, count: int, take: Sequence[int] = ()) -> tuple[Tensor, list[Tensor]]:
-        """Images through the first `count` blocks -> the last tokens, and the tokens of the blocks in `take`."""
-        expected = (self.in_chans, *self.img_size)
-        if tuple(x.shape[1:]) != expected:
-            raise ValueError(
-                f"images are {tuple(x.shape[1:])}, this {type(self).__name__} takes {expected}: "
-                "resize them, or build the model with their img_size and in_chans"
-            )
-        taken = []
-        for index, info in enumerate(self.feature_info[:count]):
-            x, block = self.enter_block(index, x), self.get_submodule(info["module"])
-            x = checkpoint(block, x) if self.grad_checkpointing and torch.is_grad_enabled() else block(x)
-            if index in take:
-                taken.append(x)
-        return x, taken
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, in_chans, H, W) -> normalised tokens (B, 1 + N, num_features), the class token first."""
-        return self.norm(self._run_blocks(x, len(self.feature_info))[0])
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """The tokens of `forward_features` -> logits (B, num_classes) or embedding (B, num_features)."""
-        if self.global_pool:
-            x = x[:, 0] if self.global_pool == "token" else x[:, 1:].mean(dim=1)
-        x = F.dropout(x, self.drop_rate, self.training)
-        return x if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images (B, in_chans, H, W) -> logits (B, num_classes)."""
-        return self.forward_head(self.forward_features(x))
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """What the blocks named by `indices` give, without the class token, shallow to deep.
-
-        Args:
-            x: images (B, in_chans, H, W).
-            indices: None for all blocks, n for the last n, or a list (negative: from the end); position in
-                `feature_info`, which in PVT counts the blocks of all stages.
-            norm: pass them through the last norm, those of its width (in PVT, the last stage's).
-            stop_early: run no block deeper than the deepest asked for.
-            output_fmt: "NCHW" for maps (B, C, h, w), "NLC" for tokens (B, h * w, C).
-            intermediates_only: leave out the first of the two results.
-
-        Returns:
-            The tokens of `forward_features` (the deepest block's, unnormalised, if stopped before the last), and the
-            list of maps or tokens, sizes as in `feature_info`; or the list alone.
-
-        Raises:
-            ValueError: another `output_fmt`, or images of another size than the model's.
-        """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt is {output_fmt!r}; {type(self).__name__} gives 'NCHW' or 'NLC'")
-        depth = len(self.feature_info)
-        take, deepest = feature_take_indices(depth, indices)
-        count = deepest + 1 if stop_early else depth
-        x, taken = self._run_blocks(x, count, take)
-        intermediates = []
-        for index, tokens in zip(sorted(set(take)), taken, strict=True):
-            height, width = (side // self.feature_info[index]["reduction"] for side in self.img_size)
-            if norm and tokens.shape[-1] == self.num_features:
-                tokens = self.norm(tokens)
-            tokens = tokens[:, -height * width :]  # without the class token
-            intermediates.append(to_map(tokens, height, width) if output_fmt == "NCHW" else tokens)
-        if intermediates_only:
-            return intermediates
-        return self.norm(x) if count == depth else x, intermediates
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block around a given attention module."""
-
-    def __init__(self, width: int, attn: nn.Module, mlp_ratio: float, drop_path: float, norm_eps: float):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=norm_eps)
-        self.attn = attn
-        self.norm2 = nn.LayerNorm(width, eps=norm_eps)
-        self.mlp = Mlp(width, int(width * mlp_ratio))
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
-
-
-def to_map(tokens: Tensor, height: int, width: int) -> Tensor:
-    """(B, height * width, C) -> (B, C, height, width)."""
-    return tokens.transpose(1, 2).reshape(tokens.shape[0], -1, height, width)
-
-
-def init_linear(module: nn.Module) -> None:
-    """Initialise a linear layer as both releases do, for `Module.apply`: truncated N(0, 0.02), bias 0."""
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
-# Beside timm's defaults: 1000 classes, 224 x 224, ImageNet mean and std, bicubic. The input size being fixed, timm
-# builds the model for the one that the configuration names.
-IMAGENET_CFG = {"fixed_input_size": True, "crop_pct": 0.9, "classifier": "head"}
 
 
 class SpatialReductionAttention(nn.Module):

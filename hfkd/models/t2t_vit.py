@@ -17,7 +17,7 @@ from timm.layers import calculate_drop_path_rates, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from .pvt import IMAGENET_CFG, Block, TokenClassifier, to_map
+from .tokens import IMAGENET_CFG, Block, TokenClassifier, to_map
 
 TOKEN_WIDTH = 64  # inside the tokens-to-token module
 RANDOM_FEATURES = 32
