@@ -21,13 +21,13 @@ def main() -> None:
     for title, name in STUDENTS.items():
         distill([f"recipes/digits/{name}.yaml"])
         rows.append((f"student, ResNet-8, {title}", f"runs/digits/{name}"))
-    print(f"\n{'digits':36s} {'parameters':>10s} {'top-1':>7s} {'agreement':>10s} {'seconds':>8s}")
+    print(f"\n{'digits':40s} {'parameters':>10s} {'top-1':>7s} {'agreement':>10s} {'seconds':>8s}")
     for title, folder in rows:
         with open(f"{folder}/results.json") as file:
             result = json.load(file)
         agreement = result["last"].get("agreement")
         print(
-            f"{title:36s} {result['parameters']:10,d} {result['last']['top1']:7.2f} "
+            f"{title:40s} {result['parameters']:10,d} {result['last']['top1']:7.2f} "
             f"{'' if agreement is None else f'{agreement:.2f}':>10s} {result['seconds']:8.1f}"
         )
     print(f"\nTop-1 after the last epoch and agreement with the teacher, in percent. All in runs/digits, in "
