@@ -115,13 +115,15 @@ def test_a_constructor_refuses_what_is_no_number(value):
 
 
 def test_edges_of_the_ranges_are_taken():
-    build_losses(
+    losses = build_losses(
         {
             "dkd": {"alpha": 0, "beta": 0, "warmup_epochs": 0, "weight": 0},
             "ctkd": {"curriculum_epochs": 0, "start": 1e-3},
         },
         logit_standardization=False,
     )
+    assert (losses["dkd"].alpha, losses["dkd"].beta, losses["dkd"].weight) == (0, 0, 0)
+    assert list(losses) == ["dkd", "ctkd"]
 
 
 @pytest.mark.parametrize("given", [4.0, "temperature=4", [4.0], torch.nn.Linear(1, 1), KDLoss])
