@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,17 +17,46 @@ class ModelArguments:
     student_name_or_path: str = field(
         metadata={"help": "A timm architecture, a folder written by save_pretrained, or a Hub id."},
     )
-    teacher_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "Like student_name_or_path. Without a teacher the student learns from the labels alone."},
-    )
-    teacher_checkpoint: str | None = field(
+    teacher_name_or_path: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Weights for a timm architecture named in teacher_name_or_path: a .safetensors file or a "
-            "published .pth file holding {'model': state_dict}."
+            "help": "Like student_name_or_path; several are an ensemble. Without a teacher the student learns from the "
+            "labels alone."
         },
     )
+    teacher_checkpoint: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Weights for the timm architectures named in teacher_name_or_path, one each: a .safetensors file "
+            "or a published .pth file holding {'model': state_dict}."
+        },
+    )
+    teacher_class_indices: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "For each of the student's classes the teacher's class, where the teacher has more or other ones; "
+            "by default they are matched by name."
+        },
+    )
+    drop_path_rate: float | None = field(
+        default=None, metadata={"help": "Stochastic depth of the student, for a timm architecture that has it."}
+    )
+    patch_size: int | None = field(
+        default=None, metadata={"help": "Side of the student's patches in pixels, for a timm ViT; by default its own."}
+    )
+
+    def __post_init__(self):
+        # From code, one name needs no list.
+        if isinstance(self.teacher_name_or_path, str):
+            self.teacher_name_or_path = [self.teacher_name_or_path]
+        if isinstance(self.teacher_checkpoint, str):
+            self.teacher_checkpoint = [self.teacher_checkpoint]
+        teachers, checkpoints = self.teacher_name_or_path or [], self.teacher_checkpoint or []
+        if checkpoints and len(checkpoints) != len(teachers):
+            raise ValueError(
+                f"teacher_checkpoint names {len(checkpoints)} files and teacher_name_or_path {len(teachers)} teachers: "
+                "give one file for each."
+            )
 
 
 @dataclass
@@ -53,10 +83,60 @@ class DataArguments:
     random_flip: bool = field(
         default=True, metadata={"help": "Mirror half of the training images; wrong for digits and letters."}
     )
+    augmentation: str = field(
+        default="crop",
+        metadata={
+            "help": "'crop': decoded once into memory, zero-padded by 4 pixels and cropped, for small images. "
+            "'random_resized_crop': decoded anew each time in the DataLoader workers, a random part resized.",
+            "choices": ["crop", "random_resized_crop"],
+        },
+    )
+    interpolation: str = field(
+        default="bicubic",
+        metadata={"help": "Of random_resized_crop and its evaluation.", "choices": ["bicubic", "bilinear"]},
+    )
+    crop_pct: float = field(
+        default=1.0,
+        metadata={"help": "Share of the resized image's side that evaluation crops (0.875: the middle 224 of 256)."},
+    )
+    auto_augment: str | None = field(
+        default=None, metadata={"help": "timm's policy string, e.g. rand-m9-mstd0.5-inc1, for random_resized_crop."}
+    )
+    color_jitter: float = field(
+        default=0.0,
+        metadata={"help": "timm's colour jitter, for random_resized_crop; without effect beside auto_augment."},
+    )
+    random_erasing: float = field(
+        default=0.0, metadata={"help": "Probability of timm's random erasing with noise, for random_resized_crop."}
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read the data while training, in place of downloading it; needs random_resized_crop."},
+    )
+    shuffle_buffer_size: int = field(
+        default=8192, metadata={"help": "Images among which a worker draws the next one, for streaming."}
+    )
+    skip_bad_images: bool = field(
+        default=False, metadata={"help": "Leave out images that cannot be decoded, and count them; otherwise an error."}
+    )
 
     def __post_init__(self):
         if self.image_size is not None and self.image_size < 1:
             raise ValueError(f"image_size must be a number of pixels, got {self.image_size}.")
+        if not 0 < self.crop_pct <= 1:
+            raise ValueError(f"crop_pct must be above 0 and at most 1, got {self.crop_pct}.")
+        if not 0 <= self.random_erasing <= 1:
+            raise ValueError(f"random_erasing is a probability, got {self.random_erasing}.")
+        if self.color_jitter < 0:
+            raise ValueError(f"color_jitter must not be negative, got {self.color_jitter}.")
+        if self.shuffle_buffer_size < 1:
+            raise ValueError(f"shuffle_buffer_size must be 1 image or more, got {self.shuffle_buffer_size}.")
+        if self.augmentation == "crop":
+            defaults = {field.name: field.default for field in dataclasses.fields(self)}
+            ignored = ("interpolation", "crop_pct", "auto_augment", "color_jitter", "random_erasing", "streaming")
+            given = [key for key in ignored if getattr(self, key) != defaults[key]]
+            if given:
+                raise ValueError(f"{given[0]} goes with augmentation: random_resized_crop; this recipe's is crop.")
 
 
 @dataclass
@@ -96,6 +176,14 @@ class DistillationConfig(TrainingArguments):
         metadata={"help": "Epochs after which lr_gamma multiplies the learning rate; replaces lr_scheduler_type."},
     )
     lr_gamma: float = field(default=0.1, metadata={"help": "Factor of lr_milestones."})
+    mixup: float = field(
+        default=0.0, metadata={"help": "Alpha of mixup (Zhang et al., 2018); 0: off. Beside cutmix, half the batches."}
+    )
+    cutmix: float = field(default=0.0, metadata={"help": "Alpha of CutMix (Yun et al., 2019); 0: off."})
+    ema_decay: float | None = field(
+        default=None,
+        metadata={"help": "Decay a step of the student's moving average, which is then evaluated and exported."},
+    )
     channels_last: bool = field(
         default=True, metadata={"help": "Keep student and teacher in the channels_last memory format."}
     )
@@ -137,5 +225,19 @@ class DistillationConfig(TrainingArguments):
                 f"label_smoothing_factor={self.label_smoothing_factor} is not supported: the teacher's distribution "
                 "takes its place. Leave it at 0."
             )
+        if self.mixup < 0 or self.cutmix < 0:
+            raise ValueError(f"mixup and cutmix must not be negative, got {self.mixup} and {self.cutmix}.")
+        if self.mixes and (self.per_device_train_batch_size % 2 or not self.dataloader_drop_last):
+            raise ValueError(
+                "mixup and cutmix pair the images of a batch, so every batch must be even: set dataloader_drop_last: "
+                f"true and an even per_device_train_batch_size (it is {self.per_device_train_batch_size})."
+            )
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be between 0 and 1, e.g. 0.9998, got {self.ema_decay}.")
         if self.lr_milestones and self.get_warmup_steps(1_000):
             raise ValueError("lr_milestones has no warm-up: leave warmup_steps at 0 or use lr_scheduler_type.")
+
+    @property
+    def mixes(self) -> bool:
+        """Are the images of a batch mixed?"""
+        return self.mixup > 0 or self.cutmix > 0

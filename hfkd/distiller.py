@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .features import Outputs, forward_views
+from .features import Outputs, Taps, forward_views
 from .losses.standardize import at_least_float32
 
 
@@ -17,6 +17,9 @@ class Distiller(nn.Module):
         student: the network to train.
         losses: distillation losses by name, each a `DistillationLoss`.
         ce_weight: weight of the cross-entropy with the labels, summed over the views of the batch.
+
+    Raises:
+        ValueError: if a loss names a layer that the student does not have.
     """
 
     def __init__(self, student: nn.Module, losses: nn.ModuleDict, ce_weight: float):
@@ -24,6 +27,16 @@ class Distiller(nn.Module):
         self.student = student
         self.losses = losses
         self.ce_weight = ce_weight
+        layers = [layer for loss in losses.values() for layer in loss.student_layers]
+        self.taps = Taps(student, layers) if layers else None
+
+    def predict(self, batch: dict[str, Tensor]) -> Outputs:
+        """The student's outputs for every view in `batch`, in float32 at least."""
+        outputs = forward_views(self.student, batch, self.taps)
+        outputs.features = {layer: at_least_float32(feature) for layer, feature in outputs.features.items()}
+        for view in outputs.views():
+            view.logits, view.class_logits = at_least_float32(view.logits), at_least_float32(view.class_logits)
+        return outputs
 
     def forward(self, batch: dict[str, Tensor], teacher: Outputs | None) -> dict[str, Tensor]:
         """Weighted loss terms by name (`loss_ce`, `loss_kd`, `loss_mlkd_class_correlation`, ...), 0-d each.
@@ -31,14 +44,12 @@ class Distiller(nn.Module):
         Their sum is the training loss. The losses run outside autocast, in float32 at least: in bf16 a KL term is off
         by several percent.
         """
-        student = forward_views(self.student, batch)
+        student = self.predict(batch)
         with torch.autocast(student.logits.device.type, enabled=False):
-            student.logits = at_least_float32(student.logits)
-            if student.strong is not None:
-                student.strong.logits = at_least_float32(student.strong.logits)
             terms = {}
             if self.ce_weight > 0:
-                terms["loss_ce"] = self.ce_weight * self._cross_entropy(student, batch["labels"])
+                views = [F.cross_entropy(view.class_logits, batch["labels"]) for view in student.views()]
+                terms["loss_ce"] = self.ce_weight * sum(views)
             for name, loss in self.losses.items():
                 value = loss(student, teacher, batch)
                 if isinstance(value, Tensor):
@@ -47,12 +58,6 @@ class Distiller(nn.Module):
                     key = f"loss_{name}_{term}" if term else f"loss_{name}"
                     terms[key] = loss.weight * term_value
         return terms
-
-    def _cross_entropy(self, student: Outputs, labels: Tensor) -> Tensor:
-        loss = F.cross_entropy(student.logits, labels)
-        if student.strong is not None:
-            loss = loss + F.cross_entropy(student.strong.logits, labels)
-        return loss
 
     def metrics(self) -> dict[str, Tensor]:
         """What the losses want in the log beside their terms, such as CTKD's temperature; 0-d tensors."""

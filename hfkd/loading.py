@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import difflib
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import timm
 import torch
+from timm.layers import PatchEmbed, trunc_normal_
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
     PreTrainedModel,
@@ -18,17 +20,9 @@ from transformers import (
 )
 from transformers.models.timm_wrapper import TimmWrapperForImageClassification
 
-from .models.checkpoints import load_checkpoint
-from .teacher import Teacher
-
-
-@dataclass(frozen=True)
-class InputSpec:
-    """What a network expects of its input: side in pixels, and the mean and std (RGB, images in [0, 1])."""
-
-    image_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+from .features import InputSpec
+from .models.checkpoints import load_architecture
+from .teacher import Teacher, TeacherEnsemble
 
 
 def load_student(
@@ -36,6 +30,11 @@ def load_student(
     class_names: list[str] | None = None,
     num_classes: int | None = None,
     image_size: int | None = None,
+    *,
+    patch_size: int | None = None,
+    drop_path_rate: float | None = None,
+    crop_pct: float = 1.0,
+    interpolation: str = "bicubic",
 ) -> PreTrainedModel:
     """A transformers image classifier to train, with the classes of the data set.
 
@@ -47,43 +46,94 @@ def load_student(
         class_names: names of the classes, in the order of the labels; they travel with the saved model.
         num_classes: in place of `class_names`.
         image_size: side of the square input in pixels, for a timm architecture; by default its own.
+        patch_size: side of a ViT's patches in pixels, likewise.
+        drop_path_rate: stochastic depth, likewise.
+        crop_pct, interpolation: how images are prepared for evaluation, likewise; they travel with the saved model.
 
     Raises:
-        ValueError: without classes, for a name that is no architecture, folder or Hub id, or for an image_size where
-            the weights come with their own.
+        ValueError: without classes, for a name that is no architecture, folder or Hub id, for what the architecture
+            does not take, an image size that its patches do not divide, or a setting of an architecture where the
+            weights come with their own.
     """
     if class_names is None:
         if num_classes is None:
             raise ValueError("load_student needs class_names or num_classes: how many classes has the data set?")
         class_names = [str(index) for index in range(num_classes)]
     if _is_architecture(name_or_path):
-        overlay = {"crop_pct": 1.0, "interpolation": "bicubic"}  # how hfkd prepares images; travels with the student
-        if image_size is not None:
-            overlay["input_size"] = (3, image_size, image_size)
-        model = timm.create_model(name_or_path, num_classes=len(class_names), pretrained_cfg_overlay=overlay)
-        fixed = image_size is not None and model.pretrained_cfg.get("fixed_input_size")
-        return wrap_timm(model, class_names, {"img_size": image_size} if fixed else None)
-    if image_size is not None:
-        raise ValueError(
-            f"image_size={image_size} goes with a timm architecture; {name_or_path} comes with its own. Leave it out."
-        )
+        overlay = {"crop_pct": crop_pct, "interpolation": interpolation}
+        return _new_student(name_or_path, class_names, image_size, patch_size, drop_path_rate, overlay)
+    settings = {"image_size": image_size, "patch_size": patch_size, "drop_path_rate": drop_path_rate}
+    for key, value in settings.items():
+        if value is not None:
+            raise ValueError(
+                f"{key}={value} goes with a timm architecture; {name_or_path} comes with its own. Leave it out."
+            )
     return AutoModelForImageClassification.from_pretrained(
         name_or_path,
         num_labels=len(class_names),
         id2label=dict(enumerate(class_names)),
         label2id={name: index for index, name in enumerate(class_names)},
         ignore_mismatched_sizes=True,
+        dtype=torch.float32,  # weights stored in half precision are trained in full all the same
     )
 
 
-def load_teacher(name_or_path: str, checkpoint: str | None = None, num_classes: int | None = None) -> Teacher:
-    """A frozen teacher.
+def _new_student(architecture, class_names, image_size, patch_size, drop_path_rate, overlay):
+    """A wrapped timm architecture with random weights."""
+    if image_size is not None:
+        overlay["input_size"] = (3, image_size, image_size)
+    shape = {} if patch_size is None else {"patch_size": patch_size}
+    settings = shape if drop_path_rate is None else shape | {"drop_path_rate": drop_path_rate}
+    try:
+        model = timm.create_model(
+            architecture, num_classes=len(class_names), pretrained_cfg_overlay=overlay, **settings
+        )
+    except TypeError as error:  # an argument that the architecture's constructor does not know
+        raise ValueError(f"{architecture} does not take {', '.join(settings)}: {error}.") from error
+    _check_patches(architecture, model)
+    _wake_zero_heads(model)
+    if image_size is not None and model.pretrained_cfg.get("fixed_input_size"):
+        shape["img_size"] = image_size
+    return wrap_timm(model, class_names, shape)
+
+
+def _check_patches(architecture: str, model: nn.Module) -> None:
+    """timm's ViTs do not look at the pixels beyond the last whole patch: raises ValueError if there are any."""
+    for module in model.modules():
+        if isinstance(module, PatchEmbed) and module.img_size is not None:
+            for side, patch in zip(module.img_size, module.patch_size, strict=True):
+                if side % patch:
+                    below, above = side // patch * patch, -(-side // patch) * patch
+                    raise ValueError(
+                        f"image_size: {architecture} cuts its input into patches of {patch} pixels, which do not "
+                        f"divide {side}. Take {f'{below} or ' if below else ''}{above}, or another patch_size."
+                    )
+            return  # later ones cut maps, not images
+
+
+def _wake_zero_heads(model: nn.Module) -> None:
+    """Gives a classifier that starts at zero (MLP-Mixer's, say) small random weights.
+
+    Its first logits would all be equal, and after one step nearly so: the Z-score divides by their standard deviation
+    and would scale the first gradients up without bound.
+    """
+    classifiers = model.get_classifier()
+    for classifier in classifiers if isinstance(classifiers, tuple) else (classifiers,):
+        for module in classifier.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)) and not module.weight.any():
+                trunc_normal_(module.weight, std=0.02)
+
+
+def load_teacher(
+    name_or_path: str, checkpoint: str | None = None, class_indices: Sequence[int] | None = None
+) -> Teacher:
+    """A frozen teacher, which sees the student's images at its own size and normalisation.
 
     Args:
         name_or_path: a folder written by `save_pretrained` (an earlier run's `teacher/`), a Hub id, or a timm
             architecture, which takes its weights from `checkpoint` or else timm's pretrained ones.
         checkpoint: `.safetensors`, or a published `.pth` holding `{"model": state_dict}`, for an architecture.
-        num_classes: classes in `checkpoint`; by default the architecture's own number.
+        class_indices: for each of the student's classes, the teacher's; by default they are matched by name.
 
     Raises:
         ValueError: for an unknown name, weights that do not fit, or an architecture without any weights.
@@ -94,18 +144,38 @@ def load_teacher(name_or_path: str, checkpoint: str | None = None, num_classes: 
                 f"teacher_checkpoint={checkpoint} goes with a timm architecture, but teacher_name_or_path="
                 f"{name_or_path} holds its own weights. Name an architecture such as cifar_resnet56, or drop it."
             )
-        return Teacher(AutoModelForImageClassification.from_pretrained(name_or_path), name_or_path)
-    if checkpoint is not None:
-        classes = {} if num_classes is None else {"num_classes": num_classes}
-        model = timm.create_model(name_or_path, **classes)
-        load_checkpoint(model, checkpoint)
-        return Teacher(model, name_or_path)
-    if not timm.get_pretrained_cfg(name_or_path).has_weights:
+        model = _load_pretrained(name_or_path)
+    elif checkpoint is not None:
+        model = load_architecture(name_or_path, checkpoint)
+    elif timm.get_pretrained_cfg(name_or_path).has_weights:
+        model = timm.create_model(name_or_path, pretrained=True)
+    else:
         raise ValueError(
             f"The architecture {name_or_path} has no pretrained weights to teach with. Give teacher_checkpoint, or "
             "train it with scripts/train_teacher.py and give the folder that it writes."
         )
-    return Teacher(timm.create_model(name_or_path, pretrained=True), name_or_path)
+    return Teacher(model, name_or_path, input_spec(model), class_indices)
+
+
+def _load_pretrained(name_or_path: str) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(name_or_path)
+    if isinstance(config, TimmWrapperConfig) and config.model_args:
+        config.model_args.pop("num_classes", None)  # timm's own push_to_hf_hub writes it; transformers would refuse it
+    # In float32, whatever the checkpoint is stored in: the run's precision is set by the trainer.
+    return AutoModelForImageClassification.from_pretrained(name_or_path, config=config, dtype=torch.float32)
+
+
+def as_teacher(
+    given: Teacher | TeacherEnsemble | nn.Module | Sequence[Teacher | nn.Module] | None, standardized: bool
+) -> Teacher | TeacherEnsemble | None:
+    """What the trainer's caller gave as the teacher, as one: models are frozen, several are an ensemble."""
+    if isinstance(given, nn.Module):
+        # What a timm or transformers model was trained with stands in its configuration.
+        return Teacher(given, input_spec=known_input_spec(given))
+    if isinstance(given, Sequence):
+        members = [as_teacher(member, standardized) for member in given]
+        return members[0] if len(members) == 1 else TeacherEnsemble(members, standardized)
+    return given
 
 
 def _is_architecture(name_or_path: str) -> bool:
@@ -163,13 +233,6 @@ def wrap_timm(
     return wrapper
 
 
-def class_names_of(model: nn.Module) -> list[str]:
-    """The names of a transformers classifier's classes, in order; none for other models."""
-    if not isinstance(model, PreTrainedModel):
-        return []
-    return [model.config.id2label[index] for index in range(model.config.num_labels)]
-
-
 def input_spec(model: nn.Module) -> InputSpec:
     """Input size and normalisation of a timm model, or of a transformers one that came from a folder or the Hub."""
     if isinstance(model, TimmWrapperForImageClassification):
@@ -183,6 +246,14 @@ def input_spec(model: nn.Module) -> InputSpec:
     return InputSpec(cfg["input_size"][-1], tuple(cfg["mean"]), tuple(cfg["std"]))
 
 
+def known_input_spec(model: nn.Module) -> InputSpec | None:
+    """`input_spec`, or None for a model that says nothing of its input."""
+    if isinstance(model, PreTrainedModel) and not isinstance(model, TimmWrapperForImageClassification):
+        return input_spec(model) if model.name_or_path else None
+    says = isinstance(model, TimmWrapperForImageClassification) or hasattr(model, "pretrained_cfg")  # timm's
+    return input_spec(model) if says else None
+
+
 def exported_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """Weights to save: a wrapped timm model's under timm's own names, which both timm and transformers read.
 
@@ -190,3 +261,9 @@ def exported_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """
     inner = model.timm_model if isinstance(model, TimmWrapperForImageClassification) else model
     return {name: value.contiguous() for name, value in inner.state_dict().items()}
+
+
+def load_exported(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Puts what `exported_state_dict` gave back into the model."""
+    inner = model.timm_model if isinstance(model, TimmWrapperForImageClassification) else model
+    inner.load_state_dict(state)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import datasets
 import evaluate
 import numpy as np
+from transformers import EvalPrediction
+
+from .data import ImageSource
 
 
 class ImageClassificationMetrics(evaluate.Metric):
@@ -42,3 +45,18 @@ def ranked_accuracy(ranked: np.ndarray, labels: np.ndarray, teacher: np.ndarray 
         metrics["agreement"] = 100 * (ranked[:, 0] == teacher).mean().item()
         metrics["teacher_top1"] = 100 * (teacher == labels).mean().item()
     return metrics
+
+
+def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Metrics from what `prediction_step` gives: logits (N, C), or ranked classes (N, K) and losses (N,), with the
+    teacher's choice (N,) where there is one."""
+    given, labels = prediction.predictions, prediction.label_ids
+    counts = labels != ImageSource.IGNORED
+    if not isinstance(given, tuple):
+        ranked = np.argsort(-given[counts], axis=1)[:, :5]
+        return ImageClassificationMetrics().compute(predictions=ranked, references=labels[counts])
+    ranked, losses, *teacher = (values[counts] for values in given)
+    metrics = ImageClassificationMetrics().compute(
+        predictions=ranked, references=labels[counts], teacher=teacher[0] if teacher else None
+    )
+    return metrics | {"loss": losses.mean().item()}

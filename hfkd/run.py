@@ -10,14 +10,29 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel, set_seed
+from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
 from transformers.models.timm_wrapper import TimmWrapperForImageClassification
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from .arguments import DataArguments, DistillationConfig, ModelArguments
-from .data import ImageDataset, ImageSplit, NoAugmentation, WeakAugmentation, load_image_splits
-from .loading import class_names_of, input_spec, load_student, load_teacher
+from .classes import class_names_of
+from .data import (
+    CenterCrop,
+    ImageDataset,
+    ImageSource,
+    ImageSplit,
+    LazyImageDataset,
+    NoAugmentation,
+    RandomResizedCrop,
+    StreamingImageDataset,
+    StreamSplit,
+    WeakAugmentation,
+    load_image_splits,
+    open_streams,
+)
+from .features import InputSpec
+from .loading import input_spec, load_student, load_teacher
 from .recipe import ArgumentParser, load_recipe, parse_recipe, to_argv
 from .results import ResultsWriter, environment
 from .teacher import Teacher
@@ -32,6 +47,9 @@ class EvaluationArguments:
     """How to evaluate."""
 
     batch_size: int = field(default=500, metadata={"help": "Images a forward."})
+    num_workers: int = field(
+        default=0, metadata={"help": "Processes that decode images, where they are not held in memory."}
+    )
     bf16: bool = field(default=False, metadata={"help": "bf16 autocast; float32 by default."})
 
 
@@ -67,7 +85,7 @@ def train(
     facts = {
         "role": role,
         "student": model_args.student_name_or_path,
-        "teacher": model_args.teacher_name_or_path,
+        "teacher": trainer.teacher.name if trainer.teacher else None,
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
         "teacher_parameters": trainer.teacher.parameter_count() if trainer.teacher else None,
         "published_top1": config.published_top1,
@@ -96,31 +114,46 @@ def build_trainer(
     """
     set_seed(config.seed)  # the student's initial weights are part of the recipe
     splits = load_splits(data_args)
-    class_names = splits[0].class_names
-    student = load_student(model_args.student_name_or_path, class_names, image_size=data_args.image_size)
-    teacher = None
-    if model_args.teacher_name_or_path:
-        classes = len(class_names) if model_args.teacher_checkpoint else None
-        teacher = load_teacher(model_args.teacher_name_or_path, model_args.teacher_checkpoint, classes)
-        _check_fits(student, teacher)
-    transforms = (WeakAugmentation(flip=data_args.random_flip), NoAugmentation())
-    seed = config.seed if config.data_seed is None else config.data_seed
-    train_set, eval_set = (
-        decode(split, student, transform=transform, seed=seed)
-        for split, transform in zip(splits, transforms, strict=True)
+    student = load_student(
+        model_args.student_name_or_path,
+        splits[0].class_names,
+        image_size=data_args.image_size,
+        patch_size=model_args.patch_size,
+        drop_path_rate=model_args.drop_path_rate,
+        crop_pct=data_args.crop_pct,
+        interpolation=data_args.interpolation,
     )
+    teachers = load_teachers(model_args)
+    spec = input_spec(student)
+    seed = config.seed if config.data_seed is None else config.data_seed
+    train_set, eval_set = training_set(splits[0], spec, data_args, seed), evaluation_set(splits[1], spec, data_args)
     wrapped = isinstance(student, TimmWrapperForImageClassification)  # timm's config.json says how to prepare images
     processor = None if wrapped else AutoImageProcessor.from_pretrained(student.name_or_path)
     return DistillationTrainer(
-        student, teacher, config, train_dataset=train_set, eval_dataset=eval_set, processing_class=processor
+        student, teachers or None, config, train_dataset=train_set, eval_dataset=eval_set, processing_class=processor
     )
+
+
+def load_teachers(model_args: ModelArguments) -> list[Teacher]:
+    """The teachers that the arguments name; several are an ensemble.
+
+    Raises:
+        ValueError: see `load_teacher`; also for teacher_class_indices without one teacher to go with.
+    """
+    names = model_args.teacher_name_or_path or []
+    indices = model_args.teacher_class_indices
+    if indices is not None and len(names) != 1:
+        raise ValueError(f"teacher_class_indices goes with one teacher, and teacher_name_or_path names {len(names)}.")
+    checkpoints = model_args.teacher_checkpoint or [None] * len(names)
+    return [load_teacher(name, checkpoint, indices) for name, checkpoint in zip(names, checkpoints, strict=True)]
 
 
 def load_splits(
     data_args: DataArguments, class_names: list[str] | None = None
-) -> tuple[ImageSplit | None, ImageSplit]:
+) -> tuple[ImageSplit | StreamSplit | None, ImageSplit | StreamSplit]:
     """The training and evaluation split that the arguments name, not decoded yet."""
-    return load_image_splits(
+    load = open_streams if data_args.streaming else load_image_splits
+    return load(
         data_args.dataset_name,
         train_split=data_args.train_split,
         eval_split=data_args.eval_split,
@@ -130,24 +163,48 @@ def load_splits(
     )
 
 
-def decode(split: ImageSplit, student: PreTrainedModel, **arguments) -> ImageDataset:
-    """A split decoded at the student's input size and normalised with its mean and std."""
-    return ImageDataset.from_split(split, **vars(input_spec(student)), **arguments)
+def training_set(
+    split: ImageSplit | StreamSplit, spec: InputSpec, data_args: DataArguments, seed: int
+) -> ImageSource:
+    """A split as the arguments say, augmented, for a student that expects `spec`."""
+    if data_args.augmentation == "crop":
+        transform = WeakAugmentation(flip=data_args.random_flip)
+        return ImageDataset.from_split(
+            split, transform=transform, seed=seed, skip_bad_images=data_args.skip_bad_images, **vars(spec)
+        )
+    transform = RandomResizedCrop(
+        **vars(spec),
+        interpolation=data_args.interpolation,
+        flip=data_args.random_flip,
+        color_jitter=data_args.color_jitter,
+        auto_augment=data_args.auto_augment,
+        random_erasing=data_args.random_erasing,
+    )
+    return _on_demand(split, transform, data_args, seed)
 
 
-def _check_fits(student: PreTrainedModel, teacher: Teacher) -> None:
-    expected, given = input_spec(teacher.model), input_spec(student)
-    if expected != given:
-        raise ValueError(
-            f"teacher_name_or_path: {teacher.name} expects {expected}, but the student is trained on {given}, and both "
-            "see the same images. Take a teacher of the same size and normalisation."
+def evaluation_set(split: ImageSplit | StreamSplit, spec: InputSpec, data_args: DataArguments) -> ImageSource:
+    """A split as the arguments say, not augmented."""
+    if data_args.augmentation == "crop":
+        transform = NoAugmentation()
+        return ImageDataset.from_split(
+            split, transform=transform, skip_bad_images=data_args.skip_bad_images, **vars(spec)
         )
-    names = class_names_of(student), class_names_of(teacher.model)
-    if names[0] != names[1] and sorted(names[0]) == sorted(names[1]):
-        raise ValueError(
-            f"teacher_name_or_path: {teacher.name} has the data set's classes in another order ({names[1][:3]}... "
-            f"against {names[0][:3]}...). Train the teacher on this data set."
+    transform = CenterCrop(**vars(spec), crop_pct=data_args.crop_pct, interpolation=data_args.interpolation)
+    return _on_demand(split, transform, data_args, seed=0)
+
+
+def _on_demand(split, transform, data_args, seed):
+    """Images that are decoded when their batch is asked for."""
+    if isinstance(split, StreamSplit):
+        return StreamingImageDataset(
+            split,
+            transform=transform,
+            seed=seed,
+            shuffle_buffer_size=data_args.shuffle_buffer_size,
+            skip_bad_images=data_args.skip_bad_images,
         )
+    return LazyImageDataset(split, transform=transform, seed=seed, skip_bad_images=data_args.skip_bad_images)
 
 
 def evaluate(argv: list[str] | None = None) -> dict[str, float]:
@@ -171,10 +228,14 @@ def evaluate(argv: list[str] | None = None) -> dict[str, float]:
     model = AutoModelForImageClassification.from_pretrained(name)
     data_args.train_split = None
     _, split = load_splits(data_args, class_names_of(model))
-    eval_set = decode(split, model, transform=NoAugmentation())
+    eval_set = evaluation_set(split, input_spec(model), data_args)
     with tempfile.TemporaryDirectory() as folder:
         config = DistillationConfig(
-            output_dir=folder, per_device_eval_batch_size=args.batch_size, bf16=args.bf16, report_to="none"
+            output_dir=folder,
+            per_device_eval_batch_size=args.batch_size,
+            dataloader_num_workers=args.num_workers,
+            bf16=args.bf16,
+            report_to="none",
         )
         metrics = DistillationTrainer(model, None, config, eval_dataset=eval_set).evaluate()
     for key in ("eval_top1", "eval_top5", "eval_loss"):

@@ -1,14 +1,19 @@
-"""The frozen network that teaches."""
+"""The frozen network, or networks, that teach."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from .features import Outputs, forward_views
-from .losses.standardize import at_least_float32
+from .classes import check_class_indices, match_classes
+from .features import InputSpec, Layer, Outputs, Taps, forward_views
+from .losses.standardize import at_least_float32, standardize
+
+VIEWS = ("pixel_values", "pixel_values_strong")
 
 
 def _refuse_train_mode(module: nn.Module, mode: bool = True) -> nn.Module:
@@ -27,17 +32,36 @@ class Teacher:
     Args:
         model: a transformers image classifier, a timm model or a module that returns logits (B, C).
         name: what to call it in results; by default the class of the model.
+        input_spec: size and normalisation that it was trained with: the student's images are converted to them.
+            None: it takes what the student takes.
+        class_indices: for each of the student's classes, this teacher's class. None: they are matched by name.
     """
 
-    def __init__(self, model: nn.Module, name: str | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str | None = None,
+        input_spec: InputSpec | None = None,
+        class_indices: Sequence[int] | None = None,
+    ):
         self.name = name or type(model).__name__
         self.model = model.requires_grad_(False).eval()
         for module in self.model.modules():
             module.train = functools.partial(_refuse_train_mode, module)
+        self.input_spec = input_spec
+        self.class_indices = class_indices
         self._autocast_dtype: torch.dtype | None = None
+        self._taps: Taps | None = None
+        self._rescale: tuple[Tensor, Tensor] | None = None
+        self._columns: Tensor | None = None
 
     def prepare(
-        self, device: torch.device, autocast_dtype: torch.dtype | None, channels_last: bool
+        self,
+        device: torch.device,
+        autocast_dtype: torch.dtype | None,
+        channels_last: bool,
+        student_input: InputSpec | None = None,
+        layers: Sequence[Layer] = (),
     ) -> None:
         """Moves the teacher to a device and into the precision and layout of the run.
 
@@ -45,15 +69,19 @@ class Teacher:
         them again in every step (its weight cache lives for one forward). Norms keep float32 weights, as under
         autocast, so the logits are the same.
 
+        Args:
+            student_input: what the images are normalised for; None: for this teacher.
+            layers: whose outputs `features` holds.
+
         Raises:
-            ValueError: if the weights were converted to another type before.
+            ValueError: if the weights were converted to another type before, or a layer does not exist.
         """
         weights = [module for module in self.model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
         half = {module.weight.dtype for module in weights} & {torch.float16, torch.bfloat16}
         if half - {autocast_dtype}:
             raise ValueError(
-                f"This teacher's weights were converted to {half.pop()} for an earlier trainer and cannot serve in "
-                f"{autocast_dtype or torch.float32}: load the teacher again."
+                f"This teacher's weights are in {half.pop()}, from an earlier trainer or its own checkpoint, and the "
+                f"run's precision is {autocast_dtype or torch.float32}: load the teacher again, in float32."
             )
         self.model.to(device)
         self._autocast_dtype = autocast_dtype
@@ -62,17 +90,126 @@ class Teacher:
                 module.to(autocast_dtype)
         if channels_last:
             self.model.to(memory_format=torch.channels_last)
+        self._taps = Taps(self.model, layers) if layers else None
+        self._rescale = self._renormalisation(student_input, device)
+
+    def align_classes(self, student_names: Sequence[str], batch: dict[str, Tensor]) -> None:
+        """Finds this teacher's class for each of the student's; from then on the logits are those of these classes.
+
+        Raises:
+            ValueError: if neither `class_indices` nor the names tell, or an index is none of this teacher's classes.
+        """
+        self._columns = None
+        classes = self(batch).logits.shape[1]
+        indices = self.class_indices
+        if indices is None:
+            indices = match_classes(student_names, self.model, classes)
+        else:
+            check_class_indices(indices, len(student_names), classes)
+        if indices is not None:
+            self._columns = torch.tensor(indices, device=batch["pixel_values"].device)
+
+    def _renormalisation(self, given: InputSpec | None, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """Scale and shift (3, 1, 1) from the student's normalisation to this teacher's; None where they agree."""
+        own = self.input_spec
+        if given is None or own is None or (given.mean, given.std) == (own.mean, own.std):
+            return None
+        mean, std, own_mean, own_std = (
+            torch.tensor(values, dtype=torch.float64).view(3, 1, 1)
+            for values in (given.mean, given.std, own.mean, own.std)
+        )
+        return (std / own_std).float().to(device), ((mean - own_mean) / own_std).float().to(device)
+
+    def convert(self, pixel_values: Tensor) -> Tensor:
+        """The student's images (B, 3, H, W) at this teacher's size, reduced or enlarged bilinearly, and normalisation.
+
+        Without antialiasing, as published: a CIFAR image enlarged to 224 and sampled at 32 is the CIFAR image again,
+        and antialiasing would blur it.
+        """
+        if self.input_spec is not None and pixel_values.shape[-2:] != (self.input_spec.image_size,) * 2:
+            size = (self.input_spec.image_size,) * 2
+            pixel_values = F.interpolate(pixel_values, size, mode="bilinear", align_corners=False)
+        if self._rescale is not None:
+            scale, shift = self._rescale
+            pixel_values = pixel_values * scale + shift
+        return pixel_values
 
     @torch.no_grad()
-    def __call__(self, batch: dict[str, torch.Tensor]) -> Outputs:
-        """Outputs for every view in `batch` (`pixel_values` and maybe `pixel_values_strong`), logits in float32."""
+    def __call__(self, batch: dict[str, Tensor]) -> Outputs:
+        """Outputs for every view in `batch` (`pixel_values` and maybe `pixel_values_strong`), in float32."""
+        images = {view: self.convert(batch[view]) for view in VIEWS if view in batch}
         device_type = batch["pixel_values"].device.type
         with torch.autocast(device_type, self._autocast_dtype, enabled=self._autocast_dtype is not None):
-            outputs = forward_views(self.model, batch)
-        outputs.logits = at_least_float32(outputs.logits)
-        if outputs.strong is not None:
-            outputs.strong.logits = at_least_float32(outputs.strong.logits)
+            outputs = forward_views(self.model, images, self._taps)
+        outputs.features = {layer: at_least_float32(feature) for layer, feature in outputs.features.items()}
+        for view in outputs.views():
+            logits = at_least_float32(view.logits)
+            view.logits = logits if self._columns is None else logits.index_select(1, self._columns)
         return outputs
+
+    def compile(self, **options) -> None:
+        self.model.compile(**options)
 
     def parameter_count(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())
+
+
+class TeacherEnsemble:
+    """Several teachers as one: their logits' mean, each at its own resolution, normalisation and classes.
+
+    Args:
+        members: two teachers or more.
+        standardized: average Z-scored logits, for runs with `logit_standardization`: else the teacher with the widest
+            logits outvotes the others.
+    """
+
+    def __init__(self, members: Sequence[Teacher], standardized: bool):
+        self.members = list(members)
+        self.standardized = standardized
+        self.name = " + ".join(member.name for member in self.members)
+
+    def prepare(
+        self,
+        device: torch.device,
+        autocast_dtype: torch.dtype | None,
+        channels_last: bool,
+        student_input: InputSpec | None = None,
+        layers: Sequence[Layer] = (),
+    ) -> None:
+        """`Teacher.prepare` for each.
+
+        Raises:
+            ValueError: as there, and for layers: an ensemble has no feature of its own.
+        """
+        if layers:
+            raise ValueError(
+                f"Losses read the teacher's layers {list(layers)}, and an ensemble ({self.name}) has none in common: "
+                "give one teacher, or only losses that read logits."
+            )
+        for member in self.members:
+            member.prepare(device, autocast_dtype, channels_last, student_input)
+
+    def align_classes(self, student_names: Sequence[str], batch: dict[str, Tensor]) -> None:
+        """`Teacher.align_classes` for each."""
+        for member in self.members:
+            member.align_classes(student_names, batch)
+
+    @torch.no_grad()
+    def __call__(self, batch: dict[str, Tensor]) -> Outputs:
+        """Mean logits for every view in `batch`, in float32."""
+        outputs = [member(batch) for member in self.members]
+        views = [self._mean(view) for view in zip(*(output.views() for output in outputs), strict=True)]
+        views[0].strong = views[1] if len(views) == 2 else None
+        return views[0]
+
+    def _mean(self, outputs: Sequence[Outputs]) -> Outputs:
+        logits = [standardize(output.logits) if self.standardized else output.logits for output in outputs]
+        mean = torch.stack(logits).mean(dim=0)
+        return Outputs(mean, mean)
+
+    def compile(self, **options) -> None:
+        for member in self.members:
+            member.compile(**options)
+
+    def parameter_count(self) -> int:
+        return sum(member.parameter_count() for member in self.members)

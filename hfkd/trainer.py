@@ -3,51 +3,51 @@
 from __future__ import annotations
 
 import os
+import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from timm.data import Mixup
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset, Subset
-from transformers import EvalPrediction, Trainer, TrainerCallback
+from torch.utils.data import DataLoader, IterableDataset, Subset
+from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import logging
 
 from .arguments import DistillationConfig
-from .data import ImageDataset, NoAugmentation, collate_batch
+from .callbacks import SetEpoch, UpdateAverage
+from .classes import class_names_of
+from .data import ImageDataset, ImageSource, StreamingImageDataset, collate_batch
 from .distiller import Distiller
-from .features import forward_views, logits_of
-from .loading import exported_state_dict, wrap_timm
+from .features import InputSpec, logits_of, use_two_heads
+from .loading import as_teacher, exported_state_dict, known_input_spec, load_exported, wrap_timm
 from .losses import DistillationLoss, build_losses
 from .losses.standardize import at_least_float32
-from .metrics import ImageClassificationMetrics
-from .teacher import Teacher
+from .metrics import compute_metrics
+from .teacher import Teacher, TeacherEnsemble
 
 logger = logging.get_logger(__name__)
 
 LOSSES_NAME = "losses.safetensors"
+TRAINING_WEIGHTS_NAME = "training_weights.safetensors"  # beside model.safetensors, which then holds the average
+
+# What a model need not list in `no_weight_decay`: the tokens and position embeddings of timm and transformers.
+UNDECAYED = re.compile(
+    r"(^|\.)(cls_token|dist\w*_token|pos_embed\w*|position_embeddings?|relative_position_bias\w*)($|\.)"
+)
 
 
-def _image_source(dataset) -> ImageDataset | None:
-    """The `ImageDataset` that a data set is, or is a subset of."""
+def _image_source(dataset) -> ImageSource | None:
+    """The data set of ours that a data set is, or is a subset of."""
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
-    return dataset if isinstance(dataset, ImageDataset) else None
-
-
-class _SetEpoch(TrainerCallback):
-    """Tells the training set which epoch it is: Trainer forgets a resumed epoch, and every epoch under DDP."""
-
-    def __init__(self, dataset: ImageDataset):
-        self.dataset = dataset
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.dataset.set_epoch(int(state.epoch or 0))
+    return dataset if isinstance(dataset, ImageSource) else None
 
 
 class DistillationTrainer(Trainer):
@@ -60,15 +60,18 @@ class DistillationTrainer(Trainer):
     Args:
         model: the student: a transformers image classifier, a timm model (`trainer.model` is then transformers'
             wrapper around it) or a module that returns logits (B, C).
-        teacher: a `Teacher` (see `load_teacher`) or a model, which is frozen in place. None: labels alone.
+        teacher: a `Teacher` (see `load_teacher`) or a model, which is frozen in place; a list of them is an ensemble.
+            None: labels alone.
         args: the `DistillationConfig`.
-        train_dataset, eval_dataset: `hfkd.data.ImageDataset`, or any data set whose batches hold `pixel_values`
+        train_dataset, eval_dataset: a data set of `hfkd.data`, or any other whose batches hold `pixel_values`
             (B, 3, H, W) and `labels` (B,).
         losses: in place of `args.losses`; values may also be `DistillationLoss` instances.
         **kwargs: everything else that `Trainer` takes.
 
     `evaluate()` gives `eval_loss` (cross-entropy), `eval_top1`, `eval_top5` and, with a teacher, `eval_agreement`
-    (how often both choose the same class) and `eval_teacher_top1`, in percent.
+    (how often both choose the same class) and `eval_teacher_top1`, in percent. A distilled DeiT or PiT of timm trains
+    its class head by the cross-entropy and its distillation head by the losses that read logits; evaluation and the
+    exported student average the two. With `ema_decay` what is evaluated and exported is the average over the steps.
 
     Raises:
         ValueError: before training starts, if losses, networks and data do not fit one another.
@@ -80,7 +83,7 @@ class DistillationTrainer(Trainer):
     def __init__(
         self,
         model: nn.Module,
-        teacher: Teacher | nn.Module | None = None,
+        teacher: Teacher | TeacherEnsemble | nn.Module | Sequence[Teacher | nn.Module] | None = None,
         args: DistillationConfig | None = None,
         *,
         train_dataset=None,
@@ -102,53 +105,66 @@ class DistillationTrainer(Trainer):
         if args.channels_last:
             model = model.to(memory_format=torch.channels_last)
         kwargs.setdefault("data_collator", collate_batch)
-        kwargs.setdefault("compute_metrics", _compute_metrics)
+        kwargs.setdefault("compute_metrics", compute_metrics)
         super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
 
-        self.teacher = Teacher(teacher) if isinstance(teacher, nn.Module) else teacher
+        # Before the losses tap the student: a copy would carry their hooks along.
+        self.average = None if args.ema_decay is None else ModelEmaV3(self.model, args.ema_decay)
+        if self.average is not None:
+            self.add_callback(UpdateAverage(self.average, self.model))
+        if any(loss.reads_logits for loss in losses.values()):
+            use_two_heads(self.model)
+        self.distiller = Distiller(self.model, losses, args.ce_weight)
+        self.teacher = as_teacher(teacher, args.logit_standardization)
         if self.teacher is not None:
             autocast_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-            self.teacher.prepare(args.device, autocast_dtype, args.channels_last)
-        self.distiller = Distiller(self.model, losses, args.ce_weight)
+            layers = [layer for loss in losses.values() for layer in loss.teacher_layers]
+            self.teacher.prepare(args.device, autocast_dtype, args.channels_last, self._input_spec(), layers)
         self._term_names: list[str] = []
         self._term_sums: Tensor | None = None
         self._term_count = self._images_seen = 0
         self._clock = time.perf_counter()
         self._keep_logits = False
-        self._teacher_memories: WeakKeyDictionary[ImageDataset, Tensor] = WeakKeyDictionary()
+        self._mixup: Mixup | None = None
+        self._teacher_memories: WeakKeyDictionary[ImageSource, Tensor] = WeakKeyDictionary()
         self._teacher_memory: Tensor | None = None
         self._place_data()
         self._dry_run()
         self.distiller.to(args.device)
         if self.teacher is not None and args.torch_compile:
-            self.teacher.model.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+            self.teacher.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
 
     # ---- Before training ---------------------------------------------------------------------------------------
+
+    def _input_spec(self) -> InputSpec | None:
+        """What the images are normalised for: what a data set of ours says, else what the student expects."""
+        source = _image_source(self.train_dataset) or _image_source(self.eval_dataset)
+        if source is not None:
+            return InputSpec(source.image_size, source.mean, source.std)
+        return known_input_spec(self.model)
 
     def _place_data(self) -> None:
         """Small images live on the training device and are augmented there."""
         for dataset in (_image_source(self.train_dataset), _image_source(self.eval_dataset)):
-            if dataset is not None and self.args.dataloader_num_workers == 0:
+            if isinstance(dataset, ImageDataset) and self.args.dataloader_num_workers == 0:
                 dataset.to(self.args.device)
                 self.args.dataloader_pin_memory = False  # the batches are on the device already
         train_images = _image_source(self.train_dataset)
         if train_images is not None:
             train_images.views = max([loss.views for loss in self.distiller.losses.values()], default=1)
-            self.add_callback(_SetEpoch(train_images))
+            self.add_callback(SetEpoch(train_images))
 
     def _dry_run(self) -> None:
         """One forward of two images: do the classes agree, and which shapes will the losses see?"""
         dataset = self.train_dataset if self.train_dataset is not None else self.eval_dataset
-        if dataset is None or isinstance(dataset, IterableDataset | dict):
-            return
-        pair = [0, len(dataset) - 1]
         source = _image_source(dataset)
-        samples = [dataset[i] for i in pair] if source is None else dataset.__getitems__(pair)
-        batch = self._prepare_inputs(self.data_collator(samples))
+        batch = self._two_images(dataset, source)
+        if batch is None:
+            return
         was_training = self.model.training
         self.model.eval()
         with torch.no_grad(), self.accelerator.autocast():
-            student = forward_views(self.model, batch)
+            student = self.distiller.predict(batch)
         self.model.train(was_training)
         classes = student.logits.shape[1]
         needed = source.num_classes if source else int(batch["labels"].max()) + 1
@@ -157,14 +173,13 @@ class DistillationTrainer(Trainer):
                 f"The student has {classes} classes and the data set {needed}: build the student with "
                 f"num_classes={needed}."
             )
+        if self.args.mixes:
+            self._mixup = Mixup(self.args.mixup, self.args.cutmix, label_smoothing=0.0, num_classes=classes)
         if self.teacher is None:
             return
+        names = class_names_of(self.model) or (source.class_names if source else [])
+        self.teacher.align_classes(names if len(names) == classes else list(map(str, range(classes))), batch)
         teacher = self.teacher(batch)
-        if teacher.logits.shape[1] != classes:
-            raise ValueError(
-                f"The teacher has {teacher.logits.shape[1]} classes and the student {classes}: logit losses compare "
-                "them class by class. Set teacher_name_or_path to one that was trained on the student's classes."
-            )
         for name, loss in self.distiller.losses.items():
             if loss.views == 2 and student.strong is None:
                 raise ValueError(
@@ -172,6 +187,45 @@ class DistillationTrainer(Trainer):
                     f"beside 'pixel_values', but hold {sorted(batch)}."
                 )
             loss.setup(student, teacher)
+
+    def _two_images(self, dataset, source: ImageSource | None) -> dict[str, Tensor] | None:
+        """A batch of the first and the last image, of a stream the first two; None where there is no one to ask."""
+        if isinstance(source, StreamingImageDataset):
+            return self._prepare_inputs(source.first_batch(2))
+        if dataset is None or isinstance(dataset, IterableDataset | dict):
+            return None
+        pair = [0, len(dataset) - 1]
+        samples = [dataset[i] for i in pair] if source is None else dataset.__getitems__(pair)
+        return self._prepare_inputs(self.data_collator(samples))
+
+    def _get_dataloader(self, dataset, description, batch_size, *args, **kwargs):
+        if not isinstance(dataset, StreamingImageDataset):
+            return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
+        # It yields finished batches of its own share; accelerate would share them out among the processes again.
+        training = description == "Training"
+        drop_last = training and self.args.dataloader_drop_last
+        dataset.shard(self.args.process_index, self.args.world_size, batch_size, drop_last)
+        workers = self.args.dataloader_num_workers
+        return DataLoader(
+            dataset,
+            batch_size=None,
+            num_workers=workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
+
+    def num_examples(self, dataloader: DataLoader) -> int:
+        dataset = dataloader.dataset
+        return dataset.num_rows if isinstance(dataset, StreamingImageDataset) else super().num_examples(dataloader)
+
+    def _run_epoch(self, **kwargs):
+        # What Trainer skips on a resumed epoch need not be decoded first.
+        source = _image_source(self.train_dataset)
+        resumed = kwargs["resume_from_checkpoint"] is not None and kwargs["epoch"] == kwargs["epochs_trained"]
+        if isinstance(source, StreamingImageDataset) and resumed and not self.args.ignore_data_skip:
+            source.skip_batches(kwargs["steps_trained_in_current_epoch"])
+        return super()._run_epoch(**kwargs)
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         # Optimizer, DDP and compile must cover student and losses together: two modules prepared side by side train
@@ -193,14 +247,19 @@ class DistillationTrainer(Trainer):
         return values
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """All parameters, or the matrices and kernels that the student does not exempt (`no_weight_decay`)."""
+        """All parameters, or the matrices and kernels that the student does not exempt (`no_weight_decay`), without
+        tokens and position embeddings."""
         if self.args.decay_all_parameters:
             return [name for name, _ in model.named_parameters()]
         exempt = set()
         for prefix, module in model.named_modules():
             if isinstance(getattr(type(module), "no_weight_decay", None), Callable):
                 exempt |= {f"{prefix}.{name}" for name in module.no_weight_decay()}
-        return [name for name, value in model.named_parameters() if value.ndim > 1 and name not in exempt]
+        return [
+            name
+            for name, value in model.named_parameters()
+            if value.ndim > 1 and name not in exempt and not UNDECAYED.search(name)
+        ]
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args, model=None):
@@ -224,6 +283,9 @@ class DistillationTrainer(Trainer):
         """The sum of the weighted terms; each is also accumulated on the device, to be logged under its name."""
         progress = torch.full((), self.state.epoch or 0.0, device=inputs["labels"].device)
         batch = {**inputs, "progress": progress}
+        if self._mixup is not None:
+            # numpy's generator says how: Trainer's checkpoints hold its state, and no data set of ours touches it.
+            batch["pixel_values"], batch["labels"] = self._mixup(batch["pixel_values"], batch["labels"])
         teacher = self.teacher(batch) if self.distiller.losses else None
         terms = model(batch, teacher)
         values = torch.stack(list(terms.values()))
@@ -256,6 +318,9 @@ class DistillationTrainer(Trainer):
         logs = dict(zip(self._term_names, means.tolist(), strict=True))
         logs |= {name: value.item() for name, value in self.distiller.metrics().items()}
         now = time.perf_counter()
+        source = _image_source(self.train_dataset)
+        if source is not None and source.num_skipped:
+            logs["skipped_images"] = source.num_skipped
         logs["images_per_second"] = self._images_seen * self.args.world_size / (now - self._clock)
         self._term_sums, self._term_count, self._images_seen, self._clock = None, 0, 0, now
         return logs
@@ -264,13 +329,19 @@ class DistillationTrainer(Trainer):
 
     def evaluation_loop(self, dataloader, description, *args, **kwargs):
         started = time.perf_counter()
+        student = self.model
+        if self.average is not None:
+            self.model = self.average.module
         if self.args.world_size > 1:
             # Every rank has seen other images since the last forward: all evaluate with rank 0's BatchNorm statistics.
             for buffer in self.model.buffers():
                 torch.distributed.broadcast(buffer, 0)
         self._keep_logits = description == "Prediction"
         self._teacher_memory = self._memory_of(dataloader.dataset)
-        output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+        try:
+            output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+        finally:
+            self.model = student
         self._clock += time.perf_counter() - started  # images_per_second speaks of training alone
         return output
 
@@ -292,15 +363,16 @@ class DistillationTrainer(Trainer):
         return None, (ranked, losses, *teacher), labels
 
     def _memory_of(self, dataset) -> Tensor | None:
-        """What the teacher chose in earlier evaluations of an unaugmented `ImageDataset`, (N,), -1 where not known.
+        """What the teacher chose in earlier evaluations of an unaugmented data set of ours, (N,), -1 where not known.
 
         The teacher never changes, and is often several times the student: asking it once saves most of the time of
         every later evaluation.
         """
         source = _image_source(dataset)
-        if source is None or not isinstance(source.transform, NoAugmentation):
+        if source is None or source.augmented:
             return None
-        unknown = torch.full((len(source),), -1, device=self.args.device)
+        rows = source.num_rows if isinstance(source, StreamingImageDataset) else len(source)
+        unknown = torch.full((rows,), -1, device=self.args.device)
         return self._teacher_memories.setdefault(source, unknown)
 
     def _teacher_choice(self, inputs: dict[str, Tensor]) -> Tensor:
@@ -316,20 +388,43 @@ class DistillationTrainer(Trainer):
     # ---- Checkpoints ---------------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        super()._save(output_dir, exported_state_dict(self.model) if state_dict is None else state_dict)
+        exported = self.model if self.average is None else self.average.module
+        super()._save(output_dir, exported_state_dict(exported) if state_dict is None else state_dict)
         if self.args.should_save:  # Trainer's pickle of the arguments holds the Hub token
             os.remove(os.path.join(output_dir or self.args.output_dir, TRAINING_ARGS_NAME))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
+        if not self.args.should_save:
+            return
         state = self.distiller.losses.state_dict()
-        if state and self.args.should_save:
+        if state:
             safetensors.torch.save_file(state, os.path.join(output_dir, LOSSES_NAME))
+        if self.average is not None:
+            state = exported_state_dict(self.distiller.student)
+            safetensors.torch.save_file(state, os.path.join(output_dir, TRAINING_WEIGHTS_NAME))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self.distiller.losses.state_dict():
+        if checkpoint is None:
+            return
+        if self.distiller.losses.state_dict():
             self.distiller.losses.load_state_dict(safetensors.torch.load_file(os.path.join(checkpoint, LOSSES_NAME)))
+        if self.average is not None:  # Trainer has just loaded it into the student
+            student = self.distiller.student
+            self.average.module.load_state_dict(student.state_dict())
+            weights = safetensors.torch.load_file(os.path.join(checkpoint, TRAINING_WEIGHTS_NAME))
+            load_exported(student, weights)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.average is not None:
+            self.average.module.load_state_dict(self.model.state_dict())
+
+    def _finalize_training(self, *args):
+        if self.average is not None:  # what was trained becomes what was evaluated
+            self.model.load_state_dict(self.average.module.state_dict())
+        return super()._finalize_training(*args)
 
 
 def _check_roles(model: nn.Module, teacher, losses: nn.ModuleDict, args: DistillationConfig) -> None:
@@ -340,16 +435,14 @@ def _check_roles(model: nn.Module, teacher, losses: nn.ModuleDict, args: Distill
         raise ValueError("Nothing to train on: ce_weight is 0 and there are no losses.")
     if teacher is not None and model is (teacher.model if isinstance(teacher, Teacher) else teacher):
         raise ValueError("Student and teacher are the same object: the teacher is frozen, so pass a copy.")
-
-
-def _compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Metrics from what `prediction_step` gives: logits (N, C), or ranked classes (N, K) and losses (N,), with the
-    teacher's choice (N,) where there is one."""
-    given, labels = prediction.predictions, prediction.label_ids
-    if not isinstance(given, tuple):
-        return ImageClassificationMetrics().compute(predictions=np.argsort(-given, axis=1)[:, :5], references=labels)
-    ranked, losses, *teacher = given
-    metrics = ImageClassificationMetrics().compute(
-        predictions=ranked, references=labels, teacher=teacher[0] if teacher else None
-    )
-    return metrics | {"loss": losses.mean().item()}
+    if not args.mixes:
+        return
+    for name, loss in losses.items():
+        if not loss.takes_mixed_labels:
+            raise ValueError(
+                f"The loss '{name}' needs one class an image, and mixup and cutmix leave a mixture: set "
+                f"losses.{name}.dominant_label to true to take the class with the larger share, or leave mixup and "
+                "cutmix at 0."
+            )
+        if loss.views == 2:
+            raise ValueError(f"The loss '{name}' takes two views of an image: leave mixup and cutmix at 0.")

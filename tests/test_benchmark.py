@@ -11,6 +11,8 @@ SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark.py"
 ROWS = {
     "data: weak view",
     "data: weak + strong view",
+    "jpeg: one worker, bicubic",
+    "jpeg: one worker, bilinear",
     "trainer: resnet20, labels alone",
     "trainer: resnet56 -> resnet20, KD + Z-score",
     "reference: resnet32x4 -> resnet8x4, KD + Z-score",

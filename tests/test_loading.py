@@ -10,7 +10,8 @@ from transformers import (
 )
 
 from hfkd import load_student, load_teacher
-from hfkd.loading import InputSpec, input_spec
+from hfkd.features import InputSpec
+from hfkd.loading import exported_state_dict, input_spec
 
 IMAGENET = InputSpec(32, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -77,5 +78,54 @@ def test_clear_errors():
     with pytest.raises(ValueError, match="goes with a timm architecture"):
         load_teacher("folder", "nothing.pth")
     torch.save(timm.create_model("cifar_resnet8", num_classes=7).state_dict(), "seven.pth")
-    with pytest.raises(ValueError, match="checkpoint has 7 classes, model 10"):
-        load_teacher("cifar_resnet8", "seven.pth", num_classes=10)
+    assert load_teacher("cifar_resnet8", "seven.pth").model.num_classes == 7
+    with pytest.raises(ValueError, match="does not take patch_size: .*unexpected keyword"):
+        load_student("cifar_resnet8", num_classes=2, patch_size=4)
+    with pytest.raises(ValueError, match="drop_path_rate=0.1 goes with a timm architecture"):
+        load_student("folder", num_classes=3, drop_path_rate=0.1)
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "convit_tiny"])
+def test_patches_must_divide_the_image(name):
+    with pytest.raises(ValueError, match="image_size: .*patches of 16 pixels.* divide 40. Take 32 or 48"):
+        load_student(name, num_classes=2, image_size=40)
+    assert load_student(name, num_classes=2, image_size=40, patch_size=8).num_labels == 2
+
+
+@pytest.mark.parametrize("name, multiple", [("t2t_vit_7", 16), ("pvt_tiny", 32)])
+def test_other_transformers_say_what_sizes_they_take(name, multiple):
+    with pytest.raises(ValueError, match=f"multiples of {multiple}"):
+        load_student(name, num_classes=2, image_size=3 * multiple + 8)
+
+
+def test_a_students_shape_and_preparation_travel():
+    student = load_student(
+        "deit_tiny_patch16_224", ["ant", "bee"], image_size=32, patch_size=8, drop_path_rate=0.1, crop_pct=0.875
+    )
+    assert student.timm_model.blocks[-1].drop_path1.drop_prob == pytest.approx(0.1)
+    student.eval().save_pretrained("folder", state_dict=exported_state_dict(student), save_original_format=False)
+    loaded = AutoModelForImageClassification.from_pretrained("folder").eval()
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(loaded(images).logits, student(images).logits)
+    assert loaded.config.pretrained_cfg["crop_pct"] == 0.875
+    assert timm.create_model("local-dir:folder", pretrained=True).patch_embed.patch_size == (8, 8)
+
+
+@pytest.mark.parametrize(
+    "name", ["mixer_s32_224", "deit_tiny_distilled_patch16_224", "pit_ti_distilled_224", "t2t_vit_7", "pvt_v2_b0"]
+)
+def test_no_head_starts_at_zero(name):
+    """The Z-score divides by the spread of the logits."""
+    classifiers = load_student(name, num_classes=5).timm_model.get_classifier()
+    for classifier in classifiers if isinstance(classifiers, tuple) else [classifiers]:
+        assert classifier.weight.std() > 1e-3
+
+
+def test_a_teacher_that_timm_saved():
+    """timm's own save writes num_classes among the model's arguments, which transformers refuses."""
+    model = timm.create_model("resnet10t", num_classes=3)
+    timm.models.save_for_hf(model, "saved", model_args={"num_classes": 3}, safe_serialization=True)
+    teacher = load_teacher("saved")
+    images = torch.rand(2, 3, 64, 64)
+    assert torch.equal(teacher.model(images).logits, model.eval()(images))
+    assert teacher.input_spec.image_size == 176

@@ -17,11 +17,10 @@ from transformers import AutoModelForImageClassification
 
 from hfkd import load_student
 from hfkd.arguments import DataArguments
-from hfkd.data import NoAugmentation
+from hfkd.loading import input_spec
 from hfkd.recipe import parse_recipe
 from hfkd.results import environment
-from hfkd.run import build_trainer, distill, evaluate, load_splits, train_teacher
-from hfkd.run import decode as decode_split
+from hfkd.run import build_trainer, distill, evaluate, evaluation_set, load_splits, train_teacher
 
 RECIPE = {
     "student_name_or_path": "cifar_resnet8",
@@ -167,9 +166,12 @@ def test_no_git_no_commit(monkeypatch):
 
 
 def test_a_teacher_with_its_classes_in_another_order():
-    load_student("cifar_resnet14", class_names=[str(i) for i in range(10)][::-1]).save_pretrained("teacher")
-    with pytest.raises(ValueError, match="classes in another order"):
-        distill([recipe(**KD)])
+    reordered = load_student("cifar_resnet14", class_names=[str(i) for i in range(10)][::-1])
+    reordered.save_pretrained("teacher")
+    trainer = build_trainer(*parse_recipe([recipe(**KD)])[:3])
+    batch = trainer.train_dataset.__getitems__([0, 1])
+    expected = reordered.eval()(trainer.teacher.convert(batch["pixel_values"])).logits.flip(1)
+    torch.testing.assert_close(trainer.teacher(batch).logits, expected)
 
 
 def test_another_recipes_folder_is_refused(teacher):
@@ -247,8 +249,9 @@ def test_evaluating_finds_the_labels_that_a_model_knows(animals, capsys):
     printed = capsys.readouterr().out
     assert f"top1: {metrics['eval_top1']:.4f}" in printed and "top5: " in printed
     model = AutoModelForImageClassification.from_pretrained("model").eval()
-    _, split = load_splits(DataArguments(animals, train_split=None, label_column="fine_label"))
-    batch = decode_split(split, model, transform=NoAugmentation()).__getitems__(list(range(12)))
+    data_args = DataArguments(animals, train_split=None, label_column="fine_label")
+    _, split = load_splits(data_args)
+    batch = evaluation_set(split, input_spec(model), data_args).__getitems__(list(range(12)))
     correct = (model(batch["pixel_values"]).logits.argmax(1) == batch["labels"]).float().mean().item()
     assert metrics["eval_top1"] == pytest.approx(100 * correct)
     with pytest.raises(ValueError, match="batch_sise.*batch_size"):

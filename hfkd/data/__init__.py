@@ -1,16 +1,28 @@
-"""Images: loading by name, decoding once, augmenting a batch at a time."""
+"""Images: loading by name, decoding, augmenting a batch at a time."""
 
 from .augment import NoAugmentation, StrongAugmentation, WeakAugmentation
 from .columns import ImageSplit
 from .datasets import load_image_splits
 from .image_dataset import ImageDataset, collate_batch
+from .lazy import LazyImageDataset
+from .shards import StreamSplit, open_streams
+from .source import ImageSource
+from .streaming import StreamingImageDataset
+from .transforms import CenterCrop, RandomResizedCrop
 
 __all__ = [
+    "CenterCrop",
     "ImageDataset",
+    "ImageSource",
     "ImageSplit",
+    "LazyImageDataset",
     "NoAugmentation",
+    "RandomResizedCrop",
+    "StreamSplit",
+    "StreamingImageDataset",
     "StrongAugmentation",
     "WeakAugmentation",
     "collate_batch",
     "load_image_splits",
+    "open_streams",
 ]

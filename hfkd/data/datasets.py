@@ -39,8 +39,8 @@ def load_image_splits(
         config_name, revision, cache_dir: for `datasets.load_dataset`.
 
     Raises:
-        ValueError: if the data set cannot be loaded, a split is missing or empty, a column is missing, of a
-            wrong type or not clear, or a label is no class.
+        ValueError: if the data set cannot be loaded, a split or a class folder is missing or empty, a column is
+            missing, of a wrong type or not clear, or a label is no class.
     """
     splits = _open(name, config_name, revision, cache_dir)
     wanted = {"train_split": train_split, "eval_split": eval_split or _default_eval_split(name, splits)}
@@ -138,6 +138,11 @@ def _image_folder(folder, split_folders):
         columns = {"image": [], "label": []}
         for name, class_folder in class_folders.items():
             files = [str(file) for file in class_folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES]
+            if not files:
+                raise ValueError(
+                    f"The class folder {class_folder} holds no image, that is, no file that ends in one of "
+                    f"{', '.join(sorted(IMAGE_SUFFIXES))}. Put the class's images there, or remove the folder."
+                )
             columns["image"] += sorted(files)
             columns["label"] += [names.index(name)] * len(files)
         splits[split] = datasets.Dataset.from_dict(columns, features=features)

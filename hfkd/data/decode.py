@@ -1,6 +1,7 @@
-"""Decoding a whole split of images into one tensor."""
+"""Decoding images: one cell of a column, and a whole split into one tensor."""
 
 import io
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,21 +21,42 @@ _MAX_THREADS = 8  # more would mostly wait for the interpreter
 _GIB = 2**30
 
 
-def decode_split(split: ImageSplit, image_size: int) -> Tensor:
-    """Every image of a split: (N, 3, image_size, image_size) uint8, RGB, made so by `to_square_rgb`.
+class BadImageError(ValueError):
+    """An image that is missing or cannot be decoded."""
+
+
+def decode_split(split: ImageSplit, image_size: int, skip_bad_images: bool = False) -> tuple[Tensor, np.ndarray]:
+    """Every image of a split, made square by `to_square`.
+
+    Args:
+        skip_bad_images: leave out what cannot be decoded, with one warning in all.
+
+    Returns:
+        (M, 3, image_size, image_size) uint8, RGB; and their rows, (M,) int64, ascending.
 
     Raises:
-        ValueError: if the tensor does not fit into the available memory, or if an image cannot be decoded,
-            naming the split, the row and, where there is one, the file.
+        BadImageError: if an image cannot be decoded, naming the split, the row and, where there is one, the file; with
+            `skip_bad_images` only if none can.
+        ValueError: if the tensor does not fit into the available memory.
     """
     shape = (len(split), 3, image_size, image_size)
     _check_memory(split.name, shape)
     images = np.empty(shape, dtype=np.uint8)
     rows = split.dataset.select_columns(split.image_column).with_format("arrow")
+    bad: dict[int, BadImageError] = {}
+
+    def decode_row(cell, row):
+        try:
+            return to_square(decode_cell(cell, split.name, row), image_size).tobytes()
+        except BadImageError as error:
+            if not skip_bad_images:
+                raise
+            bad[row] = error
+            return bytes(image_size * image_size * 3)
 
     def decode_chunk(start):
         cells = rows[start : start + _CHUNK][split.image_column].to_pylist()
-        pixels = [_decode_cell(cell, image_size, split.name, start + i) for i, cell in enumerate(cells)]
+        pixels = [decode_row(cell, start + i) for i, cell in enumerate(cells)]
         chunk = np.frombuffer(b"".join(pixels), dtype=np.uint8).reshape(-1, image_size, image_size, 3)
         images[start : start + _CHUNK] = chunk.transpose(0, 3, 1, 2)
 
@@ -44,24 +66,61 @@ def decode_split(split: ImageSplit, image_size: int) -> Tensor:
     with ThreadPoolExecutor(min(_MAX_THREADS, torch.get_num_threads())) as pool:
         for _ in pool.map(decode_chunk, range(0, len(split), _CHUNK)):
             pass
-    return torch.from_numpy(images)
+    return _without(images, bad, split.name)
 
 
-def to_square_rgb(image: Image.Image, image_size: int) -> Image.Image:
-    """An opened image as image_size x image_size RGB.
+def _without(images, bad, where):
+    """`images` without the rows in `bad`, and the rows of those that are left."""
+    rows = np.delete(np.arange(len(images)), list(bad))
+    if bad:
+        first = bad[min(bad)]
+        if len(rows) == 0:
+            raise first
+        warnings.warn(f"{where}: {len(bad)} of {len(images)} images are left out. The first: {first}", stacklevel=4)
+        for position, row in enumerate(rows):  # in place: there may be no memory for a second copy
+            images[position] = images[row]
+    return torch.from_numpy(images[: len(rows)]), rows
 
-    The EXIF orientation is applied; grey, palette and CMYK become RGB; transparency is dropped. An image of
-    another size is resized, its shorter side to `image_size` by antialiased bicubic, and cropped to its
-    centre.
+
+def decode_cell(cell: dict | None, where: str, row: int) -> Image.Image:
+    """One cell of a column of images, {"bytes", "path"}, as RGB made so by `to_rgb`.
+
+    Args:
+        where, row: for the message, e.g. "uoft-cs/cifar100, split 'train'" and 17.
+
+    Raises:
+        BadImageError: if there is no image, or it cannot be decoded.
+    """
+    file = f", file {cell['path']}" if cell and cell["path"] else ""
+    way_out = "skip_bad_images: true leaves such images out."
+    if cell is None or (cell["bytes"] is None and not file):
+        raise BadImageError(f"{where}, row {row}: there is no image. {way_out}")
+    try:
+        data = cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            return to_rgb(image)
+    except Exception as error:  # for damaged files PIL raises OSError, SyntaxError, struct.error and others
+        raise BadImageError(f"{where}, row {row}{file}: the image cannot be decoded: {error}. {way_out}") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An opened image decoded, as RGB.
+
+    The EXIF orientation is applied; grey, palette and CMYK become RGB; transparency is dropped.
 
     Raises:
         ValueError: for more than 8 bits a channel, which PIL would clip to white.
     """
     if image.mode.startswith(("I", "F")):
         raise ValueError(f"mode {image.mode} has more than 8 bits a channel; convert it to 8 bits")
+    image.load()
     ImageOps.exif_transpose(image, in_place=True)
-    if image.mode != "RGB":
-        image = image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def to_square(image: Image.Image, image_size: int) -> Image.Image:
+    """An RGB image as image_size x image_size: one of another size is resized, its shorter side to `image_size` by
+    antialiased bicubic, and cropped to its centre."""
     if image.size == (image_size, image_size):
         return image
     width, height = image.size
@@ -70,19 +129,6 @@ def to_square_rgb(image: Image.Image, image_size: int) -> Image.Image:
     left, top = (width - image_size) // 2, (height - image_size) // 2
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
     return resized.crop((left, top, left + image_size, top + image_size))
-
-
-def _decode_cell(cell, image_size, where, row):
-    """One cell of a column of images, {"bytes", "path"}, as the bytes of (image_size, image_size, 3)."""
-    file = f", file {cell['path']}" if cell and cell["path"] else ""
-    if cell is None or (cell["bytes"] is None and not file):
-        raise ValueError(f"{where}, row {row}: there is no image.")
-    try:
-        data = cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            return to_square_rgb(image, image_size).tobytes()
-    except Exception as error:  # for damaged files PIL raises OSError, SyntaxError, struct.error and others
-        raise ValueError(f"{where}, row {row}{file}: the image cannot be decoded: {error}.") from error
 
 
 def _check_memory(where, shape):

@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from transformers import default_data_collator
 
-from .augment import StrongAugmentation, random_bits
+from .augment import NoAugmentation, StrongAugmentation, random_bits
 from .columns import ImageSplit
 from .decode import decode_split
+from .source import IndexedImageSource, pixel_scale
 
 
 def collate_batch(samples: dict[str, Tensor] | list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -19,7 +19,7 @@ def collate_batch(samples: dict[str, Tensor] | list[dict[str, Any]]) -> dict[str
     return samples if isinstance(samples, dict) else default_data_collator(samples)
 
 
-class ImageDataset(Dataset):
+class ImageDataset(IndexedImageSource):
     """Decoded images in memory, augmented and normalised a batch at a time.
 
     A DataLoader hands `__getitems__` the indices of a batch and gets that batch:
@@ -52,33 +52,42 @@ class ImageDataset(Dataset):
         seed: int = 0,
         views: int = 1,
     ):
-        _check(images, labels, mean, std, views)
+        _check(images, labels)
+        super().__init__(
+            class_names,
+            image_size=images.shape[-1],
+            mean=mean,
+            std=std,
+            seed=seed,
+            views=views,
+            augmented=not isinstance(transform, NoAugmentation),
+        )
         self.images = images
         self.labels = labels
-        self.class_names = list(class_names)
         self.transform = transform
         self.strong_transform = StrongAugmentation(transform)
-        self.seed = seed
-        self.views = views
-        mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (mean, std))
-        self._scale, self._shift = (1 / (255 * std)).float(), (-mean / std).float()
-        # In shared memory, so that DataLoader workers see the epoch change: each holds a copy of this object,
-        # and a persistent one is never given a new copy.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._num_skipped = 0
+        self._scale, self._shift = pixel_scale(mean, std)
 
     @classmethod
-    def from_split(cls, split: ImageSplit, *, image_size: int, **arguments: Any) -> "ImageDataset":
+    def from_split(
+        cls, split: ImageSplit, *, image_size: int, skip_bad_images: bool = False, **arguments: Any
+    ) -> "ImageDataset":
         """Decode a split of `load_image_splits`; `arguments` are the constructor's from `transform` on.
+
+        With `skip_bad_images`, images that cannot be decoded are left out, and `index` counts those that are left.
 
         Raises:
             ValueError: see `hfkd.data.decode.decode_split`.
         """
-        labels = torch.from_numpy(split.labels())
-        return cls(decode_split(split, image_size), labels, split.class_names, **arguments)
+        images, rows = decode_split(split, image_size, skip_bad_images)
+        dataset = cls(images, torch.from_numpy(split.labels()[rows]), split.class_names, **arguments)
+        dataset._num_skipped = len(split) - len(rows)
+        return dataset
 
     @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
+    def num_skipped(self) -> int:
+        return self._num_skipped
 
     @property
     def device(self) -> torch.device:
@@ -90,22 +99,8 @@ class ImageDataset(Dataset):
         self._scale, self._shift = self._scale.to(device), self._shift.to(device)
         return self
 
-    def set_epoch(self, epoch: int) -> None:
-        """Change the augmentation. Call it before iterating over a DataLoader, since that may fetch ahead."""
-        self._epoch.fill_(epoch)
-
     def __len__(self) -> int:
         return len(self.images)
-
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
-        """One image: the batch of `__getitems__([i])` without its first dimension.
-
-        Raises:
-            IndexError: for i outside -N ... N - 1.
-        """
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"index {i} is out of range for {len(self)} images")
-        return {key: value[0] for key, value in self.__getitems__([i % len(self)]).items()}
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """A finished batch, on the device of the images, without waiting for it.
@@ -126,22 +121,17 @@ class ImageDataset(Dataset):
         return batch | {"labels": self.labels.index_select(0, index), "index": index}
 
     def _view(self, images, rows, transform, view):
-        bits = random_bits(self.seed, int(self._epoch), rows, view, transform.draws)
+        bits = random_bits(self.seed, self.epoch, rows, view, transform.draws)
         # Three passes that vectorise: addcmul does not, and takes three times as long.
         return transform(images, bits).float().mul_(self._scale).add_(self._shift)
 
 
-def _check(images, labels, mean, std, views):
+def _check(images, labels):
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images must be (N, 3, H, W) uint8, but are {tuple(images.shape)} {images.dtype}.")
     if len(images) == 0:
         raise ValueError("There are no images.")
     if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
         raise ValueError(
-            f"labels must be ({len(images)},) int64, one an image, but are {tuple(labels.shape)} "
-            f"{labels.dtype}."
+            f"labels must be ({len(images)},) int64, one an image, but are {tuple(labels.shape)} {labels.dtype}."
         )
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise ValueError(f"mean and std must be three numbers each, std positive, but are {mean} and {std}.")
-    if views not in (1, 2):
-        raise ValueError(f"views must be 1 or 2, but is {views}.")

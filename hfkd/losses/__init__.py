@@ -10,6 +10,7 @@ from .checks import checked_arguments, did_you_mean
 from .ctkd import CTKDLoss, ctkd_instance_loss
 from .dkd import DKDLoss, dkd_loss
 from .kd import KDLoss, kd_loss
+from .locality_guidance import LocalityGuidanceLoss, locality_guidance_loss
 from .mlkd import MLKDLoss, mlkd_loss
 from .standardize import standardize
 
@@ -19,11 +20,13 @@ __all__ = [
     "DKDLoss",
     "DistillationLoss",
     "KDLoss",
+    "LocalityGuidanceLoss",
     "MLKDLoss",
     "build_losses",
     "ctkd_instance_loss",
     "dkd_loss",
     "kd_loss",
+    "locality_guidance_loss",
     "mlkd_loss",
     "standardize",
 ]
@@ -33,6 +36,7 @@ LOSSES: dict[str, type[DistillationLoss]] = {
     "dkd": DKDLoss,
     "mlkd": MLKDLoss,
     "ctkd": CTKDLoss,
+    "locality_guidance": LocalityGuidanceLoss,
 }
 
 

@@ -1,6 +1,6 @@
 """The interface of a distillation loss, and what every logit loss shares."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -10,9 +10,10 @@ from .standardize import at_least_float32, standardize
 
 
 class Outputs(Protocol):
-    """What a logit loss reads of a model's outputs."""
+    """What a loss reads of a model's outputs."""
 
     logits: Tensor  # (B, C)
+    features: Mapping[int | str, Tensor]  # what the layers that losses name gave
     strong: "Outputs | None"  # the same images under the strong augmentation, where a loss has views = 2
 
 
@@ -31,6 +32,10 @@ class DistillationLoss(nn.Module):
     """
 
     views = 1  # 2: `student.strong` and `teacher.strong` are filled
+    reads_logits = True  # False: a student's distillation head, where it has one, gets nothing from this loss
+    takes_mixed_labels = True  # False: `labels` must be classes, which mixup and CutMix do not leave
+    student_layers: Sequence[int | str] = ()  # what `features` must hold: stage indices or module paths
+    teacher_layers: Sequence[int | str] = ()
 
     # The run's one switch. `build_losses` sets it, so that no constructor has to repeat it.
     logit_standardization = False
@@ -47,7 +52,8 @@ class DistillationLoss(nn.Module):
     ) -> Tensor | dict[str, Tensor]:
         """The terms, not yet weighted: one 0-d tensor, or {term: 0-d tensor}.
 
-        `batch` holds `labels` (B,), int64, and `progress`, 0-d: epochs done, 2.5 half way through the third.
+        `batch` holds `labels` (B,), int64, or after mixup (B, C), shares of each class, and `progress`, 0-d: epochs
+        done, 2.5 half way through the third.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define forward")
 

@@ -77,6 +77,8 @@ class DKDLoss(DistillationLoss):
         beta: weight of NCKD.
         temperature: above 0.
         warmup_epochs: 0 for none.
+        dominant_label: take the class with the largest share as the label of a mixed image (mixup, CutMix); without
+            it, mixing is refused, since the target class of a mixture is not defined.
         weight: see `DistillationLoss`.
 
     Raises:
@@ -89,6 +91,7 @@ class DKDLoss(DistillationLoss):
         beta: float = 8.0,
         temperature: float = 4.0,
         warmup_epochs: float = 20.0,
+        dominant_label: bool = False,
         weight: float = 1.0,
     ):
         super().__init__(weight)
@@ -96,12 +99,12 @@ class DKDLoss(DistillationLoss):
         self.beta = not_negative("beta", beta)
         self.temperature = positive("temperature", temperature)
         self.warmup_epochs = not_negative("warmup_epochs", warmup_epochs)
+        self.takes_mixed_labels = dominant_label
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Mapping[str, Tensor]) -> Tensor:
         student_logits, teacher_logits = self.logits(student, teacher)
-        loss = dkd_loss(
-            student_logits, teacher_logits, batch["labels"], self.alpha, self.beta, self.temperature
-        )
+        labels = batch["labels"].argmax(1) if batch["labels"].ndim == 2 else batch["labels"]
+        loss = dkd_loss(student_logits, teacher_logits, labels, self.alpha, self.beta, self.temperature)
         # The epoch is 1 or more, so without warm-up the quotient is infinite and the clamp gives 1.
         warmup = (epoch_number(batch["progress"]) / self.warmup_epochs).clamp(max=1)
         return warmup * loss

@@ -5,6 +5,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -28,9 +29,31 @@ def load_checkpoint(model: nn.Module, path: str | PathLike) -> nn.Module:
             or shapes are not those of the model.
     """
     path = Path(path)
+    return _load(model, _read_state_dict(path), path)
+
+
+def load_architecture(architecture: str, path: str | PathLike) -> nn.Module:
+    """A timm architecture with the weights in `path` and as many classes as they have.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load_checkpoint`.
+    """
+    path = Path(path)
+    state_dict = _read_state_dict(path)
+    classifier = timm.get_pretrained_cfg(architecture).classifier  # a tuple of names where there are two heads
+    names = classifier if isinstance(classifier, tuple) else (classifier,)
+    heads = [state_dict[f"{name}.weight"] for name in names if f"{name}.weight" in state_dict]
+    classes = {"num_classes": len(heads[0])} if heads else {}
+    return _load(timm.create_model(architecture, **classes), state_dict, path)
+
+
+def _read_state_dict(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint file at {path}")
-    given = _drop_module_prefix(_find_state_dict(_read(path), path))
+    return _drop_module_prefix(_find_state_dict(_read(path), path))
+
+
+def _load(model: nn.Module, given: dict[str, Tensor], path: Path) -> nn.Module:
     expected = model.state_dict()
     # BatchNorm's counter came with PyTorch 0.4.1; some published files are older, and nothing here reads it.
     counters = {name: tensor for name, tensor in expected.items() if name.endswith("num_batches_tracked")}

@@ -7,7 +7,7 @@ import torch
 from datasets import ClassLabel, Features, Value
 from PIL import Image
 
-from hfkd.data import ImageDataset, NoAugmentation, load_image_splits
+from hfkd.data import CenterCrop, ImageDataset, LazyImageDataset, NoAugmentation, load_image_splits
 
 FLAT = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "transform": NoAugmentation()}
 ANIMALS = ClassLabel(names=["cat", "dog"])
@@ -73,7 +73,7 @@ def test_parquet_folder(tmp_path):
 def test_image_folder(tmp_path, evaluation):
     # "train" is also a class: its images must not land in the training split.
     classes = {"train": ["a.png", "b.PNG"], "cat": ["c.bmp"]}
-    folder = image_folder(tmp_path / "pets", {"train": classes, evaluation: {"train": ["d.png"], "cat": []}})
+    folder = image_folder(tmp_path / "pets", {"train": classes, evaluation: {"train": ["d.png"]}})
     (folder / "train" / "cat" / "notes.txt").write_text("no image")
     (folder / "train" / ".hidden").mkdir()
     train, test = load_image_splits(str(folder))
@@ -84,19 +84,26 @@ def test_image_folder(tmp_path, evaluation):
     assert dataset.images[:, 0, 0, 0].tolist() == [0, 0, 1]
 
 
-def test_image_folder_with_images_of_many_kinds(tmp_path):
+@pytest.mark.parametrize("on_demand", [False, True])
+def test_image_folder_with_images_of_many_kinds(tmp_path, on_demand):
     folder = image_folder(tmp_path / "pets", {"train": {"cat": ["rgb.png"]}, "test": {"cat": ["rgb.png"]}})
     exif = Image.Exif()
     exif[0x0112] = 6
     half = np.zeros((8, 8, 3), dtype=np.uint8)
     half[:4] = 200
     Image.fromarray(half).save(folder / "train" / "cat" / "turned.png", exif=exif)
+    picture(200).quantize(4).save(folder / "train" / "cat" / "palette.gif")
     for mode, name in (("L", "grey.png"), ("RGBA", "alpha.png"), ("CMYK", "ink.jpg")):
         picture(200).convert(mode).save(folder / "train" / "cat" / name)
-    dataset = ImageDataset.from_split(load_image_splits(str(folder))[0], image_size=8, **FLAT)
-    alpha, grey, ink, _, turned = dataset.images  # in the order of their names
-    assert all((image == 200).all() for image in (alpha, grey))
-    assert (ink.int() - 200).abs().max() <= 2
+    split = load_image_splits(str(folder))[0]
+    if on_demand:
+        dataset = LazyImageDataset(split, transform=CenterCrop(8, (0, 0, 0), (1, 1, 1)))
+        images = (dataset.__getitems__(range(6))["pixel_values"] * 255).round().int()
+    else:
+        images = ImageDataset.from_split(split, image_size=8, **FLAT).images.int()
+    alpha, grey, ink, palette, _, turned = images  # in the order of their names
+    assert all((image == 200).all() for image in (alpha, grey, palette))
+    assert (ink - 200).abs().max() <= 2
     assert (turned[:, :, :4] == 0).all() and (turned[:, :, 4:] == 200).all()
 
 
@@ -228,9 +235,13 @@ def test_class_folders_must_agree(tmp_path):
         load_image_splits(str(folder))
 
 
-def test_class_folders_without_images(tmp_path):
-    folder = image_folder(tmp_path / "pets", {"train": {"cat": ["a.png"]}, "test": {"cat": []}})
-    with pytest.raises(ValueError, match="eval_split: .* split 'test' is empty"):
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_empty_class_folders_are_named(tmp_path, split):
+    splits = {name: {"cat": ["a.png"], "dog": ["b.png"]} for name in ("train", "test")}
+    splits[split]["dog"] = []
+    folder = image_folder(tmp_path / "pets", splits)
+    (folder / split / "dog" / "notes.txt").write_text("no image")
+    with pytest.raises(ValueError, match=f"folder .*pets/{split}/dog holds no image.* ends in .*remove the folder"):
         load_image_splits(str(folder))
 
 

@@ -1,44 +1,24 @@
 """Decoding: modes, orientation, sizes, damaged files, memory."""
 
-import io
-
-import datasets
 import numpy as np
 import psutil
 import pytest
+from pictures import encoded, pixels, split_of
 from PIL import Image
 
-from hfkd.data import ImageSplit
-from hfkd.data.decode import FORMATS, decode_split
-
-
-def pixels(height=8, width=8):
-    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def encoded(image, kind="PNG", **arguments):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **arguments)
-    return buffer.getvalue()
-
-
-def split_of(*cells):
-    """A split of {"bytes", "path"} cells, given so or as bytes."""
-    cells = [{"bytes": cell, "path": None} if isinstance(cell, bytes) else cell for cell in cells]
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a"])})
-    rows = datasets.Dataset.from_dict({"image": cells, "label": [0] * len(cells)}, features=features)
-    return ImageSplit(rows, "pets, split 'train'", "image", "label", ["a"])
+from hfkd.data.decode import FORMATS, BadImageError, decode_split
 
 
 def decode_one(data, image_size=8):
     """(image_size, image_size, 3) uint8."""
-    return decode_split(split_of(data), image_size)[0].permute(1, 2, 0).numpy()
+    return decode_split(split_of(data), image_size)[0][0].permute(1, 2, 0).numpy()
 
 
 def test_rows_keep_their_order():
     images = np.random.default_rng(0).integers(0, 256, (600, 8, 8, 3), dtype=np.uint8)
-    tensor = decode_split(split_of(*[encoded(Image.fromarray(image)) for image in images]), 8)
+    tensor, rows = decode_split(split_of(*[encoded(Image.fromarray(image)) for image in images]), 8)
     assert np.array_equal(tensor.permute(0, 2, 3, 1).numpy(), images)
+    assert rows.tolist() == list(range(600))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000"])
@@ -88,7 +68,8 @@ def test_other_sizes_are_resized_and_cropped(height, width, resized):
 def test_damaged_image_is_named():
     good = encoded(Image.fromarray(pixels(64, 64)))
     for damaged in (b"no image", b"", good[: len(good) // 2]):
-        with pytest.raises(ValueError, match=r"pets, split 'train', row 300: .* cannot be decoded: .+"):
+        match = r"pets, split 'train', row 300: .* cannot be decoded: .+ skip_bad_images: true leaves such images out"
+        with pytest.raises(BadImageError, match=match):
             decode_split(split_of(*[good] * 300, damaged, good), 8)
 
 
@@ -104,6 +85,25 @@ def test_damaged_or_missing_file_is_named(tmp_path):
 def test_empty_cell_is_named():
     with pytest.raises(ValueError, match="row 1: there is no image"):
         decode_split(split_of(encoded(Image.fromarray(pixels())), None), 8)
+
+
+def test_bad_images_are_left_out_with_one_warning(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (300, 8, 8, 3), dtype=np.uint8)
+    cells = [encoded(Image.fromarray(image)) for image in images]
+    cells[1], cells[2], cells[280] = None, {"bytes": None, "path": str(tmp_path / "missing.jpg")}, b"no image"
+    with pytest.warns(UserWarning) as caught:
+        tensor, rows = decode_split(split_of(*cells), 8, skip_bad_images=True)
+    assert [str(warning.message)[:71] for warning in caught] == [
+        "pets, split 'train': 3 of 300 images are left out. The first: pets, spl"
+    ]
+    assert "row 1: there is no image" in str(caught[0].message)
+    assert rows.tolist() == [i for i in range(300) if i not in (1, 2, 280)]
+    assert np.array_equal(tensor.permute(0, 2, 3, 1).numpy(), images[rows])
+
+
+def test_a_split_of_bad_images_alone_is_an_error():
+    with pytest.raises(BadImageError, match="row 0: .* cannot be decoded"):
+        decode_split(split_of(b"no image", b"nor this"), 8, skip_bad_images=True)
 
 
 def test_too_little_memory_is_found_before_decoding(monkeypatch):

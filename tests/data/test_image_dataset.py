@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from pictures import encoded, pixels, split_of
+from PIL import Image
 from torch.utils.data import DataLoader, Subset
 
 from hfkd.data import ImageDataset, NoAugmentation, StrongAugmentation, WeakAugmentation, collate_batch
@@ -102,6 +104,26 @@ def test_subset_of_a_dataset():
 def test_classes():
     dataset = make()
     assert (dataset.num_classes, dataset.class_names, len(dataset)) == (5, list("abcde"), 48)
+
+
+def test_what_the_trainer_reads():
+    dataset = make(seed=3, views=2)
+    assert (dataset.image_size, dataset.mean, dataset.std, dataset.seed, dataset.views) == (16, MEAN, STD, 3, 2)
+    assert dataset.augmented and not make(transform=NoAugmentation()).augmented
+    assert dataset.epoch == 0 and dataset.num_skipped == 0
+    dataset.set_epoch(7)
+    assert dataset.epoch == 7
+
+
+def test_bad_images_of_a_split_are_left_out_and_counted():
+    split = split_of(encoded(Image.fromarray(pixels())), b"no image", encoded(Image.fromarray(255 - pixels())))
+    arguments = {"image_size": 8, "transform": NoAugmentation(), "mean": MEAN, "std": STD}
+    with pytest.raises(ValueError, match="row 1: the image cannot be decoded"):
+        ImageDataset.from_split(split, **arguments)
+    with pytest.warns(UserWarning, match="1 of 3 images are left out"):
+        dataset = ImageDataset.from_split(split, skip_bad_images=True, **arguments)
+    assert (len(dataset), dataset.num_skipped) == (2, 1)
+    assert torch.equal(dataset.images[1], 255 - dataset.images[0])
 
 
 # ---- Determinism ---------------------------------------------------------------------------------

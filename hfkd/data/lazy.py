@@ -1,0 +1,113 @@
+"""A data set of large images, decoded when they are asked for."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .columns import ImageSplit
+from .decode import BadImageError, decode_cell
+from .source import IndexedImageSource
+from .transforms import ImageTransform, make_views
+
+_MAX_BAD_RUN = 100  # bad rows one after the other, from which on the data is broken and not a file or two
+
+
+class LazyImageDataset(IndexedImageSource):
+    """Images decoded anew each time, in DataLoader workers, and handed over in finished batches.
+
+        DataLoader(dataset, batch_size=128, shuffle=True, num_workers=8, collate_fn=collate_batch)
+
+    Args:
+        split: of `load_image_splits`.
+        transform: `RandomResizedCrop(...)` or `CenterCrop(...)`; says the image size, mean and std.
+        seed: of the augmentation.
+        views: 2 adds a strong view of each image: `transform` with another draw, RandAugment, cutout. May be changed
+            until the first batch is asked for.
+        skip_bad_images: what to do with an image that cannot be decoded. False: raise BadImageError, which names it.
+            True: warn and count it in `num_skipped`; in training the next good row takes its place, in evaluation it
+            becomes a black image whose label does not count.
+
+    Raises:
+        ValueError: for a label that is no class, or `views` other than 1 and 2.
+    """
+
+    def __init__(
+        self,
+        split: ImageSplit,
+        *,
+        transform: ImageTransform,
+        seed: int = 0,
+        views: int = 1,
+        skip_bad_images: bool = False,
+    ):
+        super().__init__(
+            split.class_names,
+            image_size=transform.image_size,
+            mean=transform.mean,
+            std=transform.std,
+            seed=seed,
+            views=views,
+            augmented=transform.augmented,
+        )
+        self.name = split.name
+        self.labels = torch.from_numpy(split.labels())
+        self.transform = transform
+        self.skip_bad_images = skip_bad_images
+        self._column = split.image_column
+        self._rows = split.dataset.select_columns(split.image_column).with_format("arrow")
+        self._bad = torch.zeros(len(split), dtype=torch.bool).share_memory_()  # of all DataLoader workers
+
+    @property
+    def num_skipped(self) -> int:
+        return int(self._bad.sum())
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """A finished batch, see `ImageSource`.
+
+        Args:
+            indices: B numbers in 0 ... N - 1.
+
+        Raises:
+            BadImageError: for an image that cannot be decoded; with `skip_bad_images` only in training, after
+                100 such images one after the other.
+        """
+        images = self._images(np.array(indices, dtype=np.int64))
+        transform, views = self.transform, self.views
+        batch = make_views(images, len(indices), transform, seed=self.seed, epoch=self.epoch, views=views)
+        rows = batch["index"]
+        return batch | {"labels": self.labels[rows].masked_fill_(self._bad[rows], self.IGNORED)}
+
+    def _images(self, rows: np.ndarray) -> Iterator[tuple[int, Image.Image | None]]:
+        """Rows and their images, one at a time: a large one may take 100 MB once decoded."""
+        for row, cell in zip(rows.tolist(), self._cells(rows), strict=True):
+            try:
+                yield row, decode_cell(cell, self.name, row)
+            except BadImageError as error:
+                if not self.skip_bad_images:
+                    raise
+                yield self._in_place_of(row, error)
+
+    def _cells(self, rows):
+        """Undecoded, {"bytes", "path"}."""
+        return self._rows[rows][self._column].to_pylist()
+
+    def _in_place_of(self, row, error):
+        for _ in range(_MAX_BAD_RUN):
+            if not self._bad[row]:
+                self._bad[row] = True
+                warnings.warn(str(error), stacklevel=2)
+            if not self.augmented:
+                return row, None
+            row = (row + 1) % len(self)
+            try:
+                return row, decode_cell(self._cells([row])[0], self.name, row)
+            except BadImageError as next_error:
+                error = next_error
+        raise error

@@ -1,0 +1,326 @@
+"""Data sets that are read as a stream: where their rows lie, and how a few of them at a time are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import fsspec
+import numpy as np
+import pyarrow.compute
+from datasets.packaged_modules.parquet.parquet import Parquet
+from datasets.table import table_cast
+from fsspec.implementations.local import LocalFileSystem
+from pyarrow.parquet import FileMetaData, ParquetFile
+
+from .columns import ImageSplit, find_image_column, find_label_column
+from .datasets import EVAL_SPLITS, _default_eval_split, _split_folders, load_image_splits
+
+_FOOTER_THREADS = 16  # ImageNet is hundreds of files, and reading a footer on the Hub is mostly waiting
+
+Sample = tuple[dict[str, Any] | None, int]  # what a column of images holds, {"bytes", "path"}; and the label
+
+
+@dataclass(frozen=True)
+class StreamSplit:
+    """The rows of one split, none of which is read yet.
+
+    Attributes:
+        shards: reads them.
+        name: for messages, e.g. "ILSVRC/imagenet-1k, split 'train'".
+        class_names: the name of class i at position i.
+    """
+
+    shards: ParquetShards | FileShards
+    name: str
+    class_names: list[str]
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.shards.sizes.sum())
+
+
+def open_streams(
+    name: str,
+    *,
+    train_split: str | None = "train",
+    eval_split: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    class_names: list[str] | None = None,
+    config_name: str | None = None,
+    revision: str | None = None,
+) -> tuple[StreamSplit | None, StreamSplit]:
+    """The training and the evaluation split of a data set that is neither downloaded nor decoded first.
+
+    Only the list of files and, of Parquet files, the footers are read. The arguments are those of
+    `load_image_splits`, but a split is taken whole: no slices.
+
+    Raises:
+        ValueError: if the data set is neither Parquet files (in a local folder, on the Hub) nor a local folder of
+            split folders with class folders; if a Parquet file is damaged; if a split is missing, empty or a slice,
+            or a column is missing, of a wrong type or not clear; if a label is no class.
+    """
+    for key, split in (("train_split", train_split), ("eval_split", eval_split)):
+        if split is not None and "[" in split:
+            raise ValueError(
+                f"{key}: '{split}' is a part of a split, and streaming reads whole splits. Name one, e.g. 'train', or "
+                "set streaming: false."
+            )
+    folder = Path(name).expanduser()
+    columns = {"image_column": image_column, "label_column": label_column, "class_names": class_names}
+    if folder.is_dir() and not {"train", *EVAL_SPLITS}.isdisjoint(_split_folders(folder)):
+        return tuple(
+            None if split is None else StreamSplit(FileShards(split), split.name, split.class_names)
+            for split in load_image_splits(name, train_split=train_split, eval_split=eval_split, **columns)
+        )
+    builder = _parquet_builder(name, config_name, revision)
+    urls = {str(split): files for split, files in builder.config.data_files.items()}
+    wanted = {"train_split": train_split, "eval_split": eval_split or _default_eval_split(name, urls)}
+    footers = [(split, _footers(name, key, split, urls)) for key, split in wanted.items() if split is not None]
+    found = _parquet_streams(name, builder.info.features, footers, **columns)
+    return (None, *found) if train_split is None else tuple(found)
+
+
+# ---- Reading -------------------------------------------------------------------------------------------------------
+
+
+class FileShards:
+    """Images in files of their own, listed by `load_image_splits`. What is read at once, a unit, is one file.
+
+    Attributes:
+        sizes: (U,) int64, the rows of each unit.
+    """
+
+    def __init__(self, split: ImageSplit):
+        images = split.dataset.select_columns(split.image_column).with_format("arrow")[:][split.image_column]
+        # Arrow's strings, not Python's: a forked worker would soon have copied a million of those.
+        self._paths = pyarrow.compute.struct_field(images, "path").combine_chunks()
+        self._labels = split.labels()
+        self._name = split.name
+        self.sizes = np.ones(len(split), dtype=np.int64)
+
+    def read(self, unit: int, rows: np.ndarray) -> list[Sample]:
+        """As `ParquetShards.read`."""
+        path = self._paths[unit].as_py()
+        try:
+            data = Path(path).read_bytes()
+        except OSError as error:
+            raise _ended_early(self._name, path, 0, 1, error) from error
+        return [({"bytes": data, "path": path}, int(self._labels[unit]))]
+
+
+@dataclass(frozen=True)
+class _Footer:
+    """What was read of a Parquet file."""
+
+    url: str
+    size: int  # of the file, in bytes
+    metadata: FileMetaData
+    schema: pyarrow.Schema
+
+
+class ParquetShards:
+    """Rows of Parquet files. What is read at once, a unit, is a row group: the least that a file can be asked for.
+
+    Attributes:
+        sizes: (U,) int64, the rows of each unit.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        footers: Sequence[_Footer],
+        image: tuple[str, datasets.Image],
+        label: tuple[str, datasets.ClassLabel | datasets.Value],
+        num_classes: int,
+    ):
+        self._name = name
+        self._image_column, self._label_column = image[0], label[0]
+        self._features = datasets.Features([image, label])
+        self._num_classes = num_classes
+        groups = [(footer, i) for footer in footers for i in range(footer.metadata.num_row_groups)]
+        sizes = np.array([footer.metadata.row_group(i).num_rows for footer, i in groups], dtype=np.int64)
+        self._units = [groups[unit] for unit in np.flatnonzero(sizes)]
+        self.sizes = sizes[sizes > 0]
+
+    def read(self, unit: int, rows: np.ndarray) -> list[Sample]:
+        """Some rows of a unit, not decoded.
+
+        Args:
+            rows: (K,) int64, counted from the unit's first.
+
+        Raises:
+            RuntimeError: if the unit's file no longer holds what was there when the data set was opened.
+            ValueError: if a label is no class.
+        """
+        footer, group = self._units[unit]
+        table = self._read_group(footer, group, int(self.sizes[unit]))
+        images, labels = table[self._image_column], table[self._label_column]
+        samples = []
+        for row in rows.tolist():
+            cell, label = images[row].as_py(), labels[row].as_py()
+            if label is None or not 0 <= label < self._num_classes:
+                where = f"{self._name}, row {row} of row group {group} of {footer.url}"
+                raise _wrong_label(where, self._label_column, label, self._num_classes)
+            if cell is not None and cell["bytes"] is not None:  # the path is for messages only
+                cell["path"] = f"{cell['path']} in {footer.url}" if cell["path"] else footer.url
+            samples.append((cell, label))
+        return samples
+
+    def _read_group(self, footer, group, expected):
+        """The two columns of a row group."""
+        came = 0
+        try:
+            with _open(footer) as stream:
+                file = ParquetFile(stream, metadata=footer.metadata)
+                table = file.read_row_group(group, columns=list(self._features), use_threads=False)  # a worker is one
+            came = table.num_rows
+            if came != expected:
+                raise OSError("it is shorter than its footer says")
+        except Exception as error:  # Arrow, the file systems and the Hub have types of their own
+            raise _ended_early(self._name, f"row group {group} of {footer.url}", came, expected, error) from error
+        return table_cast(table, self._features.arrow_schema)
+
+
+def _open(footer):
+    """A Parquet file, from which only what is asked for is fetched."""
+    file_system, path = fsspec.url_to_fs(footer.url)
+    # A URL on the Hub names a commit, whose files never change; asking for the size would cost a request.
+    if isinstance(file_system, LocalFileSystem) and file_system.size(path) != footer.size:
+        raise OSError(f"it had {footer.size} bytes when the run began and has {file_system.size(path)}")
+    return file_system.open(path, "rb", size=footer.size, cache_type="none")
+
+
+def _ended_early(name, what, came, expected, error):
+    reason = " ".join(str(error).split())  # Arrow's has line breaks
+    return RuntimeError(
+        f"{name}: the stream ended early: {what} gave {came} of {expected} rows ({reason}). Once it can be read again, "
+        "continue with --resume_from_checkpoint true."
+    )
+
+
+# ---- Opening Parquet files -----------------------------------------------------------------------------------------
+
+
+def _parquet_builder(name, config_name, revision):
+    """What `datasets` finds out without reading the data: the files of each split, and perhaps the features."""
+    if name == "digits":
+        raise ValueError("streaming: the digits lie in memory; set streaming: false.")
+    try:
+        path = Path(name).expanduser()
+        builder = datasets.load_dataset_builder(str(path) if path.is_dir() else name, config_name, revision=revision)
+    except Exception as error:  # the Hub, the network and the readers have types of their own
+        raise ValueError(
+            f"The data set '{name}' cannot be opened: there is no such folder with data in it, and the Hub does not "
+            f"give it. ({error})"
+        ) from error
+    if not isinstance(builder, Parquet):
+        files = [file for split in (builder.config.data_files or {}).values() for file in split]
+        raise ValueError(
+            f"streaming: {name} does not consist of Parquet files, but of files such as {', '.join(files[:1])}. "
+            "Streaming reads Parquet files in a local folder or on the Hub, and a local folder of train and test "
+            "folders, each with a folder of images for every class. Convert it with `Dataset.to_parquet`, or set "
+            "streaming: false."
+        )
+    return builder
+
+
+def _footers(name, key, split, urls) -> list[_Footer]:
+    if split not in urls:
+        raise ValueError(f"{key}: {name} has no split '{split}'. It has: {', '.join(urls)}.")
+    with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
+        footers = list(pool.map(_read_footer, urls[split]))
+    if not any(footer.metadata.num_rows for footer in footers):
+        raise ValueError(f"{key}: {name}, split '{split}' is empty.")
+    return footers
+
+
+def _read_footer(url):
+    try:
+        file_system, path = fsspec.url_to_fs(url)
+        with file_system.open(path, "rb", cache_type="none") as stream:
+            file = ParquetFile(stream)
+            return _Footer(url, file_system.size(path), file.metadata, file.schema_arrow)
+    except Exception as error:  # as in _read_group
+        raise ValueError(f"{url} is no whole Parquet file; was it cut off? ({error})") from error
+
+
+def _parquet_streams(name, features, splits, image_column, label_column, class_names) -> list[StreamSplit]:
+    """The streams of [(split, footers)]; `features`: those of the data set's card, if it tells them."""
+    features = features or datasets.Features.from_arrow_schema(splits[0][1][0].schema)
+    image_column = find_image_column(features, image_column, name)
+    label_column = find_label_column(features, label_column, class_names, name)
+    footers = [footer for _, footers in splits for footer in footers]
+    for footer in footers:
+        missing = {image_column, label_column}.difference(footer.schema.names)
+        if missing:
+            raise ValueError(f"{footer.url} has no column '{missing.pop()}', unlike the other files of {name}.")
+    label = features[label_column]
+    names = _class_names(name, label, footers, label_column)
+    if class_names and names != class_names and sorted(names) == sorted(class_names):
+        raise ValueError(
+            f"label_column: '{label_column}' of {name} numbers the expected classes in another order ({names[:3]}... "
+            f"against {class_names[:3]}...). Renumber it, e.g. with datasets' `align_labels_with_mapping`."
+        )
+    for footer in footers:
+        _check_labels(name, footer, label_column, len(names))
+    image = (image_column, features[image_column])
+    streams = []
+    for split, footers in splits:
+        where = f"{name}, split '{split}'"
+        shards = ParquetShards(where, footers, image, (label_column, label), len(names))
+        streams.append(StreamSplit(shards, where, names))
+    return streams
+
+
+def _class_names(name, label, footers, column) -> list[str]:
+    """The names of a ClassLabel; for whole numbers "0" up to the largest, if the footers tell it."""
+    if isinstance(label, datasets.ClassLabel):
+        return list(label.names)
+    statistics = [_label_statistics(footer, column) for footer in footers]
+    largest = max((group.max for groups in statistics for group in groups if group is not None), default=None)
+    if largest is None or any(group is None for groups in statistics for group in groups):
+        problem = "the Parquet files hold no statistics of it"
+    elif largest >= 10 * sum(footer.metadata.num_rows for footer in footers):
+        problem = f"its numbers go up to {largest}, so that they do not number classes from 0 without gaps"
+    else:
+        return [str(i) for i in range(largest + 1)]
+    raise ValueError(
+        f"label_column: '{column}' of {name} holds plain numbers, and {problem}. Streaming cannot count the classes "
+        "without reading all of the data: make it a ClassLabel, e.g. with `Dataset.class_encode_column`, or set "
+        "streaming: false."
+    )
+
+
+def _check_labels(name, footer, column, num_classes):
+    """A wrong label is found now where the footer tells, not after hours of training."""
+    for group, statistics in enumerate(_label_statistics(footer, column)):
+        if statistics is None:
+            continue  # `ParquetShards.read` looks at the labels themselves
+        where = f"{name}, row group {group} of {footer.url}"
+        if statistics.null_count:
+            raise _wrong_label(where, column, None, num_classes)
+        for label in (statistics.min, statistics.max):
+            if not 0 <= label < num_classes:
+                raise _wrong_label(where, column, label, num_classes)
+
+
+def _label_statistics(footer, column) -> list[Any]:
+    """Arrow's statistics of the labels of each row group; None where the file holds none of whole numbers."""
+    groups = [footer.metadata.row_group(group) for group in range(footer.metadata.num_row_groups)]
+    paths = [footer.metadata.schema.column(i).path for i in range(footer.metadata.num_columns)]
+    found = [group.column(paths.index(column)).statistics for group in groups if group.num_rows]
+    return [item if item and (item.null_count or isinstance(item.min, int)) else None for item in found]
+
+
+def _wrong_label(where, column, label, num_classes):
+    reason = "-1 marks an unlabelled row" if label == -1 else f"the classes are 0 ... {num_classes - 1}"
+    value = "no label" if label is None else label
+    return ValueError(
+        f"{where}: column '{column}' holds {value}; {reason}. Choose another split or column, or remove these rows."
+    )

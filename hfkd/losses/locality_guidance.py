@@ -1,0 +1,82 @@
+"""Locality guidance: a transformer's maps follow those of a convolutional network that sees the same image.
+
+Paper: Li, Jin, Chen, Chen and Xu, Locality Guidance for Improving Vision Transformers on Tiny Datasets, ECCV 2022.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import DistillationLoss, Outputs
+from .feature_maps import as_map
+
+
+def locality_guidance_loss(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:
+    """Sum over the pairs of the mean squared difference, both maps resized bilinearly to the larger sides.
+
+    Args:
+        student_maps: (B, C, H, W) each, the channels already those of the teacher's.
+        teacher_maps: (B, C, H', W') each.
+
+    Returns:
+        0-d, float32 or float64.
+
+    Raises:
+        ValueError: the numbers of maps differ, or a pair's batches or channels.
+    """
+    loss = student_maps[0].new_zeros(())
+    for student, teacher in zip(student_maps, teacher_maps, strict=True):
+        if student.shape[:2] != teacher.shape[:2]:
+            raise ValueError(
+                f"maps of one batch and one number of channels expected, got {tuple(student.shape)} and "
+                f"{tuple(teacher.shape)}"
+            )
+        size = [max(sides) for sides in zip(student.shape[2:], teacher.shape[2:], strict=True)]
+        loss = loss + F.mse_loss(_resized(student, size), _resized(teacher, size))
+    return loss
+
+
+def _resized(feature_map: Tensor, size: list[int]) -> Tensor:
+    if list(feature_map.shape[2:]) == size:
+        return feature_map
+    return F.interpolate(feature_map, size, mode="bilinear", align_corners=False)
+
+
+class LocalityGuidanceLoss(DistillationLoss):
+    """`locality_guidance_loss` as a method of a recipe; a learnt 1x1 convolution gives each student map the teacher's
+    channels.
+
+    Args:
+        student_layers: stage indices or module paths, shallow to deep.
+        teacher_layers: as many.
+        weight: see `DistillationLoss`.
+
+    Raises:
+        ValueError: no layers, or not as many of the one as of the other.
+    """
+
+    reads_logits = False
+
+    def __init__(self, student_layers: list, teacher_layers: list, weight: float = 2.5):
+        super().__init__(weight)
+        if not student_layers or len(student_layers) != len(teacher_layers):
+            raise ValueError(
+                f"student_layers is {student_layers} and teacher_layers {teacher_layers}: give as many of the one as "
+                "of the other, one at least"
+            )
+        self.student_layers = list(student_layers)
+        self.teacher_layers = list(teacher_layers)
+        self.projectors = nn.ModuleList()
+
+    def setup(self, student: Outputs, teacher: Outputs) -> None:
+        pairs = zip(self.maps(student, self.student_layers), self.maps(teacher, self.teacher_layers), strict=True)
+        self.projectors.extend(nn.Conv2d(own.shape[1], other.shape[1], 1) for own, other in pairs)
+
+    def maps(self, outputs: Outputs, layers: list) -> list[Tensor]:
+        return [as_map(outputs.features[layer]) for layer in layers]
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Mapping[str, Tensor]) -> Tensor:
+        student_maps = self.maps(student, self.student_layers)
+        projected = [project(own) for project, own in zip(self.projectors, student_maps, strict=True)]
+        return locality_guidance_loss(projected, self.maps(teacher, self.teacher_layers))

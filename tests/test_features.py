@@ -1,0 +1,113 @@
+import pytest
+import timm
+import torch
+from helpers import Plain
+from transformers import ResNetConfig, ResNetForImageClassification
+
+from hfkd import load_student
+from hfkd.features import Taps, find_layer, forward_views, use_two_heads
+from hfkd.losses.feature_maps import as_map
+
+BATCH = {"pixel_values": torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))}
+
+
+def test_stage_indices_and_paths_of_a_wrapped_model():
+    student = load_student("cifar_resnet20", num_classes=5).eval()
+    taps = Taps(student, [1, "layer3", 1])
+    outputs = forward_views(student, BATCH, taps)
+    assert {layer: tuple(feature.shape) for layer, feature in outputs.features.items()} == {
+        1: (2, 16, 32, 32),
+        "layer3": (2, 64, 8, 8),
+    }
+    assert taps.take() == {}, "nothing is kept from one batch to the next"
+    inner = student.timm_model
+    expected = inner.forward_intermediates(BATCH["pixel_values"], indices=[1], intermediates_only=True)[0]
+    torch.testing.assert_close(outputs.features[1], expected)
+
+
+@pytest.mark.parametrize(
+    "name, settings, layers",
+    [
+        ("deit_tiny_distilled_patch16_224", {"img_size": 32, "patch_size": 8}, [0, 11]),
+        ("pit_ti_224", {"img_size": 64}, ["transformers.0.blocks.0", "transformers.2.blocks.3"]),
+        ("t2t_vit_7", {"img_size": 32}, [0, 6]),
+        ("pvt_tiny", {"img_size": 64}, [0, 7]),
+        ("pvt_v2_b0", {}, ["stages.0.blocks.0", "stages.3.blocks.1"]),
+        ("convit_tiny", {"img_size": 32, "patch_size": 8}, [0, 11]),
+    ],
+)
+def test_blocks_of_vision_transformers_are_maps(name, settings, layers):
+    model = timm.create_model(name, num_classes=5, **settings).eval()
+    side = settings.get("img_size", 64)
+    outputs = forward_views(model, {"pixel_values": torch.rand(2, 3, side, side)}, Taps(model, layers))
+    for layer in layers:
+        feature = as_map(outputs.features[layer])
+        assert feature.shape[0] == 2 and feature.shape[2] == feature.shape[3]
+
+
+def test_features_are_those_of_the_weak_view():
+    model = Plain().eval()
+    taps = Taps(model, ["conv"])
+    outputs = forward_views(model, BATCH | {"pixel_values_strong": torch.zeros(2, 3, 32, 32)}, taps)
+    torch.testing.assert_close(outputs.features["conv"], model.conv(BATCH["pixel_values"]))
+    assert outputs.strong.features == {}
+
+
+def test_a_transformers_model_is_tapped_by_path():
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], num_labels=5)
+    model = ResNetForImageClassification(config).eval()
+    outputs = forward_views(model, BATCH, Taps(model, ["resnet.encoder.stages.1"]))
+    assert outputs.features["resnet.encoder.stages.1"].shape[:2] == (2, 8)
+    with pytest.raises(ValueError, match="no stage indices.*module path"):
+        find_layer(model, 1)
+
+
+def test_clear_errors():
+    student = load_student("cifar_resnet8", num_classes=5)
+    with pytest.raises(ValueError, match="no layer 'layer9'. Near are .*layer3"):
+        Taps(student, ["layer9"])
+    with pytest.raises(ValueError, match="no stage 7. Stages: 0 .*, 3 "):
+        Taps(student, [7])
+    taps = Taps(student.eval(), [""])  # the whole network gives logits, no map, and a path of its own
+    assert forward_views(student, BATCH, taps).features[""].shape == (2, 5)
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "pit_ti_distilled_224"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_two_heads(name, wrapped):
+    """Each head by itself in training, their mean in evaluation."""
+    torch.manual_seed(0)
+    if wrapped:
+        model = load_student(name, num_classes=5, image_size=64)
+        inner = model.timm_model
+    else:
+        model = inner = timm.create_model(name, num_classes=5, img_size=64)
+    batch = {"pixel_values": torch.rand(2, 3, 64, 64)}
+    model.train()
+    use_two_heads(model)
+    outputs = forward_views(model, batch)
+    tokens = inner.forward_features(batch["pixel_values"])
+    torch.testing.assert_close(outputs.class_logits, inner.head(tokens[:, 0]))
+    torch.testing.assert_close(outputs.logits, inner.head_dist(tokens[:, 1]))
+    evaluated = forward_views(model.eval(), batch)
+    torch.testing.assert_close(evaluated.logits, (outputs.logits + outputs.class_logits) / 2)
+    assert evaluated.class_logits is evaluated.logits
+
+
+def test_one_head_stays_one():
+    model = timm.create_model("deit_tiny_patch16_224", num_classes=5, img_size=32).train()
+    use_two_heads(model)
+    outputs = forward_views(model, BATCH)
+    assert outputs.class_logits is outputs.logits
+
+
+def test_two_heads_of_a_transformers_deit():
+    from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher
+
+    config = DeiTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32, num_labels=5
+    )
+    model = DeiTForImageClassificationWithTeacher(config).train()
+    outputs, raw = forward_views(model, BATCH), model(BATCH["pixel_values"])
+    assert torch.equal(outputs.class_logits, raw.cls_logits) and torch.equal(outputs.logits, raw.distillation_logits)
+    assert torch.equal(forward_views(model.eval(), BATCH).logits, model(BATCH["pixel_values"]).logits)
