@@ -104,6 +104,8 @@ class DistillationTrainer(Trainer):
             model = wrap_timm(model, names)
         if args.channels_last:
             model = model.to(memory_format=torch.channels_last)
+        if isinstance(train_dataset, StreamingImageDataset):  # Trainer asks for its length at once
+            train_dataset.shard(args.process_index, args.world_size, args.train_batch_size, args.dataloader_drop_last)
         kwargs.setdefault("data_collator", collate_batch)
         kwargs.setdefault("compute_metrics", compute_metrics)
         super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
@@ -202,9 +204,8 @@ class DistillationTrainer(Trainer):
         if not isinstance(dataset, StreamingImageDataset):
             return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
         # It yields finished batches of its own share; accelerate would share them out among the processes again.
-        training = description == "Training"
-        drop_last = training and self.args.dataloader_drop_last
-        dataset.shard(self.args.process_index, self.args.world_size, batch_size, drop_last)
+        if dataset is not self.train_dataset:
+            dataset.shard(self.args.process_index, self.args.world_size, batch_size, drop_last=False)
         workers = self.args.dataloader_num_workers
         return DataLoader(
             dataset,

@@ -4,27 +4,37 @@ import os
 import subprocess
 import sys
 
+import datasets
 import distributed_worker
+import numpy as np
 import pytest
 import torch
 from helpers import ROOT
+from PIL import Image
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Results of one process, and of each of two."""
-    one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
+    one, two, data = (tmp_path_factory.mktemp(name) for name in ("one", "two", "data"))
+    for split, rows in (("train", 40), ("test", 9)):
+        pixels = np.random.default_rng(rows).integers(0, 255, (rows, 20, 24, 3), dtype=np.uint8)
+        columns = {"image": [Image.fromarray(picture) for picture in pixels], "label": [i % 10 for i in range(rows)]}
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)})
+        table = datasets.Dataset.from_dict(columns, features=features)
+        for shard in range(3):
+            table.shard(3, shard).to_parquet(str(data / f"{split}-{shard}-of-3.parquet"))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     worker = str(ROOT / "tests" / "distributed_worker.py")
     process = subprocess.Popen(
-        [*launch, worker, str(two), "2"],
+        [*launch, worker, str(two), "2", str(data)],
         cwd=two,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-    distributed_worker.main(str(one), 1)
+    distributed_worker.main(str(one), 1, str(data))
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output[-4000:]
     load = lambda path: torch.load(path, weights_only=False)  # noqa: E731  (written by this test)
@@ -63,3 +73,30 @@ def test_the_checkpoint_is_written_once(runs):
     files = sorted(path.name for path in (folder / "ctkd").glob("checkpoint-8/*"))
     assert files.count("model.safetensors") == files.count("losses.safetensors") == 1
     assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt"} <= set(files)
+
+
+def test_a_stream_gives_every_image_once_an_epoch(runs):
+    one, first, second, _ = (run["stream"] if isinstance(run, dict) else run for run in runs)
+    for epoch in (0, 1):
+        assert sorted(one["rows"][epoch]) == list(range(40))
+        assert sorted(first["rows"][epoch] + second["rows"][epoch]) == list(range(40))
+        assert len(first["rows"][epoch]) == len(second["rows"][epoch])
+    assert first["rows"][0] != first["rows"][1]
+    for name, value in first["state"].items():
+        torch.testing.assert_close(second["state"][name], value, rtol=0, atol=0, msg=name)
+
+
+def test_a_streamed_evaluation_counts_every_image_once(runs):
+    """Nine images for two processes: the tenth is padding."""
+    _, first, second, _ = (run["stream"] if isinstance(run, dict) else run for run in runs)
+    assert first["metrics"]["eval_top1"] == second["metrics"]["eval_top1"]
+    assert (first["metrics"]["eval_top1"] * 9 / 100) == pytest.approx(round(first["metrics"]["eval_top1"] * 9 / 100))
+
+
+def test_a_resumed_stream_goes_on_with_the_next_batch(runs):
+    """Each process sees the rest of the epoch that was cut short, and ends with the same weights."""
+    for run, batches in zip(runs[:3], (6, 3, 3), strict=True):
+        whole, resumed = run["stream"], run["resumed"]
+        assert resumed["rows"][0] == whole["rows"][0][4 * batches :]
+        assert resumed["rows"][1] == whole["rows"][1]
+        assert [name for name, value in whole["state"].items() if not torch.equal(value, resumed["state"][name])] == []

@@ -168,13 +168,17 @@ def test_generators_are_put_back():
     def draw():
         return random.random(), random.gauss(0, 1), np.random.rand(), torch.rand(1).item()
 
+    def breaks_off():
+        yield 3, photo()
+        raise ZeroDivisionError
+
     transform = RandomResizedCrop(24, MEAN, STD, **FULL)
     random.seed(0), np.random.seed(0), torch.manual_seed(0)
     expected = draw()
     random.seed(0), np.random.seed(0), torch.manual_seed(0)
     make_views([(3, photo()), (4, photo())], 2, transform, **KEYS)
     with pytest.raises(ZeroDivisionError):
-        make_views(((row, photo()) for row in (1, 1 // 0)), 2, transform, **KEYS)
+        make_views(breaks_off(), 2, transform, **KEYS)
     assert draw() == expected
 
 
