@@ -99,7 +99,7 @@ class DistillationTrainer(Trainer):
         _check_roles(model, teacher, losses, args)
         if hasattr(model, "pretrained_cfg"):  # a bare timm model
             source = _image_source(train_dataset)
-            names = source.class_names if source else []
+            names = [] if source is None else source.class_names
             names = [*names, *map(str, range(len(names), model.num_classes))][: model.num_classes]
             model = wrap_timm(model, names)
         if args.channels_last:
@@ -140,9 +140,9 @@ class DistillationTrainer(Trainer):
 
     def _input_spec(self) -> InputSpec | None:
         """What the images are normalised for: what a data set of ours says, else what the student expects."""
-        source = _image_source(self.train_dataset) or _image_source(self.eval_dataset)
-        if source is not None:
-            return InputSpec(source.image_size, source.mean, source.std)
+        for source in (_image_source(self.train_dataset), _image_source(self.eval_dataset)):
+            if source is not None:
+                return InputSpec(source.image_size, source.mean, source.std)
         return known_input_spec(self.model)
 
     def _place_data(self) -> None:
@@ -169,7 +169,7 @@ class DistillationTrainer(Trainer):
             student = self.distiller.predict(batch)
         self.model.train(was_training)
         classes = student.logits.shape[1]
-        needed = source.num_classes if source else int(batch["labels"].max()) + 1
+        needed = int(batch["labels"].max()) + 1 if source is None else source.num_classes
         if classes < needed:
             raise ValueError(
                 f"The student has {classes} classes and the data set {needed}: build the student with "
@@ -179,7 +179,7 @@ class DistillationTrainer(Trainer):
             self._mixup = Mixup(self.args.mixup, self.args.cutmix, label_smoothing=0.0, num_classes=classes)
         if self.teacher is None:
             return
-        names = class_names_of(self.model) or (source.class_names if source else [])
+        names = class_names_of(self.model) or ([] if source is None else source.class_names)
         self.teacher.align_classes(names if len(names) == classes else list(map(str, range(classes))), batch)
         teacher = self.teacher(batch)
         for name, loss in self.distiller.losses.items():
@@ -202,7 +202,13 @@ class DistillationTrainer(Trainer):
 
     def _get_dataloader(self, dataset, description, batch_size, *args, **kwargs):
         if not isinstance(dataset, StreamingImageDataset):
-            return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
+            drop_last = self.args.dataloader_drop_last
+            # Trainer would leave the last images out of an evaluation as well.
+            self.args.dataloader_drop_last = drop_last and dataset is self.train_dataset
+            try:
+                return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
+            finally:
+                self.args.dataloader_drop_last = drop_last
         # It yields finished batches of its own share; accelerate would share them out among the processes again.
         if dataset is not self.train_dataset:
             dataset.shard(self.args.process_index, self.args.world_size, batch_size, drop_last=False)

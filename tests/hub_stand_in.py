@@ -1,11 +1,10 @@
-"""A stand-in for the Hub on this machine: one public data set repository, read with HTTP ranges."""
+"""A stand-in for the Hub on this machine: one public data set, read over HTTP."""
 
 import contextlib
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs, unquote, urlsplit
 
 import datasets
 import huggingface_hub
@@ -14,11 +13,11 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class HubStandIn(ThreadingHTTPServer):
-    """Serves the files of a folder as the data set `repo`.
+    """Serves the files of a folder, without those of its subfolders, as the data set `repo`.
 
     Attributes:
-        sent: (file, number of bytes) of every answer with file content.
-        offline: from now on, every request fails as if the Hub were down.
+        sent: (file, number of bytes) of every answer with a part of a file.
+        closed: whether every request from now on finds nothing.
     """
 
     daemon_threads = True
@@ -26,31 +25,29 @@ class HubStandIn(ThreadingHTTPServer):
     def __init__(self, folder, repo):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repo = repo
-        self.files = {path.name: path for path in Path(folder).iterdir()}
+        self.files = {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
         self.sent: list[tuple[str, int]] = []
-        self.offline = False
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
+        self.closed = False
 
 
 @contextlib.contextmanager
 def hub_stand_in(folder, repo, monkeypatch):
-    """Makes the libraries of this process take a `HubStandIn` for the Hub."""
+    """Has the libraries of this process take a `HubStandIn` for the Hub."""
     with HubStandIn(folder, repo) as server:
+        url = f"http://127.0.0.1:{server.server_port}"
         constants = huggingface_hub.constants
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(Path(folder, "cache")))
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", url)
         monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:
             yield server
         finally:
-            huggingface_hub.HfFileSystem.clear_instance_cache()
+            huggingface_hub.HfFileSystem.clear_instance_cache()  # it knows the server's files
             server.shutdown()
             thread.join()
 
@@ -59,36 +56,35 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *args):
-        print(self.command, self.path, self.headers.get("Range"))
+        pass
 
     def do_GET(self):
-        path, api, files = unquote(urlsplit(self.path).path), f"/api/datasets/{self.server.repo}", self.server.files
-        content = f"/datasets/{self.server.repo}/resolve/"
-        if self.server.offline:
+        path, repo, files = self.path.partition("?")[0], self.server.repo, self.server.files
+        kind, _, rest = path.removeprefix("/api").removeprefix(f"/datasets/{repo}").strip("/").partition("/")
+        if self.server.closed or not path.endswith(f"/datasets/{repo}") and f"/datasets/{repo}/" not in path:
             self._answer(404, b"")
-        elif path == api or path.startswith(f"{api}/revision/"):
+        elif kind in ("", "revision"):
             siblings = [{"rfilename": name} for name in files]
-            self._json({"_id": "0", "id": self.server.repo, "private": False, "tags": [], "sha": COMMIT, "siblings": siblings})
-        elif path.startswith(f"{api}/tree/") and "/" not in path.removeprefix(f"{api}/tree/"):
-            self._json([_entry(name, file) for name, file in files.items()])
-        elif path.startswith(content) and (name := path.removeprefix(content).partition("/")[2]) in files:
-            self._content(name)
+            facts = {"_id": "0", "id": repo, "private": False, "tags": [], "sha": COMMIT, "siblings": siblings}
+            self._json(facts)
+        elif kind == "tree" and "/" not in rest:
+            tree = [{"type": "file", "path": name, "size": len(data), "oid": COMMIT} for name, data in files.items()]
+            self._json(tree)
+        elif kind == "resolve" and (name := rest.partition("/")[2]) in files:
+            self._file(name)
         else:
             self._answer(404, b"", {"X-Error-Code": "EntryNotFound"})
 
     do_HEAD = do_GET
 
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
-        wanted = parse_qs(body).get("paths", [])
-        self._json([_entry(name, file) for name, file in self.server.files.items() if name in wanted])
-
-    def _content(self, name):
-        data, headers = self.server.files[name].read_bytes(), {"ETag": f'"{name}"', "X-Repo-Commit": COMMIT}
+    def _file(self, name):
+        data = self.server.files[name]
+        headers = {"ETag": f'"{name}"', "X-Repo-Commit": COMMIT}
         if "Range" not in self.headers:
-            return self._answer(200, data, headers)
+            self._answer(200, data, headers)
+            return
         first, last = self.headers["Range"].removeprefix("bytes=").split("-")
-        part = data[int(first) : int(last or len(data)) + 1]
+        part = data[int(first) : int(last) + 1]
         self.server.sent.append((name, len(part)))
         self._answer(206, part, headers | {"Content-Range": f"bytes {first}-{last}/{len(data)}"})
 
@@ -102,7 +98,3 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(data)
-
-
-def _entry(name, file):
-    return {"type": "file", "path": name, "size": file.stat().st_size, "oid": COMMIT}

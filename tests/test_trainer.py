@@ -362,3 +362,14 @@ def test_ones_own_data_set():
     assert 0 <= trainer.evaluate()["eval_agreement"] <= 100
     with pytest.raises(ValueError, match="'mlkd' needs two views"):
         DistillationTrainer(Plain(), Plain(), config(losses={"mlkd": {}}), train_dataset=data)
+
+
+def test_dropping_the_last_training_batch_drops_no_test_image():
+    """Trainer's own loaders drop it from evaluations, too."""
+    args = config(dataloader_drop_last=True, per_device_train_batch_size=4)
+    eval_set = images(6, augment=False)
+    trainer = DistillationTrainer(Plain(), None, args, train_dataset=images(6), eval_dataset=eval_set)
+    assert len(trainer.get_train_dataloader()) == 1
+    assert trainer.predict(eval_set).predictions.shape == (6, 10)
+    ranked = trainer.predict(eval_set).predictions.argmax(1)
+    assert trainer.evaluate()["eval_top1"] == pytest.approx(100 * (ranked == eval_set.labels.numpy()).mean())

@@ -222,7 +222,7 @@ def _parquet_builder(name, config_name, revision):
     if not isinstance(builder, Parquet):
         files = [file for split in (builder.config.data_files or {}).values() for file in split]
         raise ValueError(
-            f"streaming: {name} does not consist of Parquet files, but of files such as {', '.join(files[:1])}. "
+            f"streaming: {name} is not made of Parquet files (found: {files[0] if files else 'a prepared copy'}). "
             "Streaming reads Parquet files in a local folder or on the Hub, and a local folder of train and test "
             "folders, each with a folder of images for every class. Convert it with `Dataset.to_parquet`, or set "
             "streaming: false."
@@ -282,11 +282,12 @@ def _class_names(name, label, footers, column) -> list[str]:
     """The names of a ClassLabel; for whole numbers "0" up to the largest, if the footers tell it."""
     if isinstance(label, datasets.ClassLabel):
         return list(label.names)
-    statistics = [_label_statistics(footer, column) for footer in footers]
-    largest = max((group.max for groups in statistics for group in groups if group is not None), default=None)
-    if largest is None or any(group is None for groups in statistics for group in groups):
+    statistics = [group for footer in footers for _, group in _label_statistics(footer, column)]
+    rows = sum(footer.metadata.num_rows for footer in footers)
+    largest = max((group.max for group in statistics if group is not None and group.has_min_max), default=0)
+    if any(group is None for group in statistics):
         problem = "the Parquet files hold no statistics of it"
-    elif largest >= 10 * sum(footer.metadata.num_rows for footer in footers):
+    elif largest >= 10 * rows:
         problem = f"its numbers go up to {largest}, so that they do not number classes from 0 without gaps"
     else:
         return [str(i) for i in range(largest + 1)]
@@ -299,7 +300,7 @@ def _class_names(name, label, footers, column) -> list[str]:
 
 def _check_labels(name, footer, column, num_classes):
     """A wrong label is found now where the footer tells, not after hours of training."""
-    for group, statistics in enumerate(_label_statistics(footer, column)):
+    for group, statistics in _label_statistics(footer, column):
         if statistics is None:
             continue  # `ParquetShards.read` looks at the labels themselves
         where = f"{name}, row group {group} of {footer.url}"
@@ -310,12 +311,16 @@ def _check_labels(name, footer, column, num_classes):
                 raise _wrong_label(where, column, label, num_classes)
 
 
-def _label_statistics(footer, column) -> list[Any]:
-    """Arrow's statistics of the labels of each row group; None where the file holds none of whole numbers."""
-    groups = [footer.metadata.row_group(group) for group in range(footer.metadata.num_row_groups)]
-    paths = [footer.metadata.schema.column(i).path for i in range(footer.metadata.num_columns)]
-    found = [group.column(paths.index(column)).statistics for group in groups if group.num_rows]
-    return [item if item and (item.null_count or isinstance(item.min, int)) else None for item in found]
+def _label_statistics(footer, column) -> list[tuple[int, Any]]:
+    """Row groups, and what Arrow says of the whole numbers in a column of each; None where it does not say."""
+    place = [footer.metadata.schema.column(i).path for i in range(footer.metadata.num_columns)].index(column)
+    found = []
+    for group in range(footer.metadata.num_row_groups):
+        statistics = footer.metadata.row_group(group).column(place).statistics
+        known = statistics is not None and (statistics.null_count or isinstance(statistics.min, int))
+        if footer.metadata.row_group(group).num_rows:
+            found.append((group, statistics if known else None))
+    return found
 
 
 def _wrong_label(where, column, label, num_classes):
