@@ -253,9 +253,11 @@ def claim_output_dir(config: DistillationConfig, recipe: dict[str, Any]) -> None
     if not (output_dir / RECIPE_NAME).is_file():
         return
     found = yaml.safe_load((output_dir / RECIPE_NAME).read_text())
+    # The workers of a stream share out its rows.
+    without_effect = WITHOUT_EFFECT - ({"dataloader_num_workers"} if recipe.get("streaming") else set())
     different = [
         f"{key}: {found.get(key)!r} there, {recipe.get(key)!r} here"
-        for key in sorted({*found, *recipe} - WITHOUT_EFFECT)
+        for key in sorted({*found, *recipe} - without_effect)
         if found.get(key) != recipe.get(key)
     ]
     if different:

@@ -1,4 +1,4 @@
-"""A stand-in for the Hub on this machine: one public data set, read over HTTP."""
+"""A stand-in for the Hub on this machine: one public repository, of a data set or a model, read with HTTP ranges."""
 
 import contextlib
 import json
@@ -17,6 +17,7 @@ class HubStandIn(ThreadingHTTPServer):
 
     Attributes:
         sent: (file, number of bytes) of every answer with a part of a file.
+        asked: every file that was asked for.
         closed: whether every request from now on finds nothing.
     """
 
@@ -27,6 +28,7 @@ class HubStandIn(ThreadingHTTPServer):
         self.repo = repo
         self.files = {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
         self.sent: list[tuple[str, int]] = []
+        self.asked: set[str] = set()
         self.closed = False
 
 
@@ -60,8 +62,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         path, repo, files = self.path.partition("?")[0], self.server.repo, self.server.files
-        kind, _, rest = path.removeprefix("/api").removeprefix(f"/datasets/{repo}").strip("/").partition("/")
-        if self.server.closed or not path.endswith(f"/datasets/{repo}") and f"/datasets/{repo}/" not in path:
+        place, found, rest = path.partition(f"/{repo}")
+        kind, _, rest = rest.strip("/").partition("/")
+        if self.server.closed or not found or place not in ("", "/datasets", "/api/datasets", "/api/models"):
             self._answer(404, b"")
         elif kind in ("", "revision"):
             siblings = [{"rfilename": name} for name in files]
@@ -79,6 +82,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _file(self, name):
         data = self.server.files[name]
+        self.server.asked.add(name)
         headers = {"ETag": f'"{name}"', "X-Repo-Commit": COMMIT}
         if "Range" not in self.headers:
             self._answer(200, data, headers)

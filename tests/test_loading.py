@@ -1,6 +1,7 @@
 import pytest
 import timm
 import torch
+from hub_stand_in import hub_stand_in
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -129,3 +130,21 @@ def test_a_teacher_that_timm_saved():
     images = torch.rand(2, 3, 64, 64)
     assert torch.equal(teacher.model(images).logits, model.eval()(images))
     assert teacher.input_spec.image_size == 176
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_teacher_from_the_hub(monkeypatch, dtype):
+    """The real client against a server on loopback; a timm model as timm's own repositories hold it, and in bf16."""
+    torch.manual_seed(0)
+    model = timm.create_model("resnet10t", num_classes=5).eval()
+    timm.models.save_for_hf(model, "repository", safe_serialization=True)
+    with hub_stand_in("repository", "someone/resnet10t", monkeypatch) as hub:
+        teacher = load_teacher("someone/resnet10t")
+        assert any(name == "model.safetensors" for name in hub.asked)
+    assert teacher.name == "someone/resnet10t" and teacher.input_spec.image_size == 176
+    teacher.prepare(torch.device("cpu"), dtype, True, teacher.input_spec)
+    pixels = torch.rand(2, 3, 176, 176)
+    logits = teacher({"pixel_values": pixels}).logits
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype is None else {"rtol": 0.1, "atol": 0.05}
+    torch.testing.assert_close(logits, model(pixels), **tolerance)
+    assert logits.dtype == torch.float32

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -24,6 +25,16 @@ COMMANDS = [
     if re.match(r"accelerate |python ", line)
 ]
 SMALL = "--num_train_epochs 1 --per_device_train_batch_size 50 --bf16 false --disable_tqdm true".split()
+TEACHER = "--teacher_name_or_path runs/cifar100/teachers/resnet56/teacher".split()
+# What stands in for a teacher that is not trained here or for the Hub, and for sizes that take minutes.
+IN_PLACE_OF = {
+    "recipes/cifar100/resnet32x4-resnet8x4/kd_zscore.yaml": TEACHER,
+    "recipes/deit_tiny.yaml": ["--image_size", "64", "--dataloader_num_workers", "1"],
+    "recipes/imagenet/resnet34-resnet18/kd_zscore.yaml": [
+        *TEACHER,
+        *"--image_size 64 --dataloader_num_workers 1 --eval_split test --label_column label".split(),
+    ],
+}
 
 
 def run(command, folder):
@@ -32,6 +43,14 @@ def run(command, folder):
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     return done.stdout
+
+
+def run_here(words, monkeypatch):
+    """A script in this process: starting one takes far longer than what these have to do."""
+    script = next(index for index, word in enumerate(words) if word.startswith("scripts/"))
+    monkeypatch.setattr(sys, "argv", words[script:])
+    monkeypatch.setattr(sys, "path", [str(ROOT / "scripts"), *sys.path])  # the first of which the scripts take away
+    runpy.run_path(words[script], run_name="__main__")
 
 
 @pytest.fixture(scope="module")
@@ -50,32 +69,49 @@ def folder(tmp_path_factory):
         ]
         data = Dataset.from_list(rows, features=Features({"img": Image(), **labels}))
         data.to_parquet(folder / "cifar100" / f"{split}.parquet")
+        for row in rows:
+            class_folder = folder / "imagefolder" / split / labels["fine_label"].names[row["fine_label"]]
+            class_folder.mkdir(parents=True)
+            row["img"].save(class_folder / "0.jpg")
     return folder
 
 
-def test_the_commands(folder):
+def test_the_commands(folder, monkeypatch, capsys):
     """In order, since one needs what the one before left; on two CPU processes where it says several GPUs."""
+    monkeypatch.chdir(folder)
+    # The first as a person runs it, and the one of several processes; the others without starting Python again.
+    started = {COMMANDS[0], next(command for command in COMMANDS if "--num_processes" in command)}
     scripts = [re.search(r"scripts/(\w+)\.py", command).group(1) for command in COMMANDS]
-    assert scripts == ["train_teacher", "distill", "evaluate", "distill", "distill", "benchmark"]
+    expected = ["train_teacher", "distill", "evaluate", "distill", "train_teacher", *["distill"] * 4, "benchmark"]
+    assert scripts == expected
     for command, script in zip(COMMANDS, scripts, strict=True):
         if script == "benchmark":  # has a test of its own
             continue
-        words = shlex.split(command.replace("path/to/cifar100", str(folder / "cifar100")))
+        words = shlex.split(command.replace("path/to/", f"{folder}/"))
         if "--dataset_name" not in words and script != "evaluate":  # which finds it in the run's own recipe
-            words += ["--dataset_name", str(folder / "cifar100")]
-        if "recipes/cifar100/resnet32x4-resnet8x4/kd_zscore.yaml" in words:
-            # the teacher of this pair is not trained here: its architecture's smaller sibling stands in for it
-            words += ["--teacher_name_or_path", "runs/cifar100/teachers/resnet56/teacher"]
-            words[words.index("4")] = "2"
-        output = run(words + ([] if script == "evaluate" else SMALL), folder)
+            name = "imagefolder" if "recipes/imagenet" in command else "cifar100"
+            words += ["--dataset_name", str(folder / name)]
+        for recipe, settings in IN_PLACE_OF.items():
+            words += settings if recipe in words else []
+        if "--num_processes" in words:
+            words[words.index("--num_processes") + 1] = "2"
+        if "--streaming" in words:
+            words += ["--output_dir", "runs/streamed"]
+        words += [] if script == "evaluate" else SMALL
+        if command in started:
+            run(words, folder)
+            continue
+        run_here(words, monkeypatch)
         if script == "evaluate":
-            assert re.search(r"top1: \d", output)
+            assert re.search(r"top1: \d", capsys.readouterr().out)
     runs = folder / "runs" / "cifar100"
     for name, role in (("teachers/resnet56", "teacher"), ("resnet56-resnet20/kd_zscore", "student")):
         assert (runs / name / role / "model.safetensors").is_file()
         assert json.loads((runs / name / "results.json").read_text())["role"] == role
     several = json.loads((runs / "resnet32x4-resnet8x4" / "kd_zscore" / "results.json").read_text())
     assert several["devices"] == "2 x cpu"
+    for name in ("deit_tiny", "imagenet/resnet34-resnet18/kd_zscore", "streamed"):
+        assert (folder / "runs" / name / "student" / "model.safetensors").is_file()
 
 
 def test_the_quickstart_then_the_program(folder):

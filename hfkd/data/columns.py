@@ -118,6 +118,15 @@ def find_class_names(splits: list[tuple[datasets.Dataset, str]], label_column: s
     return [str(i) for i in range(labels.max() + 1)]
 
 
+def check_order(names: list[str], expected: list[str] | None, label_column: str, where: str) -> None:
+    """Raises ValueError if a data set has the expected classes under other numbers."""
+    if expected and names != expected and sorted(names) == sorted(expected):
+        raise ValueError(
+            f"label_column: '{label_column}' of {where} numbers the expected classes in another order ({names[:3]}... "
+            f"against {expected[:3]}...). Renumber it, e.g. with datasets' `align_labels_with_mapping`."
+        )
+
+
 def _integers(dataset, column, where):
     """A column of whole numbers as (N,) int64."""
     values = dataset.select_columns(column).with_format("arrow")[:][column]

@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from .columns import ImageSplit, find_class_names, find_image_column, find_label_column
+from .columns import ImageSplit, check_order, find_class_names, find_image_column, find_label_column
 
 EVAL_SPLITS = ("test", "validation", "val", "valid")
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".jp2"}
@@ -53,11 +53,7 @@ def load_image_splits(
     image_column = find_image_column(features, image_column, name)
     label_column = find_label_column(features, label_column, class_names, name)
     names = find_class_names(chosen, label_column)
-    if class_names and names != class_names and sorted(names) == sorted(class_names):
-        raise ValueError(
-            f"label_column: '{label_column}' of {name} numbers the expected classes in another order ({names[:3]}... "
-            f"against {class_names[:3]}...). Renumber it, e.g. with datasets' `align_labels_with_mapping`."
-        )
+    check_order(names, class_names, label_column, name)
     found = [ImageSplit(rows, where, image_column, label_column, names) for rows, where in chosen]
     for split in found:
         split.labels()  # a wrong label is found now, not after minutes of decoding

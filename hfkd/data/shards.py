@@ -17,7 +17,7 @@ from datasets.table import table_cast
 from fsspec.implementations.local import LocalFileSystem
 from pyarrow.parquet import FileMetaData, ParquetFile
 
-from .columns import ImageSplit, find_image_column, find_label_column
+from .columns import ImageSplit, check_order, find_image_column, find_label_column
 from .datasets import EVAL_SPLITS, _default_eval_split, _split_folders, load_image_splits
 
 _FOOTER_THREADS = 16  # ImageNet is hundreds of files, and reading a footer on the Hub is mostly waiting
@@ -262,11 +262,7 @@ def _parquet_streams(name, features, splits, image_column, label_column, class_n
             raise ValueError(f"{footer.url} has no column '{missing.pop()}', unlike the other files of {name}.")
     label = features[label_column]
     names = _class_names(name, label, footers, label_column)
-    if class_names and names != class_names and sorted(names) == sorted(class_names):
-        raise ValueError(
-            f"label_column: '{label_column}' of {name} numbers the expected classes in another order ({names[:3]}... "
-            f"against {class_names[:3]}...). Renumber it, e.g. with datasets' `align_labels_with_mapping`."
-        )
+    check_order(names, class_names, label_column, name)
     for footer in footers:
         _check_labels(name, footer, label_column, len(names))
     image = (image_column, features[image_column])
