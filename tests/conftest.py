@@ -1,5 +1,6 @@
 """Tests need no network and share two cores: one thread a process."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -10,6 +11,13 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def frozen_heap():
+    """Trainer collects garbage at the start of every training, which takes longer here than the training: in the heap
+    of a process that has imported everything there is much to look through."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,5 @@
 """Every recipe that ships: loads, builds its networks and losses, and takes a step."""
 
-import gc
 import json
 import re
 
@@ -34,15 +33,6 @@ METHODS = [method + suffix for method in ("kd", "dkd", "mlkd", "ctkd") for suffi
 CLASSES = {"digits": 10, "uoft-cs/cifar100": 100, "ILSVRC/imagenet-1k": 1000}
 HUB = {"resnet34-resnet18": ("timm/resnet34.tv_in1k", "resnet18")}
 HUB["resnet50-mobilenetv1"] = ("timm/resnet50.tv_in1k", "mobilenetv1_100")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def frozen_heap():
-    """Trainer collects garbage at the start of every training, which takes longer here than the step: in the heap of a
-    process that has imported everything there is much to look through."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def name(path):

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageClassification
 from hfkd import load_student
 from hfkd.loading import exported_state_dict
 from hfkd.recipe import parse_recipe
-from hfkd.run import build_trainer, distill, evaluate
+from hfkd.run import build_trainer, distill, evaluate, load_splits
 
 CLASSES = ["ant", "bee", "cat"]
 RECIPE = {
@@ -189,3 +189,13 @@ def test_an_empty_class_folder():
         file.unlink()
     with pytest.raises(ValueError, match="train/bee"):
         distill([recipe()])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_validation_has_three_names(streaming):
+    """The ImageNet recipes say validation, as the Hub does; most folders are called val."""
+    Path("photos/test").rename("photos/val")
+    data_args = parse_recipe([recipe(eval_split="validation", streaming=streaming)])[1]
+    assert len(load_splits(data_args)[1].class_names) == 3
+    with pytest.raises(ValueError, match="no split 'test'"):
+        load_splits(parse_recipe([recipe(eval_split="test", streaming=streaming)])[1])

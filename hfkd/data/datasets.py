@@ -1,6 +1,6 @@
 """Image classification data sets by name: scikit-learn's digits, the Hub, local folders."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 
 import datasets
@@ -9,7 +9,8 @@ from PIL import Image
 
 from .columns import ImageSplit, check_order, find_class_names, find_image_column, find_label_column
 
-EVAL_SPLITS = ("test", "validation", "val", "valid")
+VALIDATION_SPLITS = ("validation", "val", "valid")
+EVAL_SPLITS = ("test", *VALIDATION_SPLITS)
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".jp2"}
 
 
@@ -33,7 +34,8 @@ def load_image_splits(
             images for every class; or an id on the Hub, e.g. "uoft-cs/cifar100".
         train_split: a name, or a slice as `datasets` writes it, e.g. "train[:90%]". None: no training split
             is needed, and None is returned in its place.
-        eval_split: likewise; by default the first of test, validation, val and valid that exists.
+        eval_split: likewise; by default the first of test, validation, val and valid that exists. The last three
+            are one name: ImageNet's is called validation on the Hub and val in most folders.
         image_column, label_column: by default found from the features.
         class_names: expected names of the classes; they pick one of several columns of labels.
         config_name, revision, cache_dir: for `datasets.load_dataset`.
@@ -43,7 +45,7 @@ def load_image_splits(
             missing, of a wrong type or not clear, or a label is no class.
     """
     splits = _open(name, config_name, revision, cache_dir)
-    wanted = {"train_split": train_split, "eval_split": eval_split or _default_eval_split(name, splits)}
+    wanted = {"train_split": train_split, "eval_split": find_eval_split(name, splits, eval_split)}
     chosen = [
         (_take(name, splits, key, split), f"{name}, split '{split}'")
         for key, split in wanted.items()
@@ -145,7 +147,16 @@ def _image_folder(folder, split_folders):
     return splits
 
 
-def _default_eval_split(name, splits):
+def find_eval_split(name: str, splits: Container[str], requested: str | None) -> str:
+    """`requested`, or by default the first of EVAL_SPLITS; "validation", "val" and "valid" are one name.
+
+    Raises:
+        ValueError: if none is requested and there is none.
+    """
+    if requested in VALIDATION_SPLITS and requested not in splits:
+        return next((split for split in VALIDATION_SPLITS if split in splits), requested)
+    if requested is not None:
+        return requested
     for split in EVAL_SPLITS:
         if split in splits:
             return split

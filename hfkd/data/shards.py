@@ -18,7 +18,7 @@ from fsspec.implementations.local import LocalFileSystem
 from pyarrow.parquet import FileMetaData, ParquetFile
 
 from .columns import ImageSplit, check_order, find_image_column, find_label_column
-from .datasets import EVAL_SPLITS, _default_eval_split, _split_folders, load_image_splits
+from .datasets import EVAL_SPLITS, _split_folders, find_eval_split, load_image_splits
 
 _FOOTER_THREADS = 16  # ImageNet is hundreds of files, and reading a footer on the Hub is mostly waiting
 
@@ -80,7 +80,7 @@ def open_streams(
         )
     builder = _parquet_builder(name, config_name, revision)
     urls = {str(split): files for split, files in builder.config.data_files.items()}
-    wanted = {"train_split": train_split, "eval_split": eval_split or _default_eval_split(name, urls)}
+    wanted = {"train_split": train_split, "eval_split": find_eval_split(name, urls, eval_split)}
     footers = [(split, _footers(name, key, split, urls)) for key, split in wanted.items() if split is not None]
     found = _parquet_streams(name, builder.info.features, footers, **columns)
     return (None, *found) if train_split is None else tuple(found)
