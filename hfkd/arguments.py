@@ -209,6 +209,8 @@ class DistillationConfig(TrainingArguments):
     def __post_init__(self):
         if not torch.accelerator.is_available():
             self.use_cpu = True  # else TrainingArguments refuses bf16, which CPUs have too
+        elif self.accelerator_config is None:
+            self.accelerator_config = {"non_blocking": True}  # else every batch that is sent waits for the device
         super().__post_init__()
         self.losses = self.losses or {}
         if not isinstance(self.losses, dict):

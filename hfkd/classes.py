@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 from timm.data import ImageNetInfo, infer_imagenet_subset
@@ -57,7 +58,8 @@ def match_classes(student_names: Sequence[str], teacher: nn.Module, teacher_clas
     lists = [names for names in name_lists_of(teacher) if named and len(names) == teacher_classes]
     wanted = [_normal(name) for name in student_names]
     for names in lists:
-        position = {_normal(name): index for index, name in enumerate(names)}
+        counts = Counter(map(_normal, names))  # ImageNet has two cranes
+        position = {_normal(name): index for index, name in enumerate(names) if counts[_normal(name)] == 1}
         if position.keys() >= set(wanted) and len(set(wanted)) == len(wanted):
             indices = [position[name] for name in wanted]
             return None if indices == list(range(teacher_classes)) else indices

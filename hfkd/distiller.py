@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .features import Outputs, Taps, forward_views
+from .features import Outputs, Taps, forward_views, has_two_heads, train_heads_apart
 from .losses.standardize import at_least_float32
 
 
@@ -19,7 +19,7 @@ class Distiller(nn.Module):
         ce_weight: weight of the cross-entropy with the labels, summed over the views of the batch.
 
     Raises:
-        ValueError: if a loss names a layer that the student does not have.
+        ValueError: if a loss names a layer that the student does not have, or if a class head would not train.
     """
 
     def __init__(self, student: nn.Module, losses: nn.ModuleDict, ce_weight: float):
@@ -29,10 +29,20 @@ class Distiller(nn.Module):
         self.ce_weight = ce_weight
         layers = [layer for loss in losses.values() for layer in loss.student_layers]
         self.taps = Taps(student, layers) if layers else None
+        # Without a loss that reads logits, both heads learn the labels by their average: each alone would stay as it
+        # was made, and evaluation averages it in.
+        self.two_heads = has_two_heads(student) and any(loss.reads_logits for loss in losses.values())
+        if has_two_heads(student):
+            train_heads_apart(student, self.two_heads)
+        if self.two_heads and ce_weight == 0:
+            raise ValueError(
+                "ce_weight is 0, and the student has a class head that only the cross-entropy trains, while evaluation "
+                "averages both heads: set ce_weight above 0, or take a student without a distillation token."
+            )
 
     def predict(self, batch: dict[str, Tensor]) -> Outputs:
         """The student's outputs for every view in `batch`, in float32 at least."""
-        outputs = forward_views(self.student, batch, self.taps)
+        outputs = forward_views(self.student, batch, self.taps, self.two_heads)
         outputs.features = {layer: at_least_float32(feature) for layer, feature in outputs.features.items()}
         for view in outputs.views():
             view.logits, view.class_logits = at_least_float32(view.logits), at_least_float32(view.class_logits)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
+from transformers import DeiTForImageClassificationWithTeacher
 from transformers.models.timm_wrapper import TimmWrapperForImageClassification
 
 Layer = int | str  # a stage index of timm's `feature_info`, or a module path
@@ -55,19 +56,28 @@ class Taps:
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer]):
+        self.layers = list(dict.fromkeys(layers))
+        self._channels_last = getattr(timm_model_of(model), "output_fmt", None) == "NHWC"  # timm's Swin, for one
         self._recorded: dict[Layer, Tensor] = {}
-        for layer in dict.fromkeys(layers):
+        for layer in self.layers:
             find_layer(model, layer).register_forward_hook(functools.partial(self._record, layer))
 
     def _record(self, layer: Layer, module: nn.Module, arguments, output) -> None:
         output = output[0] if isinstance(output, tuple) else output  # transformers' blocks, PiT's stages
         if not isinstance(output, Tensor):
             raise ValueError(f"The layer {layer!r} gives {type(output).__name__}, not a tensor: name another one.")
-        self._recorded[layer] = output
+        self._recorded[layer] = output.permute(0, 3, 1, 2) if self._channels_last and output.ndim == 4 else output
 
     def take(self) -> dict[Layer, Tensor]:
-        """What the layers gave since the last call."""
+        """What the layers gave since the last call: maps (B, C, H, W), tokens (B, N, C) or embeddings (B, C).
+
+        Raises:
+            ValueError: if one was not called in between.
+        """
         recorded, self._recorded = self._recorded, {}
+        missing = [layer for layer in self.layers if layer not in recorded]
+        if missing:
+            raise ValueError(f"The forward does not call the layer {missing[0]!r}: name another one.")
         return recorded
 
 
@@ -77,7 +87,7 @@ def find_layer(model: nn.Module, layer: Layer) -> nn.Module:
     Raises:
         ValueError: if there is none, naming near ones.
     """
-    inner = model.timm_model if isinstance(model, TimmWrapperForImageClassification) else model
+    inner = timm_model_of(model)
     name = type(inner).__name__
     modules = dict(inner.named_modules())
     if isinstance(layer, str):
@@ -99,51 +109,68 @@ def find_layer(model: nn.Module, layer: Layer) -> nn.Module:
 
 
 def logits_of(model: nn.Module, pixel_values: Tensor) -> Tensor:
-    """Logits (B, C) of a transformers classifier, a timm model or a module that returns a tensor.
+    """Logits (B, C) of a transformers classifier, a timm model or a module that returns a tensor; of two heads, where
+    training gives both, the distillation head's.
 
     Raises:
         TypeError: if the model returns something else.
     """
-    return _forward(model, pixel_values).logits
+    return _forward(model, pixel_values, two_heads=False).logits
 
 
-def forward_views(model: nn.Module, batch: dict[str, Tensor], taps: Taps | None = None) -> Outputs:
+def forward_views(
+    model: nn.Module, batch: dict[str, Tensor], taps: Taps | None = None, two_heads: bool = False
+) -> Outputs:
     """One forward per view in the batch: the weak one, then the strong one if the batch holds it.
 
     Two forwards, not one over the concatenation: each view has its own BatchNorm statistics, as in the published
     training code. Features are those of the weak view.
+
+    Args:
+        two_heads: keep the heads of a model that has two apart where it gives both, which it does in training.
     """
-    outputs = _forward(model, batch["pixel_values"])
+    outputs = _forward(model, batch["pixel_values"], two_heads)
     if taps is not None:
         outputs.features = taps.take()
     if "pixel_values_strong" in batch:
-        outputs.strong = _forward(model, batch["pixel_values_strong"])
+        outputs.strong = _forward(model, batch["pixel_values_strong"], two_heads)
         if taps is not None:
             taps.take()
     return outputs
 
 
-def _forward(model: nn.Module, pixel_values: Tensor) -> Outputs:
+def _forward(model: nn.Module, pixel_values: Tensor, two_heads: bool) -> Outputs:
     output = model(pixel_values)
     logits = output if isinstance(output, (Tensor, tuple)) else getattr(output, "logits", None)
-    if model.training and getattr(output, "distillation_logits", None) is not None:
-        logits = (output.cls_logits, output.distillation_logits)  # transformers' DeiT averages them in training too
-    class_logits, logits = logits if isinstance(logits, tuple) and len(logits) == 2 else (logits, logits)
+    if two_heads and model.training:
+        if isinstance(logits, tuple):  # timm's
+            return Outputs(logits=logits[1], class_logits=logits[0])
+        return Outputs(logits=output.distillation_logits, class_logits=output.cls_logits)  # transformers' DeiT
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         raise TypeError(
             f"{type(model).__name__} must return logits of shape (batch, classes), or an output with such `.logits`; "
             f"got {type(output).__name__}"
             + (f" with logits {tuple(logits.shape)}." if isinstance(logits, Tensor) else ".")
         )
-    return Outputs(logits, class_logits)
+    return Outputs(logits, logits)
 
 
-def use_two_heads(model: nn.Module) -> None:
-    """Makes a distilled DeiT or PiT of timm give both heads' logits in training; other models stay as they are.
+def timm_model_of(model: nn.Module) -> nn.Module:
+    """What transformers' wrapper of timm models wraps; any other model itself."""
+    return model.timm_model if isinstance(model, TimmWrapperForImageClassification) else model
 
-    In evaluation, and once exported, they give the average.
+
+def has_two_heads(model: nn.Module) -> bool:
+    """Is it a distilled DeiT or PiT, of timm or transformers, whose heads are averaged in evaluation?"""
+    if isinstance(model, DeiTForImageClassificationWithTeacher):
+        return True
+    return getattr(timm_model_of(model), "head_dist", None) is not None  # timm's name for the second
+
+
+def train_heads_apart(model: nn.Module, apart: bool) -> None:
+    """Says whether a model that `has_two_heads` gives both heads' logits in training, or their average.
+
+    In evaluation, and once exported, it is the average.
     """
-    inner = model.timm_model if isinstance(model, TimmWrapperForImageClassification) else model
-    enable = getattr(inner, "set_distilled_training", None)  # timm's way of saying that a model has two heads
-    if enable is not None:
-        enable(True)
+    if not isinstance(model, DeiTForImageClassificationWithTeacher):  # which always gives all three
+        timm_model_of(model).set_distilled_training(apart)

@@ -10,6 +10,7 @@ from typing import Any
 import timm
 import torch
 from timm.layers import PatchEmbed, trunc_normal_
+from timm.models.pit import ConvEmbedding
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -20,7 +21,7 @@ from transformers import (
 )
 from transformers.models.timm_wrapper import TimmWrapperForImageClassification
 
-from .features import InputSpec
+from .features import InputSpec, timm_model_of
 from .models.checkpoints import load_architecture
 from .teacher import Teacher, TeacherEnsemble
 
@@ -68,14 +69,7 @@ def load_student(
             raise ValueError(
                 f"{key}={value} goes with a timm architecture; {name_or_path} comes with its own. Leave it out."
             )
-    return AutoModelForImageClassification.from_pretrained(
-        name_or_path,
-        num_labels=len(class_names),
-        id2label=dict(enumerate(class_names)),
-        label2id={name: index for index, name in enumerate(class_names)},
-        ignore_mismatched_sizes=True,
-        dtype=torch.float32,  # weights stored in half precision are trained in full all the same
-    )
+    return load_pretrained(name_or_path, class_names)
 
 
 def _new_student(architecture, class_names, image_size, patch_size, drop_path_rate, overlay):
@@ -100,14 +94,17 @@ def _new_student(architecture, class_names, image_size, patch_size, drop_path_ra
 def _check_patches(architecture: str, model: nn.Module) -> None:
     """timm's ViTs do not look at the pixels beyond the last whole patch: raises ValueError if there are any."""
     for module in model.modules():
-        if isinstance(module, PatchEmbed) and module.img_size is not None:
-            for side, patch in zip(module.img_size, module.patch_size, strict=True):
-                if side % patch:
-                    below, above = side // patch * patch, -(-side // patch) * patch
-                    raise ValueError(
-                        f"image_size: {architecture} cuts its input into patches of {patch} pixels, which do not "
-                        f"divide {side}. Take {f'{below} or ' if below else ''}{above}, or another patch_size."
-                    )
+        if isinstance(module, (PatchEmbed, ConvEmbedding)) and module.img_size is not None:
+            patch, side = module.patch_size[0], module.img_size[0]
+            stride = module.conv.stride[0] if isinstance(module, ConvEmbedding) else patch  # PiT's patches overlap
+            rest = (side - patch) % stride
+            if rest or side < patch:
+                below, above = side - rest, side - rest + stride
+                sizes = f"{below} or {above}" if below >= patch else str(max(above, patch))
+                raise ValueError(
+                    f"image_size: {architecture} cuts its input into patches of {patch} pixels, every {stride}, which "
+                    f"do not divide {side}. Take {sizes}, or another patch_size."
+                )
             return  # later ones cut maps, not images
 
 
@@ -144,7 +141,7 @@ def load_teacher(
                 f"teacher_checkpoint={checkpoint} goes with a timm architecture, but teacher_name_or_path="
                 f"{name_or_path} holds its own weights. Name an architecture such as cifar_resnet56, or drop it."
             )
-        model = _load_pretrained(name_or_path)
+        model = load_pretrained(name_or_path)
     elif checkpoint is not None:
         model = load_architecture(name_or_path, checkpoint)
     elif timm.get_pretrained_cfg(name_or_path).has_weights:
@@ -157,12 +154,23 @@ def load_teacher(
     return Teacher(model, name_or_path, input_spec(model), class_indices)
 
 
-def _load_pretrained(name_or_path: str) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(name_or_path)
+def load_pretrained(name_or_path: str, class_names: list[str] | None = None) -> PreTrainedModel:
+    """A transformers image classifier from a folder or the Hub, in float32 whatever it is stored in.
+
+    Args:
+        class_names: the classes that it is to have, with a new classifier where they are more or fewer; by default
+            its own.
+    """
+    classes = {}
+    if class_names is not None:
+        label2id = {name: index for index, name in enumerate(class_names)}
+        classes = {"num_labels": len(class_names), "id2label": dict(enumerate(class_names)), "label2id": label2id}
+    config = AutoConfig.from_pretrained(name_or_path, **classes)
     if isinstance(config, TimmWrapperConfig) and config.model_args:
         config.model_args.pop("num_classes", None)  # timm's own push_to_hf_hub writes it; transformers would refuse it
-    # In float32, whatever the checkpoint is stored in: the run's precision is set by the trainer.
-    return AutoModelForImageClassification.from_pretrained(name_or_path, config=config, dtype=torch.float32)
+    return AutoModelForImageClassification.from_pretrained(
+        name_or_path, config=config, dtype=torch.float32, ignore_mismatched_sizes=class_names is not None
+    )
 
 
 def as_teacher(
@@ -234,22 +242,42 @@ def wrap_timm(
 
 
 def input_spec(model: nn.Module) -> InputSpec:
-    """Input size and normalisation of a timm model, or of a transformers one that came from a folder or the Hub."""
+    """Input size and normalisation of a timm model, or of a transformers one that came from a folder or the Hub.
+
+    Raises:
+        ValueError: for a transformers model whose image processor prepares images in a way that cannot be followed.
+    """
     if isinstance(model, TimmWrapperForImageClassification):
         cfg = model.config.pretrained_cfg  # not the timm model's own, which timm makes anew when the folder is loaded
     elif isinstance(model, PreTrainedModel):
-        processor = AutoImageProcessor.from_pretrained(model.name_or_path)
-        side = processor.size.get("height") or processor.size.get("shortest_edge")
-        return InputSpec(side, tuple(processor.image_mean), tuple(processor.image_std))
+        return _spec_of_processor(AutoImageProcessor.from_pretrained(model.name_or_path), model.name_or_path)
     else:
         cfg = model.pretrained_cfg
     return InputSpec(cfg["input_size"][-1], tuple(cfg["mean"]), tuple(cfg["std"]))
 
 
+def _spec_of_processor(processor, name_or_path: str) -> InputSpec:
+    # Processors differ in what they have; what one lacks it does not do.
+    crops = getattr(processor, "do_center_crop", False)
+    size = (getattr(processor, "crop_size", None) if crops else None) or processor.size
+    side = size.get("height") or size.get("shortest_edge")
+    if side is None or getattr(processor, "do_flip_channel_order", False):
+        raise ValueError(
+            f"The image processor of {name_or_path} prepares images in a way that is not supported (size "
+            f"{dict(size)}, BGR: {bool(getattr(processor, 'do_flip_channel_order', False))}): expected a side and RGB."
+        )
+    if not getattr(processor, "do_normalize", False):
+        return InputSpec(side, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    return InputSpec(side, tuple(processor.image_mean), tuple(processor.image_std))
+
+
 def known_input_spec(model: nn.Module) -> InputSpec | None:
     """`input_spec`, or None for a model that says nothing of its input."""
     if isinstance(model, PreTrainedModel) and not isinstance(model, TimmWrapperForImageClassification):
-        return input_spec(model) if model.name_or_path else None
+        try:
+            return input_spec(model)
+        except OSError:  # made from a configuration, or saved without its image processor
+            return None
     says = isinstance(model, TimmWrapperForImageClassification) or hasattr(model, "pretrained_cfg")  # timm's
     return input_spec(model) if says else None
 
@@ -259,11 +287,9 @@ def exported_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 
     Contiguous, since safetensors refuses channels_last strides.
     """
-    inner = model.timm_model if isinstance(model, TimmWrapperForImageClassification) else model
-    return {name: value.contiguous() for name, value in inner.state_dict().items()}
+    return {name: value.contiguous() for name, value in timm_model_of(model).state_dict().items()}
 
 
 def load_exported(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
     """Puts what `exported_state_dict` gave back into the model."""
-    inner = model.timm_model if isinstance(model, TimmWrapperForImageClassification) else model
-    inner.load_state_dict(state)
+    timm_model_of(model).load_state_dict(state)

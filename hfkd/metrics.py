@@ -5,6 +5,8 @@ from __future__ import annotations
 import datasets
 import evaluate
 import numpy as np
+import torch
+import torch.nn.functional as F
 from transformers import EvalPrediction
 
 from .data import ImageSource
@@ -53,8 +55,12 @@ def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
     given, labels = prediction.predictions, prediction.label_ids
     counts = labels != ImageSource.IGNORED
     if not isinstance(given, tuple):
-        ranked = np.argsort(-given[counts], axis=1)[:, :5]
-        return ImageClassificationMetrics().compute(predictions=ranked, references=labels[counts])
+        given, labels = given[counts], labels[counts]
+        metrics = ImageClassificationMetrics().compute(
+            predictions=np.argsort(-given, axis=1)[:, :5], references=labels
+        )
+        loss = F.cross_entropy(torch.from_numpy(given), torch.from_numpy(labels))
+        return metrics | {"loss": loss.item()}
     ranked, losses, *teacher = (values[counts] for values in given)
     metrics = ImageClassificationMetrics().compute(
         predictions=ranked, references=labels[counts], teacher=teacher[0] if teacher else None

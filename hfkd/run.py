@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
+from transformers import AutoImageProcessor, set_seed
 from transformers.models.timm_wrapper import TimmWrapperForImageClassification
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
@@ -32,7 +32,7 @@ from .data import (
     open_streams,
 )
 from .features import InputSpec
-from .loading import input_spec, load_student, load_teacher
+from .loading import input_spec, load_pretrained, load_student, load_teacher
 from .recipe import ArgumentParser, load_recipe, parse_recipe, to_argv
 from .results import ResultsWriter, environment
 from .teacher import Teacher
@@ -225,7 +225,7 @@ def evaluate(argv: list[str] | None = None) -> dict[str, float]:
     recipe = load_recipe(recipe_path) if recipe_path.is_file() else {}
     defaults = to_argv({key: value for key, value in recipe.items() if key in keys}, parser)
     data_args, args = parser.parse(defaults + overrides)
-    model = AutoModelForImageClassification.from_pretrained(name)
+    model = load_pretrained(name)
     data_args.train_split = None
     _, split = load_splits(data_args, class_names_of(model))
     eval_set = evaluation_set(split, input_spec(model), data_args)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import os
 import re
 import time
@@ -25,7 +27,7 @@ from .callbacks import SetEpoch, UpdateAverage
 from .classes import class_names_of
 from .data import ImageDataset, ImageSource, StreamingImageDataset, collate_batch
 from .distiller import Distiller
-from .features import InputSpec, logits_of, use_two_heads
+from .features import InputSpec, logits_of
 from .loading import as_teacher, exported_state_dict, known_input_spec, load_exported, wrap_timm
 from .losses import DistillationLoss, build_losses
 from .losses.standardize import at_least_float32
@@ -114,14 +116,13 @@ class DistillationTrainer(Trainer):
         self.average = None if args.ema_decay is None else ModelEmaV3(self.model, args.ema_decay)
         if self.average is not None:
             self.add_callback(UpdateAverage(self.average, self.model))
-        if any(loss.reads_logits for loss in losses.values()):
-            use_two_heads(self.model)
         self.distiller = Distiller(self.model, losses, args.ce_weight)
         self.teacher = as_teacher(teacher, args.logit_standardization)
         if self.teacher is not None:
             autocast_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
             layers = [layer for loss in losses.values() for layer in loss.teacher_layers]
             self.teacher.prepare(args.device, autocast_dtype, args.channels_last, self._input_spec(), layers)
+            _check_ensemble(self.teacher, losses, args)
         self._term_names: list[str] = []
         self._term_sums: Tensor | None = None
         self._term_count = self._images_seen = 0
@@ -179,7 +180,7 @@ class DistillationTrainer(Trainer):
             self._mixup = Mixup(self.args.mixup, self.args.cutmix, label_smoothing=0.0, num_classes=classes)
         if self.teacher is None:
             return
-        names = class_names_of(self.model) or ([] if source is None else source.class_names)
+        names = class_names_of(self.model) if source is None else source.class_names  # the labels are in its order
         self.teacher.align_classes(names if len(names) == classes else list(map(str, range(classes))), batch)
         teacher = self.teacher(batch)
         for name, loss in self.distiller.losses.items():
@@ -188,29 +189,42 @@ class DistillationTrainer(Trainer):
                     f"The loss '{name}' needs two views of every image: the batches must hold 'pixel_values_strong' "
                     f"beside 'pixel_values', but hold {sorted(batch)}."
                 )
-            loss.setup(student, teacher)
+            try:
+                loss.setup(student, teacher)
+            except ValueError as error:
+                raise ValueError(f"losses.{name}: {error}") from error
 
     def _two_images(self, dataset, source: ImageSource | None) -> dict[str, Tensor] | None:
         """A batch of the first and the last image, of a stream the first two; None where there is no one to ask."""
         if isinstance(source, StreamingImageDataset):
             return self._prepare_inputs(source.first_batch(2))
-        if dataset is None or isinstance(dataset, IterableDataset | dict):
+        if dataset is None or isinstance(dataset, dict):
             return None
-        pair = [0, len(dataset) - 1]
-        samples = [dataset[i] for i in pair] if source is None else dataset.__getitems__(pair)
+        if isinstance(dataset, IterableDataset):
+            samples = list(itertools.islice(dataset, 2))
+        else:
+            pair = [0, len(dataset) - 1]
+            samples = [dataset[i] for i in pair] if source is None else dataset.__getitems__(pair)
         return self._prepare_inputs(self.data_collator(samples))
 
-    def _get_dataloader(self, dataset, description, batch_size, *args, **kwargs):
-        if not isinstance(dataset, StreamingImageDataset):
-            drop_last = self.args.dataloader_drop_last
-            # Trainer would leave the last images out of an evaluation as well.
-            self.args.dataloader_drop_last = drop_last and dataset is self.train_dataset
-            try:
-                return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
-            finally:
-                self.args.dataloader_drop_last = drop_last
-        # It yields finished batches of its own share; accelerate would share them out among the processes again.
-        if dataset is not self.train_dataset:
+    def _get_dataloader(
+        self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
+    ):
+        if isinstance(dataset, StreamingImageDataset):
+            return self._stream_loader(dataset, batch_size, is_training)
+        drop_last = self.args.dataloader_drop_last
+        # Trainer would leave the last images out of an evaluation as well.
+        self.args.dataloader_drop_last = drop_last and is_training
+        try:
+            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
+    def _stream_loader(self, dataset: StreamingImageDataset, batch_size: int, is_training: bool) -> DataLoader:
+        """Of this process's share, in finished batches; accelerate would share them out among the processes again."""
+        if not is_training:
+            # A stream that is trained on, too, keeps its share there.
+            dataset = copy.copy(dataset) if dataset is self.train_dataset else dataset
             dataset.shard(self.args.process_index, self.args.world_size, batch_size, drop_last=False)
         workers = self.args.dataloader_num_workers
         return DataLoader(
@@ -218,8 +232,10 @@ class DistillationTrainer(Trainer):
             batch_size=None,
             num_workers=workers,
             pin_memory=self.args.dataloader_pin_memory,
-            persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
+            # Those of an evaluation would wait through the training that follows.
+            persistent_workers=is_training and workers > 0 and self.args.dataloader_persistent_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context,
         )
 
     def num_examples(self, dataloader: DataLoader) -> int:
@@ -286,6 +302,11 @@ class DistillationTrainer(Trainer):
 
     # ---- A training step: nothing here may wait for the device ---------------------------------------------------
 
+    def _prepare_input(self, data):
+        if isinstance(data, Tensor):
+            return data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The sum of the weighted terms; each is also accumulated on the device, to be logged under its name."""
         progress = torch.full((), self.state.epoch or 0.0, device=inputs["labels"].device)
@@ -324,17 +345,27 @@ class DistillationTrainer(Trainer):
         means = self.accelerator.reduce(self._term_sums / self._term_count, reduction="mean")
         logs = dict(zip(self._term_names, means.tolist(), strict=True))
         logs |= {name: value.item() for name, value in self.distiller.metrics().items()}
+        logs |= self._skipped("skipped_images", self.train_dataset)
         now = time.perf_counter()
-        source = _image_source(self.train_dataset)
-        if source is not None and source.num_skipped:
-            logs["skipped_images"] = source.num_skipped
         logs["images_per_second"] = self._images_seen * self.args.world_size / (now - self._clock)
         self._term_sums, self._term_count, self._images_seen, self._clock = None, 0, 0, now
         return logs
 
+    def _skipped(self, key: str, dataset) -> dict[str, int]:
+        """{key: how many images could not be decoded}, over all processes, or nothing if all could."""
+        source = _image_source(dataset)
+        if source is None:
+            return {}
+        bad = source.bad_rows.to(self.args.device, torch.int32)
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
+        return {key: int(bad.sum())} if bad.any() else {}
+
     # ---- Evaluation ----------------------------------------------------------------------------------------------
 
-    def evaluation_loop(self, dataloader, description, *args, **kwargs):
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
         started = time.perf_counter()
         student = self.model
         if self.average is not None:
@@ -345,10 +376,18 @@ class DistillationTrainer(Trainer):
                 torch.distributed.broadcast(buffer, 0)
         self._keep_logits = description == "Prediction"
         self._teacher_memory = self._memory_of(dataloader.dataset)
+        streamed = isinstance(dataloader.dataset, StreamingImageDataset)
+        if streamed:  # nothing to leave out: its padding is marked, and accelerate does not know its length
+            self.gather_function = self.accelerator.gather
         try:
-            output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
         finally:
             self.model = student
+        if streamed:  # Trainer takes the number of batches
+            output = output._replace(num_samples=dataloader.dataset.num_rows)
+        output.metrics.update(self._skipped(f"{metric_key_prefix}_skipped_images", dataloader.dataset))
         self._clock += time.perf_counter() - started  # images_per_second speaks of training alone
         return output
 
@@ -360,9 +399,11 @@ class DistillationTrainer(Trainer):
         labels = inputs.get("labels")
         with self.accelerator.autocast():
             logits = at_least_float32(logits_of(model, inputs["pixel_values"]))
-        if prediction_loss_only or self._keep_logits or labels is None:
-            loss = None if labels is None else F.cross_entropy(logits, labels)
-            return loss, None if prediction_loss_only else logits, labels
+        if prediction_loss_only:
+            counting = (labels != ImageSource.IGNORED).sum().clamp(min=1)
+            return F.cross_entropy(logits, labels, reduction="sum") / counting, None, None
+        if self._keep_logits or labels is None:
+            return None, logits, labels
         ranked = logits.topk(min(5, logits.shape[1])).indices
         # One loss an image: Trainer's mean over batches would count twice the images that pad a rank's last batch.
         losses = F.cross_entropy(logits, labels, reduction="none")
@@ -378,13 +419,13 @@ class DistillationTrainer(Trainer):
         source = _image_source(dataset)
         if source is None or source.augmented:
             return None
-        rows = source.num_rows if isinstance(source, StreamingImageDataset) else len(source)
-        unknown = torch.full((rows,), -1, device=self.args.device)
+        unknown = torch.full((source.num_rows,), -1, device=self.args.device)
         return self._teacher_memories.setdefault(source, unknown)
 
     def _teacher_choice(self, inputs: dict[str, Tensor]) -> Tensor:
         """The teacher's most probable class for each image, (B,)."""
-        memory, index = self._teacher_memory, inputs.get("index")
+        index = inputs.get("index")
+        memory = None if index is None else self._teacher_memory
         if memory is not None and (memory[index] >= 0).all():
             return memory[index]
         choice = self.teacher({"pixel_values": inputs["pixel_values"]}).logits.argmax(dim=1)
@@ -432,6 +473,19 @@ class DistillationTrainer(Trainer):
         if self.average is not None:  # what was trained becomes what was evaluated
             self.model.load_state_dict(self.average.module.state_dict())
         return super()._finalize_training(*args)
+
+
+def _check_ensemble(teacher: Teacher | TeacherEnsemble, losses: nn.ModuleDict, args: DistillationConfig) -> None:
+    """Raises ValueError for a loss that needs raw logits of an ensemble that gives standardized ones."""
+    if not (isinstance(teacher, TeacherEnsemble) and args.logit_standardization):
+        return
+    for name, loss in losses.items():
+        if loss.reads_raw_logits:
+            raise ValueError(
+                f"The loss '{name}' also reads logits that are not standardized, and an ensemble under "
+                "logit_standardization averages standardized ones: give one teacher, or leave logit_standardization "
+                "off."
+            )
 
 
 def _check_roles(model: nn.Module, teacher, losses: nn.ModuleDict, args: DistillationConfig) -> None:

@@ -18,6 +18,8 @@ def frozen_heap():
     """Trainer collects garbage at the start of every training, which takes longer here than the training: in the heap
     of a process that has imported everything there is much to look through."""
     gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

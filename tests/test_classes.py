@@ -61,6 +61,12 @@ def test_a_subset_of_imagenet():
     assert match_classes([SYNSETS[7], SYNSETS[3]], teacher(DESCRIPTIONS), 1000) == [7, 3]
 
 
+def test_a_name_that_two_classes_share_tells_nothing():
+    assert sum(name.startswith("crane") for name in DESCRIPTIONS) == 2
+    with pytest.raises(ValueError, match="Set teacher_class_indices"):
+        match_classes(["crane", DESCRIPTIONS[0]], TimmLike(), 1000)
+
+
 def test_lists_of_one_data_set_may_differ_in_a_few_names():
     """ImageNet as the Hub has it names its two cranes and maillots otherwise than timm."""
     almost = [*DESCRIPTIONS[:500], "crane2", *DESCRIPTIONS[501:]]

@@ -2,10 +2,15 @@ import pytest
 import timm
 import torch
 from helpers import Plain
-from transformers import ResNetConfig, ResNetForImageClassification
+from transformers import (
+    DeiTConfig,
+    DeiTForImageClassificationWithTeacher,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
 
 from hfkd import load_student
-from hfkd.features import Taps, find_layer, forward_views, use_two_heads
+from hfkd.features import Taps, find_layer, forward_views, has_two_heads, train_heads_apart
 from hfkd.losses.feature_maps import as_map
 
 BATCH = {"pixel_values": torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))}
@@ -19,7 +24,8 @@ def test_stage_indices_and_paths_of_a_wrapped_model():
         1: (2, 16, 32, 32),
         "layer3": (2, 64, 8, 8),
     }
-    assert taps.take() == {}, "nothing is kept from one batch to the next"
+    with pytest.raises(ValueError, match="does not call the layer 1"):  # nothing is kept from one batch to the next
+        taps.take()
     inner = student.timm_model
     expected = inner.forward_intermediates(BATCH["pixel_values"], indices=[1], intermediates_only=True)[0]
     torch.testing.assert_close(outputs.features[1], expected)
@@ -75,39 +81,67 @@ def test_clear_errors():
 @pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "pit_ti_distilled_224"])
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_two_heads(name, wrapped):
-    """Each head by itself in training, their mean in evaluation."""
+    """Each head by itself in training where that is asked for, else their mean."""
     torch.manual_seed(0)
     if wrapped:
         model = load_student(name, num_classes=5, image_size=64)
         inner = model.timm_model
     else:
         model = inner = timm.create_model(name, num_classes=5, img_size=64)
+    assert has_two_heads(model)
     batch = {"pixel_values": torch.rand(2, 3, 64, 64)}
     model.train()
-    use_two_heads(model)
-    outputs = forward_views(model, batch)
+    train_heads_apart(model, True)
+    outputs = forward_views(model, batch, two_heads=True)
     tokens = inner.forward_features(batch["pixel_values"])
     torch.testing.assert_close(outputs.class_logits, inner.head(tokens[:, 0]))
     torch.testing.assert_close(outputs.logits, inner.head_dist(tokens[:, 1]))
-    evaluated = forward_views(model.eval(), batch)
+    evaluated = forward_views(model.eval(), batch, two_heads=True)
     torch.testing.assert_close(evaluated.logits, (outputs.logits + outputs.class_logits) / 2)
     assert evaluated.class_logits is evaluated.logits
+    train_heads_apart(model.train(), False)
+    torch.testing.assert_close(forward_views(model, batch).logits, evaluated.logits)
 
 
-def test_one_head_stays_one():
-    model = timm.create_model("deit_tiny_patch16_224", num_classes=5, img_size=32).train()
-    use_two_heads(model)
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "pit_ti_224"])
+def test_one_head_stays_one(name):
+    model = timm.create_model(name, num_classes=5, img_size=32).train()
+    assert not has_two_heads(model)
     outputs = forward_views(model, BATCH)
     assert outputs.class_logits is outputs.logits
 
 
 def test_two_heads_of_a_transformers_deit():
-    from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher
-
     config = DeiTConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32, num_labels=5
     )
     model = DeiTForImageClassificationWithTeacher(config).train()
-    outputs, raw = forward_views(model, BATCH), model(BATCH["pixel_values"])
+    assert has_two_heads(model)
+    raw = model(BATCH["pixel_values"])
+    outputs = forward_views(model, BATCH, two_heads=True)
     assert torch.equal(outputs.class_logits, raw.cls_logits) and torch.equal(outputs.logits, raw.distillation_logits)
-    assert torch.equal(forward_views(model.eval(), BATCH).logits, model(BATCH["pixel_values"]).logits)
+    assert torch.equal(forward_views(model, BATCH).logits, raw.logits)
+    assert torch.equal(forward_views(model.eval(), BATCH, two_heads=True).logits, raw.logits)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_two_tensors_are_no_logits(training):
+    class Pair(Plain):
+        def forward(self, pixel_values):
+            return super().forward(pixel_values), pixel_values.mean(dim=(2, 3))
+
+    with pytest.raises(TypeError, match="Pair must return logits.*got tuple"):
+        forward_views(Pair().train(training), BATCH)
+
+
+def test_maps_of_a_swin_transformer_have_their_channels_first():
+    model = timm.create_model("swin_tiny_patch4_window7_224", num_classes=5, img_size=32, window_size=2).eval()
+    outputs = forward_views(model, BATCH, Taps(model, [0, 1]))
+    assert [tuple(outputs.features[layer].shape) for layer in (0, 1)] == [(2, 96, 8, 8), (2, 192, 4, 4)]
+
+
+def test_a_layer_that_is_not_called():
+    model = Plain()
+    model.spare = torch.nn.Identity()
+    with pytest.raises(ValueError, match="does not call the layer 'spare'"):
+        forward_views(model, BATCH, Taps(model, ["conv", "spare"]))

@@ -5,6 +5,8 @@ from hub_stand_in import hub_stand_in
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
+    BitImageProcessor,
+    MobileViTImageProcessor,
     ResNetConfig,
     ResNetForImageClassification,
     ViTImageProcessor,
@@ -12,7 +14,7 @@ from transformers import (
 
 from hfkd import load_student, load_teacher
 from hfkd.features import InputSpec
-from hfkd.loading import exported_state_dict, input_spec
+from hfkd.loading import exported_state_dict, input_spec, known_input_spec
 
 IMAGENET = InputSpec(32, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -88,9 +90,17 @@ def test_clear_errors():
 
 @pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "convit_tiny"])
 def test_patches_must_divide_the_image(name):
-    with pytest.raises(ValueError, match="image_size: .*patches of 16 pixels.* divide 40. Take 32 or 48"):
+    with pytest.raises(ValueError, match="image_size: .*patches of 16 pixels, every 16, .* divide 40. Take 32 or 48"):
         load_student(name, num_classes=2, image_size=40)
+    with pytest.raises(ValueError, match="divide 8. Take 16,"):
+        load_student(name, num_classes=2, image_size=8)
     assert load_student(name, num_classes=2, image_size=40, patch_size=8).num_labels == 2
+
+
+def test_pits_patches_overlap():
+    with pytest.raises(ValueError, match="patches of 16 pixels, every 8, .* divide 39. Take 32 or 40"):
+        load_student("pit_ti_224", num_classes=2, image_size=39)
+    assert load_student("pit_ti_224", num_classes=2, image_size=40).num_labels == 2
 
 
 @pytest.mark.parametrize("name, multiple", [("t2t_vit_7", 16), ("pvt_tiny", 32)])
@@ -127,6 +137,7 @@ def test_a_teacher_that_timm_saved():
     model = timm.create_model("resnet10t", num_classes=3)
     timm.models.save_for_hf(model, "saved", model_args={"num_classes": 3}, safe_serialization=True)
     teacher = load_teacher("saved")
+    assert load_student("saved", num_classes=2).num_labels == 2
     images = torch.rand(2, 3, 64, 64)
     assert torch.equal(teacher.model(images).logits, model.eval()(images))
     assert teacher.input_spec.image_size == 176
@@ -148,3 +159,28 @@ def test_a_teacher_from_the_hub(monkeypatch, dtype):
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype is None else {"rtol": 0.1, "atol": 0.05}
     torch.testing.assert_close(logits, model(pixels), **tolerance)
     assert logits.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        ({"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}, "do_center_crop": True}, 224),
+        ({"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}, "do_center_crop": False}, 256),
+    ],
+)
+def test_the_side_of_a_transformers_teacher_is_what_it_crops(settings, expected):
+    config = ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1], num_labels=2)
+    ResNetForImageClassification(config).save_pretrained("teacher")
+    assert known_input_spec(ResNetForImageClassification(config)) is None
+    BitImageProcessor(**settings, image_mean=[0.1] * 3, image_std=[0.2] * 3).save_pretrained("teacher")
+    assert load_teacher("teacher").input_spec == InputSpec(expected, (0.1,) * 3, (0.2,) * 3)
+    BitImageProcessor(**settings, do_normalize=False).save_pretrained("teacher")
+    assert load_teacher("teacher").input_spec == InputSpec(expected, (0.0,) * 3, (1.0,) * 3)
+
+
+def test_a_teacher_that_takes_bgr_is_refused():
+    config = ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1], num_labels=2)
+    ResNetForImageClassification(config).save_pretrained("teacher")
+    MobileViTImageProcessor(do_flip_channel_order=True).save_pretrained("teacher")
+    with pytest.raises(ValueError, match="BGR: True.*expected a side and RGB"):
+        load_teacher("teacher")

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from helpers import Plain, config, images
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
-from hfkd import load_student
+from hfkd import DistillationTrainer, load_student
 from hfkd.loading import exported_state_dict
 from hfkd.recipe import parse_recipe
 from hfkd.run import build_trainer, distill, evaluate, load_splits
@@ -107,9 +108,9 @@ def test_a_stream_evaluates_as_what_is_not_streamed():
 
 def test_an_ensemble_of_runs():
     save_teacher("second", CLASSES)
-    model_args, data_args, config, recipe_given = parse_recipe([recipe(teacher_name_or_path=["teacher", "second"])])
+    *arguments, recipe_given = parse_recipe([recipe(teacher_name_or_path=["teacher", "second"])])
     assert recipe_given["teacher_name_or_path"] == ["teacher", "second"]
-    trainer = build_trainer(model_args, data_args, config)
+    trainer = build_trainer(*arguments)
     batch = trainer.train_dataset.__getitems__([0, 5])
     members = [member(batch).logits for member in trainer.teacher.members]
     torch.testing.assert_close(trainer.teacher(batch).logits, (members[0] + members[1]) / 2)
@@ -145,6 +146,7 @@ def test_a_bad_test_file_does_not_count():
     Path("photos/test/bee/9.jpg").write_bytes(b"no picture")
     with pytest.warns(UserWarning, match="bee/9.jpg"):
         given = evaluate(["runs/recipe/student", "--skip_bad_images", "true"])
+    assert given["eval_skipped_images"] == 1 and "eval_skipped_images" not in expected
     assert given["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-4)
 
 
@@ -199,3 +201,24 @@ def test_validation_has_three_names(streaming):
     assert len(load_splits(data_args)[1].class_names) == 3
     with pytest.raises(ValueError, match="no split 'test'"):
         load_splits(parse_recipe([recipe(eval_split="test", streaming=streaming)])[1])
+
+
+def test_a_stream_that_begins_with_bad_files():
+    for file in list(Path("photos/train/ant").iterdir())[:3]:
+        file.write_bytes(b"no picture")
+    settings = ["--streaming", "true", "--skip_bad_images", "true", "--num_train_epochs", "1"]
+    with pytest.warns(UserWarning, match="ant"):
+        distill([recipe(per_device_train_batch_size=12), *settings])
+
+
+def test_a_stream_is_evaluated_whole_beside_a_training_set_in_memory():
+    """Whose last, smaller batch must not say how many rows of the stream count."""
+    stream = build_trainer(*parse_recipe([recipe(streaming=True)])[:3]).eval_dataset
+    trainer = DistillationTrainer(
+        Plain(classes=3), None, config(), train_dataset=images(10, classes=3), eval_dataset=stream
+    )
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert trainer.predict(stream).predictions.shape == (6, 3)
+    rate = metrics["eval_samples_per_second"] * metrics["eval_runtime"]
+    assert rate == pytest.approx(6, rel=0.1)

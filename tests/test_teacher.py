@@ -146,3 +146,22 @@ def test_a_half_precision_checkpoint_teaches_in_float32_and_bf16():
         kept = {module.weight.dtype for module in teacher.model.modules() if isinstance(module, nn.Conv2d)}
         assert kept == {dtype or torch.float32}
     torch.testing.assert_close(logits[None], logits[torch.bfloat16], rtol=0.05, atol=0.05)
+
+
+def test_a_student_without_class_names_takes_the_data_sets():
+    """Else numbers would say nothing, and the teacher's order would be taken for the data set's."""
+    train_set = images(8, classes=3)
+    load_student("cifar_resnet8", train_set.class_names[::-1]).save_pretrained("teacher")
+    student = load_student("cifar_resnet8", num_classes=3)
+    trainer = DistillationTrainer(student, load_teacher("teacher"), config(losses={"kd": {}}), train_dataset=train_set)
+    batch = train_set.__getitems__([0, 1])
+    raw = trainer.teacher.model(batch["pixel_values"]).logits
+    assert torch.equal(trainer.teacher(batch).logits, raw.flip(1))
+
+
+def test_an_ensembles_standardized_logits_are_not_for_mlkd():
+    args = config(losses={"mlkd": {}}, logit_standardization=True)
+    with pytest.raises(ValueError, match="'mlkd' also reads logits that are not standardized.*one teacher"):
+        DistillationTrainer(Plain(), [Plain(), Plain()], args, train_dataset=images(8))
+    plain = config(losses={"mlkd": {}})
+    DistillationTrainer(Plain(), [Plain(), Plain()], plain, train_dataset=images(8)).train()

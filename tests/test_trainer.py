@@ -373,3 +373,46 @@ def test_dropping_the_last_training_batch_drops_no_test_image():
     assert trainer.predict(eval_set).predictions.shape == (6, 10)
     ranked = trainer.predict(eval_set).predictions.argmax(1)
     assert trainer.evaluate()["eval_top1"] == pytest.approx(100 * (ranked == eval_set.labels.numpy()).mean())
+
+
+class Endless(torch.utils.data.IterableDataset):
+    """A user's own stream, of samples."""
+
+    def __iter__(self):
+        source = images(8)
+        yield from (source[i % 8] for i in range(1000))
+
+
+def test_a_users_own_stream():
+    """Its first samples tell classes and shapes, as those of other data sets do."""
+    losses = {"ctkd": {"instance_wise": True}}
+    args = config(losses=losses, max_steps=2, mixup=0.5, dataloader_drop_last=True)
+    trainer = DistillationTrainer(Plain(), Plain(), args, train_dataset=Endless())
+    trainer.train()
+    assert trainer.state.global_step == 2 and trainer._mixup is not None
+    with pytest.raises(ValueError, match="teacher has 7 classes and the student 10"):
+        DistillationTrainer(Plain(), Plain(classes=7), args, train_dataset=Endless())
+
+
+def test_ignored_labels_count_nowhere():
+    """As an undecodable image has it: neither in what evaluate() nor in what predict() says."""
+    eval_set = images(12, augment=False)
+    eval_set.labels[:9] = -100  # a whole batch, and one image of the next
+    trainer = DistillationTrainer(Plain(), Plain(), config(), eval_dataset=eval_set)
+    logits = torch.from_numpy(trainer.predict(eval_set).predictions[9:])
+    expected = torch.nn.functional.cross_entropy(logits, eval_set.labels[9:]).item()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    assert trainer.predict(eval_set).metrics["test_loss"] == pytest.approx(expected, rel=1e-5)
+    trainer.compute_metrics, trainer.args.prediction_loss_only = None, True
+    assert torch.tensor(trainer.evaluate()["eval_loss"]).isfinite()
+
+
+def test_batches_without_index_are_evaluated():
+    """A user's collator may leave it out; the teacher is then asked each time."""
+    eval_set = images(8, augment=False)
+
+    def collate(samples):
+        return {key: value for key, value in samples.items() if key != "index"}
+
+    trainer = DistillationTrainer(Plain(), Plain(), config(), eval_dataset=eval_set, data_collator=collate)
+    assert trainer.evaluate()["eval_agreement"] == trainer.evaluate()["eval_agreement"]

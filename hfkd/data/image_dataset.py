@@ -55,6 +55,7 @@ class ImageDataset(IndexedImageSource):
         _check(images, labels)
         super().__init__(
             class_names,
+            num_rows=len(images),
             image_size=images.shape[-1],
             mean=mean,
             std=std,
@@ -66,7 +67,6 @@ class ImageDataset(IndexedImageSource):
         self.labels = labels
         self.transform = transform
         self.strong_transform = StrongAugmentation(transform)
-        self._num_skipped = 0
         self._scale, self._shift = pixel_scale(mean, std)
 
     @classmethod
@@ -82,12 +82,9 @@ class ImageDataset(IndexedImageSource):
         """
         images, rows = decode_split(split, image_size, skip_bad_images)
         dataset = cls(images, torch.from_numpy(split.labels()[rows]), split.class_names, **arguments)
-        dataset._num_skipped = len(split) - len(rows)
+        dataset.bad_rows = torch.ones(len(split), dtype=torch.bool)
+        dataset.bad_rows[torch.from_numpy(rows)] = False
         return dataset
-
-    @property
-    def num_skipped(self) -> int:
-        return self._num_skipped
 
     @property
     def device(self) -> torch.device:

@@ -1,6 +1,5 @@
 """A data set of large images, decoded when they are asked for."""
 
-import warnings
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -46,6 +45,7 @@ class LazyImageDataset(IndexedImageSource):
     ):
         super().__init__(
             split.class_names,
+            num_rows=len(split),
             image_size=transform.image_size,
             mean=transform.mean,
             std=transform.std,
@@ -59,11 +59,6 @@ class LazyImageDataset(IndexedImageSource):
         self.skip_bad_images = skip_bad_images
         self._column = split.image_column
         self._rows = split.dataset.select_columns(split.image_column).with_format("arrow")
-        self._bad = torch.zeros(len(split), dtype=torch.bool).share_memory_()  # of all DataLoader workers
-
-    @property
-    def num_skipped(self) -> int:
-        return int(self._bad.sum())
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -82,7 +77,9 @@ class LazyImageDataset(IndexedImageSource):
         transform, views = self.transform, self.views
         batch = make_views(images, len(indices), transform, seed=self.seed, epoch=self.epoch, views=views)
         rows = batch["index"]
-        return batch | {"labels": self.labels[rows].masked_fill_(self._bad[rows], self.IGNORED)}
+        labels = self.labels[rows]
+        # In training a good row stands in for a bad one.
+        return batch | {"labels": labels if self.augmented else labels.masked_fill_(self.bad_rows[rows], self.IGNORED)}
 
     def _images(self, rows: np.ndarray) -> Iterator[tuple[int, Image.Image | None]]:
         """Rows and their images, one at a time: a large one may take 100 MB once decoded."""
@@ -100,9 +97,7 @@ class LazyImageDataset(IndexedImageSource):
 
     def _in_place_of(self, row, error):
         for _ in range(_MAX_BAD_RUN):
-            if not self._bad[row]:
-                self._bad[row] = True
-                warnings.warn(str(error), stacklevel=2)
+            self.note_bad(row, error)
             if not self.augmented:
                 return row, None
             row = (row + 1) % len(self)

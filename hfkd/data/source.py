@@ -1,5 +1,6 @@
 """What our data sets have in common: what the trainer reads of any of them."""
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +17,7 @@ class ImageSource:
 
     Args:
         class_names: the C names.
+        num_rows: how many rows `index` counts.
         image_size: H and W, in pixels.
         mean, std: three numbers each, of pixels scaled to 0 ... 1.
         seed: of the augmentation.
@@ -32,6 +34,7 @@ class ImageSource:
         self,
         class_names: Sequence[str],
         *,
+        num_rows: int,
         image_size: int,
         mean: Sequence[float],
         std: Sequence[float],
@@ -44,6 +47,7 @@ class ImageSource:
         if views not in (1, 2):
             raise ValueError(f"views must be 1 or 2, but is {views}.")
         self.class_names = list(class_names)
+        self.num_rows = num_rows
         self.image_size = image_size
         self.mean, self.std = tuple(mean), tuple(std)
         self.seed = seed
@@ -52,6 +56,7 @@ class ImageSource:
         # In shared memory, so that DataLoader workers see the epoch change: each holds a copy of this object,
         # and a persistent one is never given a new copy.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self.bad_rows = torch.zeros(num_rows, dtype=torch.bool).share_memory_()
 
     @property
     def num_classes(self) -> int:
@@ -65,10 +70,16 @@ class ImageSource:
         """Change the augmentation. Call it before iterating over a DataLoader, since that may fetch ahead."""
         self._epoch.fill_(epoch)
 
+    def note_bad(self, row: int, error: Exception) -> None:
+        """Count a row that cannot be decoded, and warn of it once."""
+        if not self.bad_rows[row]:
+            self.bad_rows[row] = True
+            warnings.warn(str(error), stacklevel=3)
+
     @property
     def num_skipped(self) -> int:
-        """How many images were left out so far because they cannot be decoded."""
-        return 0
+        """How many images this process has left out so far because they cannot be decoded."""
+        return int(self.bad_rows.sum())
 
 
 class IndexedImageSource(Dataset, ImageSource):

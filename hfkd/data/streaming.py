@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -75,6 +74,7 @@ class StreamingImageDataset(IterableDataset, ImageSource):
     ):
         super().__init__(
             split.class_names,
+            num_rows=split.num_rows,
             image_size=transform.image_size,
             mean=transform.mean,
             std=transform.std,
@@ -85,7 +85,6 @@ class StreamingImageDataset(IterableDataset, ImageSource):
         if shuffle_buffer_size < 1:
             raise ValueError(f"shuffle_buffer_size must be at least 1 (no shuffling), but is {shuffle_buffer_size}.")
         self.name = split.name
-        self.num_rows = split.num_rows
         self.transform = transform
         self.shuffle_buffer_size = shuffle_buffer_size
         self.skip_bad_images = skip_bad_images
@@ -94,11 +93,6 @@ class StreamingImageDataset(IterableDataset, ImageSource):
         self._part: _Part | None = None
         # In shared memory, as the epoch is.
         self._skip = torch.zeros((), dtype=torch.int64).share_memory_()
-        self._bad = torch.zeros(self.num_rows, dtype=torch.bool).share_memory_()
-
-    @property
-    def num_skipped(self) -> int:
-        return int(self._bad.sum())
 
     # ---- Which rows are whose ---------------------------------------------------------------------------------------
 
@@ -155,9 +149,19 @@ class StreamingImageDataset(IterableDataset, ImageSource):
         return self._batches(*self._part.run(worker, workers), skipped, self.epoch)
 
     def first_batch(self, size: int) -> dict[str, Tensor]:
-        """The first `size` rows of the split, or all of fewer, as a batch: to try out what is to be trained."""
-        rows = (row for unit in self._units(0, min(size, self.num_rows), epoch=None) for row in self._read(*unit))
-        return self._batch(list(rows), self.epoch)
+        """The first `size` rows of the split that can be decoded, or all of fewer, as a batch: to try out what is to
+        be trained."""
+        rows = (row for unit in self._units(0, self.num_rows, epoch=None) for row in self._read(*unit))
+        return self._batch(list(islice(filter(self._can_be_decoded, rows), size)), self.epoch)
+
+    def _can_be_decoded(self, sample: RowSample) -> bool:
+        row, (cell, _) = sample
+        try:
+            decode_cell(cell, self.name, row)
+        except BadImageError as error:
+            self._count_bad(row, error)
+            return False
+        return True
 
     # ---- Reading -----------------------------------------------------------------------------------------------------
 
@@ -244,9 +248,7 @@ class StreamingImageDataset(IterableDataset, ImageSource):
     def _count_bad(self, row, error):
         if not self.skip_bad_images:
             raise error
-        if not self._bad[row]:
-            self._bad[row] = True
-            warnings.warn(str(error), stacklevel=2)
+        self.note_bad(row, error)
 
     def _first_good(self, samples):
         for row, (cell, label) in samples:

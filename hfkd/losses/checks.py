@@ -22,6 +22,13 @@ def not_negative(key: str, value: float) -> float:
     return float(value)
 
 
+def layers_of(key: str, value: list[int | str]) -> list[int | str]:
+    """value, if it is a list of stage indices and module paths, one at least; ValueError if not."""
+    if not isinstance(value, list) or not value or not all(type(layer) in (int, str) for layer in value):
+        raise ValueError(f"{key} is {value!r}: give a list of stage indices or module paths, such as [0, blocks.6]")
+    return value
+
+
 def _is_finite_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import DistillationLoss, Outputs
+from .checks import layers_of
 from .feature_maps import as_map
 
 
@@ -60,13 +61,13 @@ class LocalityGuidanceLoss(DistillationLoss):
 
     def __init__(self, student_layers: list, teacher_layers: list, weight: float = 2.5):
         super().__init__(weight)
-        if not student_layers or len(student_layers) != len(teacher_layers):
+        self.student_layers = layers_of("student_layers", student_layers)
+        self.teacher_layers = layers_of("teacher_layers", teacher_layers)
+        if len(student_layers) != len(teacher_layers):
             raise ValueError(
                 f"student_layers is {student_layers} and teacher_layers {teacher_layers}: give as many of the one as "
-                "of the other, one at least"
+                "of the other"
             )
-        self.student_layers = list(student_layers)
-        self.teacher_layers = list(teacher_layers)
         self.projectors = nn.ModuleList()
 
     def setup(self, student: Outputs, teacher: Outputs) -> None:

@@ -139,6 +139,7 @@ class MLKDLoss(DistillationLoss):
     """
 
     views = 2
+    reads_raw_logits = True  # for the correlations, see point 4
 
     def __init__(self, temperature: float = 4.0, weight: float = 1.0):
         super().__init__(weight)
