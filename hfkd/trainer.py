@@ -24,6 +24,7 @@ from transformers.utils import logging
 
 from .arguments import DistillationConfig
 from .callbacks import SetEpoch, UpdateAverage
+from .checks import check_ensemble, check_roles
 from .classes import class_names_of
 from .data import ImageDataset, ImageSource, StreamingImageDataset, collate_batch
 from .distiller import Distiller
@@ -98,7 +99,7 @@ class DistillationTrainer(Trainer):
             logger.warning("Several GPUs are visible and this process uses one: `accelerate launch` uses all of them.")
             args._n_gpu = 1
         losses = build_losses(args.losses if losses is None else losses, args.logit_standardization)
-        _check_roles(model, teacher, losses, args)
+        check_roles(model, teacher, losses, args)
         if hasattr(model, "pretrained_cfg"):  # a bare timm model
             source = _image_source(train_dataset)
             names = [] if source is None else source.class_names
@@ -122,7 +123,7 @@ class DistillationTrainer(Trainer):
             autocast_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
             layers = [layer for loss in losses.values() for layer in loss.teacher_layers]
             self.teacher.prepare(args.device, autocast_dtype, args.channels_last, self._input_spec(), layers)
-            _check_ensemble(self.teacher, losses, args)
+            check_ensemble(self.teacher, losses, args)
         self._term_names: list[str] = []
         self._term_sums: Tensor | None = None
         self._term_count = self._images_seen = 0
@@ -473,37 +474,3 @@ class DistillationTrainer(Trainer):
         if self.average is not None:  # what was trained becomes what was evaluated
             self.model.load_state_dict(self.average.module.state_dict())
         return super()._finalize_training(*args)
-
-
-def _check_ensemble(teacher: Teacher | TeacherEnsemble, losses: nn.ModuleDict, args: DistillationConfig) -> None:
-    """Raises ValueError for a loss that needs raw logits of an ensemble that gives standardized ones."""
-    if not (isinstance(teacher, TeacherEnsemble) and args.logit_standardization):
-        return
-    for name, loss in losses.items():
-        if loss.reads_raw_logits:
-            raise ValueError(
-                f"The loss '{name}' also reads logits that are not standardized, and an ensemble under "
-                "logit_standardization averages standardized ones: give one teacher, or leave logit_standardization "
-                "off."
-            )
-
-
-def _check_roles(model: nn.Module, teacher, losses: nn.ModuleDict, args: DistillationConfig) -> None:
-    """Raises ValueError where teacher, student and losses cannot work together."""
-    if losses and teacher is None:
-        raise ValueError(f"The losses {sorted(losses)} need a teacher: set teacher_name_or_path, or remove them.")
-    if not losses and args.ce_weight == 0:
-        raise ValueError("Nothing to train on: ce_weight is 0 and there are no losses.")
-    if teacher is not None and model is (teacher.model if isinstance(teacher, Teacher) else teacher):
-        raise ValueError("Student and teacher are the same object: the teacher is frozen, so pass a copy.")
-    if not args.mixes:
-        return
-    for name, loss in losses.items():
-        if not loss.takes_mixed_labels:
-            raise ValueError(
-                f"The loss '{name}' needs one class an image, and mixup and cutmix leave a mixture: set "
-                f"losses.{name}.dominant_label to true to take the class with the larger share, or leave mixup and "
-                "cutmix at 0."
-            )
-        if loss.views == 2:
-            raise ValueError(f"The loss '{name}' takes two views of an image: leave mixup and cutmix at 0.")

@@ -1,0 +1,42 @@
+"""What cannot work together, found before training."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .arguments import DistillationConfig
+from .teacher import Teacher, TeacherEnsemble
+
+
+def check_ensemble(teacher: Teacher | TeacherEnsemble, losses: nn.ModuleDict, args: DistillationConfig) -> None:
+    """Raises ValueError for a loss that needs raw logits of an ensemble that gives standardized ones."""
+    if not (isinstance(teacher, TeacherEnsemble) and args.logit_standardization):
+        return
+    for name, loss in losses.items():
+        if loss.reads_raw_logits:
+            raise ValueError(
+                f"The loss '{name}' also reads logits that are not standardized, and an ensemble under "
+                "logit_standardization averages standardized ones: give one teacher, or leave logit_standardization "
+                "off."
+            )
+
+
+def check_roles(model: nn.Module, teacher, losses: nn.ModuleDict, args: DistillationConfig) -> None:
+    """Raises ValueError where teacher, student and losses cannot work together."""
+    if losses and teacher is None:
+        raise ValueError(f"The losses {sorted(losses)} need a teacher: set teacher_name_or_path, or remove them.")
+    if not losses and args.ce_weight == 0:
+        raise ValueError("Nothing to train on: ce_weight is 0 and there are no losses.")
+    if teacher is not None and model is (teacher.model if isinstance(teacher, Teacher) else teacher):
+        raise ValueError("Student and teacher are the same object: the teacher is frozen, so pass a copy.")
+    if not args.mixes:
+        return
+    for name, loss in losses.items():
+        if not loss.takes_mixed_labels:
+            raise ValueError(
+                f"The loss '{name}' needs one class an image, and mixup and cutmix leave a mixture: set "
+                f"losses.{name}.dominant_label to true to take the class with the larger share, or leave mixup and "
+                "cutmix at 0."
+            )
+        if loss.views == 2:
+            raise ValueError(f"The loss '{name}' takes two views of an image: leave mixup and cutmix at 0.")
