@@ -87,7 +87,7 @@ def test_one_step(path):
     teacher = None
     if model_args.teacher_name_or_path:
         (architecture,) = map(teacher_architecture, model_args.teacher_name_or_path)
-        teacher = Teacher(timm.create_model(architecture, num_classes=classes))
+        teacher = Teacher(timm.create_model(architecture, num_classes=classes), class_indices=range(classes))
     trainer = DistillationTrainer(student, teacher, config, train_dataset=images(4, classes=classes))
     trainer.train()
     log = trainer.state.log_history[0]

@@ -35,10 +35,13 @@ def test_no_losses_is_training_without_a_teacher():
     assert len(build_losses({}, logit_standardization=True)) == 0
 
 
+REQUIRED = {"locality_guidance": {"student_layers": [0], "teacher_layers": [0]}}  # what has no default
+
+
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("switch", [False, True])
 def test_one_switch_standardizes_every_loss(name, switch):
-    losses = build_losses({name: None, "mine": SumLoss()}, logit_standardization=switch)
+    losses = build_losses({name: REQUIRED.get(name), "mine": SumLoss()}, logit_standardization=switch)
     assert [loss.logit_standardization for loss in losses.values()] == [switch, switch]
 
 
