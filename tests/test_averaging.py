@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import config, images
+from helpers import config, images, train_logs
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
@@ -84,7 +84,13 @@ def test_tapped_layers_and_two_heads_go_with_an_average():
     teacher = load_student("cifar_resnet8", num_classes=10)
     losses = {"kd": {}, "locality_guidance": {"student_layers": [0], "teacher_layers": [1]}}
     args = config(losses=losses, ema_decay=DECAY, bf16=True)
-    DistillationTrainer(student, teacher, args, train_dataset=images(8), eval_dataset=images(4)).train()
+    trainer = DistillationTrainer(student, teacher, args, train_dataset=images(8), eval_dataset=images(4))
+    before = weights(trainer.average.module)
+    trainer.train()
+    after = weights(trainer.model)
+    assert {"loss_kd", "loss_locality_guidance"} <= train_logs(trainer)[0].keys()
+    for head in ("head", "head_dist"):  # both have moved, and so has their average over the steps
+        assert not torch.equal(before[f"timm_model.{head}.weight"], after[f"timm_model.{head}.weight"])
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.0, 2.0])

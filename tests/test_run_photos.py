@@ -208,7 +208,8 @@ def test_a_stream_that_begins_with_bad_files():
         file.write_bytes(b"no picture")
     settings = ["--streaming", "true", "--skip_bad_images", "true", "--num_train_epochs", "1"]
     with pytest.warns(UserWarning, match="ant"):
-        distill([recipe(per_device_train_batch_size=12), *settings])
+        trainer = distill([recipe(per_device_train_batch_size=12), *settings])
+    assert next(log["skipped_images"] for log in trainer.state.log_history if "loss" in log) == 3
 
 
 def test_a_stream_is_evaluated_whole_beside_a_training_set_in_memory():
