@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
 import os
-import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,19 +14,18 @@ import torch.nn.functional as F
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, Subset
-from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import logging
 
 from .arguments import DistillationConfig
-from .callbacks import SetEpoch, UpdateAverage
+from .callbacks import UpdateAverage
 from .checks import check_ensemble, check_roles
 from .classes import class_names_of
-from .data import ImageDataset, ImageSource, StreamingImageDataset, collate_batch
+from .data import ImageSource, StreamingImageDataset, collate_batch
 from .distiller import Distiller
-from .features import InputSpec, logits_of
-from .loading import as_teacher, exported_state_dict, known_input_spec, load_exported, wrap_timm
+from .features import logits_of
+from .image_trainer import ImageTrainer, image_source
+from .loading import as_teacher, exported_state_dict, load_exported, wrap_timm
 from .losses import DistillationLoss, build_losses
 from .losses.standardize import at_least_float32
 from .metrics import compute_metrics
@@ -40,20 +36,8 @@ logger = logging.get_logger(__name__)
 LOSSES_NAME = "losses.safetensors"
 TRAINING_WEIGHTS_NAME = "training_weights.safetensors"  # beside model.safetensors, which then holds the average
 
-# What a model need not list in `no_weight_decay`: the tokens and position embeddings of timm and transformers.
-UNDECAYED = re.compile(
-    r"(^|\.)(cls_token|dist\w*_token|pos_embed\w*|position_embeddings?|relative_position_bias\w*)($|\.)"
-)
 
-
-def _image_source(dataset) -> ImageSource | None:
-    """The data set of ours that a data set is, or is a subset of."""
-    while isinstance(dataset, Subset):
-        dataset = dataset.dataset
-    return dataset if isinstance(dataset, ImageSource) else None
-
-
-class DistillationTrainer(Trainer):
+class DistillationTrainer(ImageTrainer):
     """Trains a student on the labels and on what a teacher says of the same images.
 
     `model` stays the student, so that saving, loading the best checkpoint, pushing and callbacks see a plain
@@ -101,7 +85,7 @@ class DistillationTrainer(Trainer):
         losses = build_losses(args.losses if losses is None else losses, args.logit_standardization)
         check_roles(model, teacher, losses, args)
         if hasattr(model, "pretrained_cfg"):  # a bare timm model
-            source = _image_source(train_dataset)
+            source = image_source(train_dataset)
             names = [] if source is None else source.class_names
             names = [*names, *map(str, range(len(names), model.num_classes))][: model.num_classes]
             model = wrap_timm(model, names)
@@ -132,7 +116,7 @@ class DistillationTrainer(Trainer):
         self._mixup: Mixup | None = None
         self._teacher_memories: WeakKeyDictionary[ImageSource, Tensor] = WeakKeyDictionary()
         self._teacher_memory: Tensor | None = None
-        self._place_data()
+        self._place_data(views=max([loss.views for loss in losses.values()], default=1))
         self._dry_run()
         self.distiller.to(args.device)
         if self.teacher is not None and args.torch_compile:
@@ -140,28 +124,10 @@ class DistillationTrainer(Trainer):
 
     # ---- Before training ---------------------------------------------------------------------------------------
 
-    def _input_spec(self) -> InputSpec | None:
-        """What the images are normalised for: what a data set of ours says, else what the student expects."""
-        for source in (_image_source(self.train_dataset), _image_source(self.eval_dataset)):
-            if source is not None:
-                return InputSpec(source.image_size, source.mean, source.std)
-        return known_input_spec(self.model)
-
-    def _place_data(self) -> None:
-        """Small images live on the training device and are augmented there."""
-        for dataset in (_image_source(self.train_dataset), _image_source(self.eval_dataset)):
-            if isinstance(dataset, ImageDataset) and self.args.dataloader_num_workers == 0:
-                dataset.to(self.args.device)
-                self.args.dataloader_pin_memory = False  # the batches are on the device already
-        train_images = _image_source(self.train_dataset)
-        if train_images is not None:
-            train_images.views = max([loss.views for loss in self.distiller.losses.values()], default=1)
-            self.add_callback(SetEpoch(train_images))
-
     def _dry_run(self) -> None:
         """One forward of two images: do the classes agree, and which shapes will the losses see?"""
         dataset = self.train_dataset if self.train_dataset is not None else self.eval_dataset
-        source = _image_source(dataset)
+        source = image_source(dataset)
         batch = self._two_images(dataset, source)
         if batch is None:
             return
@@ -195,62 +161,6 @@ class DistillationTrainer(Trainer):
             except ValueError as error:
                 raise ValueError(f"losses.{name}: {error}") from error
 
-    def _two_images(self, dataset, source: ImageSource | None) -> dict[str, Tensor] | None:
-        """A batch of the first and the last image, of a stream the first two; None where there is no one to ask."""
-        if isinstance(source, StreamingImageDataset):
-            return self._prepare_inputs(source.first_batch(2))
-        if dataset is None or isinstance(dataset, dict):
-            return None
-        if isinstance(dataset, IterableDataset):
-            samples = list(itertools.islice(dataset, 2))
-        else:
-            pair = [0, len(dataset) - 1]
-            samples = [dataset[i] for i in pair] if source is None else dataset.__getitems__(pair)
-        return self._prepare_inputs(self.data_collator(samples))
-
-    def _get_dataloader(
-        self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
-    ):
-        if isinstance(dataset, StreamingImageDataset):
-            return self._stream_loader(dataset, batch_size, is_training)
-        drop_last = self.args.dataloader_drop_last
-        # Trainer would leave the last images out of an evaluation as well.
-        self.args.dataloader_drop_last = drop_last and is_training
-        try:
-            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
-        finally:
-            self.args.dataloader_drop_last = drop_last
-
-    def _stream_loader(self, dataset: StreamingImageDataset, batch_size: int, is_training: bool) -> DataLoader:
-        """Of this process's share, in finished batches; accelerate would share them out among the processes again."""
-        if not is_training:
-            # A stream that is trained on, too, keeps its share there.
-            dataset = copy.copy(dataset) if dataset is self.train_dataset else dataset
-            dataset.shard(self.args.process_index, self.args.world_size, batch_size, drop_last=False)
-        workers = self.args.dataloader_num_workers
-        return DataLoader(
-            dataset,
-            batch_size=None,
-            num_workers=workers,
-            pin_memory=self.args.dataloader_pin_memory,
-            # Those of an evaluation would wait through the training that follows.
-            persistent_workers=is_training and workers > 0 and self.args.dataloader_persistent_workers,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
-            multiprocessing_context=self.args.dataloader_multiprocessing_context,
-        )
-
-    def num_examples(self, dataloader: DataLoader) -> int:
-        dataset = dataloader.dataset
-        return dataset.num_rows if isinstance(dataset, StreamingImageDataset) else super().num_examples(dataloader)
-
-    def _run_epoch(self, **kwargs):
-        # What Trainer skips on a resumed epoch need not be decoded first.
-        source = _image_source(self.train_dataset)
-        resumed = kwargs["resume_from_checkpoint"] is not None and kwargs["epoch"] == kwargs["epochs_trained"]
-        if isinstance(source, StreamingImageDataset) and resumed and not self.args.ignore_data_skip:
-            source.skip_batches(kwargs["steps_trained_in_current_epoch"])
-        return super()._run_epoch(**kwargs)
-
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         # Optimizer, DDP and compile must cover student and losses together: two modules prepared side by side train
         # the losses wrongly. So the distiller stands in for the student while Trainer prepares "the model".
@@ -265,48 +175,7 @@ class DistillationTrainer(Trainer):
         self._clock = time.perf_counter()
         return prepared
 
-    def set_initial_training_values(self, args, dataloader):
-        values = super().set_initial_training_values(args, dataloader)
-        self._steps_per_epoch = values[1]
-        return values
-
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """All parameters, or the matrices and kernels that the student does not exempt (`no_weight_decay`), without
-        tokens and position embeddings."""
-        if self.args.decay_all_parameters:
-            return [name for name, _ in model.named_parameters()]
-        exempt = set()
-        for prefix, module in model.named_modules():
-            if isinstance(getattr(type(module), "no_weight_decay", None), Callable):
-                exempt |= {f"{prefix}.{name}" for name in module.no_weight_decay()}
-        return [
-            name
-            for name, value in model.named_parameters()
-            if value.ndim > 1 and name not in exempt and not UNDECAYED.search(name)
-        ]
-
-    @staticmethod
-    def get_optimizer_cls_and_kwargs(args, model=None):
-        optimizer_class, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
-        if optimizer_class is torch.optim.SGD:
-            kwargs["fused"] = True  # one kernel over all parameters in place of three for each
-        return optimizer_class, kwargs
-
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
-        if self.lr_scheduler is None and self.args.lr_milestones:
-            steps = [round(epoch * self._steps_per_epoch) for epoch in self.args.lr_milestones]
-            self.lr_scheduler = torch.optim.lr_scheduler.MultiStepLR(
-                optimizer or self.optimizer, steps, self.args.lr_gamma
-            )
-            self._created_lr_scheduler = True
-        return super().create_scheduler(num_training_steps, optimizer)
-
     # ---- A training step: nothing here may wait for the device ---------------------------------------------------
-
-    def _prepare_input(self, data):
-        if isinstance(data, Tensor):
-            return data.to(self.args.device, non_blocking=True)
-        return super()._prepare_input(data)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The sum of the weighted terms; each is also accumulated on the device, to be logged under its name."""
@@ -329,13 +198,6 @@ class DistillationTrainer(Trainer):
         self._term_count += 1
         self._images_seen += images
 
-    def _get_grad_norm(self, model, grad_norm=None):
-        # Trainer measures the norm even where nothing is clipped, which costs a pass over all gradients.
-        return None if grad_norm is None else super()._get_grad_norm(model, grad_norm)
-
-    def floating_point_ops(self, inputs) -> int:
-        return 0  # Trainer's estimate (6 x parameters x inputs) is wrong for convolutions and costs a module walk
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._term_count:
             logs.update(self._drain_log())
@@ -351,16 +213,6 @@ class DistillationTrainer(Trainer):
         logs["images_per_second"] = self._images_seen * self.args.world_size / (now - self._clock)
         self._term_sums, self._term_count, self._images_seen, self._clock = None, 0, 0, now
         return logs
-
-    def _skipped(self, key: str, dataset) -> dict[str, int]:
-        """{key: how many images could not be decoded}, over all processes, or nothing if all could."""
-        source = _image_source(dataset)
-        if source is None:
-            return {}
-        bad = source.bad_rows.to(self.args.device, torch.int32)
-        if self.args.world_size > 1:
-            torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
-        return {key: int(bad.sum())} if bad.any() else {}
 
     # ---- Evaluation ----------------------------------------------------------------------------------------------
 
@@ -417,7 +269,7 @@ class DistillationTrainer(Trainer):
         The teacher never changes, and is often several times the student: asking it once saves most of the time of
         every later evaluation.
         """
-        source = _image_source(dataset)
+        source = image_source(dataset)
         if source is None or source.augmented:
             return None
         unknown = torch.full((source.num_rows,), -1, device=self.args.device)

@@ -100,3 +100,10 @@ def test_a_resumed_stream_goes_on_with_the_next_batch(runs):
         assert resumed["rows"][0] == whole["rows"][0][4 * batches :]
         assert resumed["rows"][1] == whole["rows"][1]
         assert [name for name, value in whole["state"].items() if not torch.equal(value, resumed["state"][name])] == []
+
+
+def test_the_rest_of_a_streamed_epoch_needs_as_many_processes(runs):
+    folder = runs[3]
+    checkpoint = str(folder / "stream" / "checkpoint-3")
+    with pytest.raises(ValueError, match="written by 2 processes in the middle of an epoch, and this run has 1"):
+        distributed_worker.stream(str(folder.parent / "data0"), 1, "other", resume_from_checkpoint=checkpoint)
