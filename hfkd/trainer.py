@@ -252,7 +252,7 @@ class DistillationTrainer(ImageTrainer):
         labels = inputs.get("labels")
         with self.accelerator.autocast():
             logits = at_least_float32(logits_of(model, inputs["pixel_values"]))
-        if prediction_loss_only:
+        if prediction_loss_only and labels is not None:
             counting = (labels != ImageSource.IGNORED).sum().clamp(min=1)
             return F.cross_entropy(logits, labels, reduction="sum") / counting, None, None
         if self._keep_logits or labels is None:

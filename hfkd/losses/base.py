@@ -32,8 +32,8 @@ class DistillationLoss(nn.Module):
     """
 
     views = 1  # 2: `student.strong` and `teacher.strong` are filled
-    reads_raw_logits = False  # True: other logits than `self.logits()` gives, so also those that are not standardized
     reads_logits = True  # False: a student's distillation head, where it has one, gets nothing from this loss
+    reads_raw_logits = False  # True: other logits than `self.logits()` gives, so also those that are not standardized
     takes_mixed_labels = True  # False: `labels` must be classes, which mixup and CutMix do not leave
     student_layers: Sequence[int | str] = ()  # what `features` must hold: stage indices or module paths
     teacher_layers: Sequence[int | str] = ()
