@@ -29,6 +29,10 @@ class Distiller(nn.Module):
         self.ce_weight = ce_weight
         layers = [layer for loss in losses.values() for layer in loss.student_layers]
         self.taps = Taps(student, layers) if layers else None
+        # DDP's name for what it need not broadcast before every forward: CRD's memory would be most of a step.
+        self._ddp_params_and_buffers_to_ignore = [
+            f"losses.{name}.{buffer}" for name, loss in losses.items() for buffer in loss.replicated_buffers
+        ]
         # Without a loss that reads logits, both heads learn the labels by their average: each alone would stay as it
         # was made, and evaluation averages it in.
         self.two_heads = has_two_heads(student) and any(loss.reads_logits for loss in losses.values())

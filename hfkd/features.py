@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 from transformers import DeiTForImageClassificationWithTeacher
 from transformers.models.timm_wrapper import TimmWrapperForImageClassification
 
-Layer = int | str  # a stage index of timm's `feature_info`, or a module path
+# A stage index into timm's `feature_info` (negative: from the end), a module path, or EMBEDDING.
+Layer = int | str
+
+EMBEDDING = "embedding"  # what the classifier reads
 
 
 @dataclass(frozen=True)
@@ -32,13 +35,21 @@ class Outputs:
             distillation head.
         class_logits: (B, C), what the cross-entropy takes: those of the class head; `logits` where there is one head.
         features: what the tapped layers gave, under the names they were asked for by.
+        classifier: of a teacher whose logits are those of one linear layer over its embedding, that layer, frozen, with
+            the student's classes; else None.
         strong: the outputs for the strongly augmented view of the same images, where a loss asked for two views.
     """
 
     logits: Tensor
     class_logits: Tensor
     features: dict[Layer, Tensor] = field(default_factory=dict)
+    classifier: nn.Linear | None = None
     strong: Outputs | None = None
+
+    @property
+    def embedding(self) -> Tensor:
+        """(B, D), what the classifier reads; of two heads the distillation head's. For losses that name EMBEDDING."""
+        return self.features[EMBEDDING]
 
     def views(self) -> list[Outputs]:
         return [self] if self.strong is None else [self, self.strong]
@@ -49,7 +60,7 @@ class Taps:
 
     Args:
         model: the network; it gets a forward hook on each layer.
-        layers: stage indices into the `feature_info` of a timm model, or module paths.
+        layers: stage indices into the `feature_info` of a timm model, module paths, or EMBEDDING.
 
     Raises:
         ValueError: for a layer that does not exist, naming near ones.
@@ -60,13 +71,27 @@ class Taps:
         self._channels_last = getattr(timm_model_of(model), "output_fmt", None) == "NHWC"  # timm's Swin, for one
         self._recorded: dict[Layer, Tensor] = {}
         for layer in self.layers:
-            find_layer(model, layer).register_forward_hook(functools.partial(self._record, layer))
+            if layer == EMBEDDING:
+                find_classifier(model).register_forward_pre_hook(self._record_embedding)
+            else:
+                find_layer(model, layer).register_forward_hook(functools.partial(self._record, layer))
 
     def _record(self, layer: Layer, module: nn.Module, arguments, output) -> None:
         output = output[0] if isinstance(output, tuple) else output  # transformers' blocks, PiT's stages
         if not isinstance(output, Tensor):
             raise ValueError(f"The layer {layer!r} gives {type(output).__name__}, not a tensor: name another one.")
         self._recorded[layer] = output.permute(0, 3, 1, 2) if self._channels_last and output.ndim == 4 else output
+
+    def _record_embedding(self, classifier: nn.Module, arguments: tuple) -> None:
+        embedding = arguments[0]
+        if embedding.ndim == 4 and embedding.shape[2:] == (1, 1):  # a 1 x 1 convolution classifies
+            embedding = embedding.flatten(1)
+        if embedding.ndim != 2:
+            raise ValueError(
+                f"The classifier ({type(classifier).__name__}) reads {tuple(embedding.shape)}: expected an embedding "
+                "(B, D)."
+            )
+        self._recorded[EMBEDDING] = embedding
 
     def take(self) -> dict[Layer, Tensor]:
         """What the layers gave since the last call: maps (B, C, H, W), tokens (B, N, C) or embeddings (B, C).
@@ -95,17 +120,56 @@ def find_layer(model: nn.Module, layer: Layer) -> nn.Module:
             return modules[layer]
         near = difflib.get_close_matches(layer, modules, n=3, cutoff=0.3)
         raise ValueError(f"{name} has no layer '{layer}'. Near are {', '.join(near) or ', '.join(list(modules)[1:9])}.")
-    stages = getattr(inner, "feature_info", None)  # timm's; other libraries have no such table
-    if stages is None:
-        raise ValueError(
-            f"{name} has no stage indices, which are timm's: name the layer {layer} by its module path, e.g. "
-            f"'{list(modules)[-1]}'."
-        )
-    paths = [stage["module"] for stage in stages]
-    if not 0 <= layer < len(paths):
+    paths = stages_of(model)
+    if not -len(paths) <= layer < len(paths):
         listed = ", ".join(f"{index} ({path})" for index, path in enumerate(paths))
         raise ValueError(f"{name} has no stage {layer}. Stages: {listed}.")
     return modules[paths[layer]]
+
+
+def stages_of(model: nn.Module) -> list[str]:
+    """The module paths of a timm model's stages, from the stem to the deepest.
+
+    Raises:
+        ValueError: for a model of another library, which has no such table.
+    """
+    inner = timm_model_of(model)
+    stages = getattr(inner, "feature_info", None)
+    if stages is None:
+        raise ValueError(
+            f"{type(inner).__name__} has no stage indices, which are timm's: name its layers by their module paths, "
+            f"e.g. '{[path for path, _ in inner.named_modules()][-1]}'."
+        )
+    return [stage["module"] for stage in stages]
+
+
+def find_classifier(model: nn.Module) -> nn.Module:
+    """What gives the logits: of a timm model what it says, the distillation head's of two; else the last linear layer.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    inner = timm_model_of(model)
+    if hasattr(inner, "get_classifier"):  # timm's
+        classifiers = inner.get_classifier()
+        return classifiers[-1] if isinstance(classifiers, tuple) else classifiers
+    linear = [module for module in inner.modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise ValueError(f"{type(inner).__name__} has no linear layer to take for its classifier.")
+    return linear[-1]
+
+
+def settle_layers(losses: Iterable[nn.Module], student: nn.Module, teacher: nn.Module) -> None:
+    """Gives losses that leave their layers open (None) every stage but the first, the stem: the published choice.
+
+    Raises:
+        ValueError: for a network without stages.
+    """
+    for loss in losses:
+        if loss.student_layers is None:
+            loss.student_layers = list(range(1, len(stages_of(student))))
+        if loss.teacher_layers is None:
+            loss.teacher_layers = list(range(1, len(stages_of(teacher))))
 
 
 def logits_of(model: nn.Module, pixel_values: Tensor) -> Tensor:

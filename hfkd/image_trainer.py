@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import Trainer
 
 from .callbacks import SetEpoch
-from .data import ImageDataset, ImageSource, StreamingImageDataset
+from .data import ImageDataset, ImageSource, IndexedImageSource, StreamingImageDataset
 from .features import InputSpec
 from .loading import known_input_spec
 
@@ -29,6 +29,26 @@ def image_source(dataset) -> ImageSource | None:
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
     return dataset if isinstance(dataset, ImageSource) else None
+
+
+def training_labels(dataset) -> Tensor:
+    """The labels (N,) of a data set's rows, as its batches' `index` counts them; IGNORED for rows not in a subset.
+
+    Raises:
+        ValueError: for a data set that is not ours, whose batches hold no such rows, or one that is streamed.
+    """
+    source = image_source(dataset)
+    if not isinstance(source, IndexedImageSource):
+        raise ValueError(
+            "it remembers every training image, so it needs the images' rows and labels, and a "
+            f"{type(source or dataset).__name__} does not know them. Set streaming to false, or take a data set of "
+            "hfkd.data."
+        )
+    rows = torch.arange(len(dataset))
+    while isinstance(dataset, Subset):
+        rows, dataset = torch.as_tensor(dataset.indices)[rows], dataset.dataset
+    labels = source.labels.cpu()
+    return torch.full_like(labels, ImageSource.IGNORED).index_copy(0, rows, labels[rows])
 
 
 class ImageTrainer(Trainer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Sequence
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .classes import check_class_indices, match_classes
-from .features import InputSpec, Layer, Outputs, Taps, forward_views
+from .features import EMBEDDING, InputSpec, Layer, Outputs, Taps, find_classifier, forward_views
 from .losses.standardize import at_least_float32, standardize
 
 VIEWS = ("pixel_values", "pixel_values_strong")
@@ -54,6 +55,12 @@ class Teacher:
         self._taps: Taps | None = None
         self._rescale: tuple[Tensor, Tensor] | None = None
         self._columns: Tensor | None = None
+        self._classifier: nn.Linear | None = None
+
+    @property
+    def members(self) -> list[Teacher]:
+        """Itself: an ensemble has several."""
+        return [self]
 
     def prepare(
         self,
@@ -84,6 +91,9 @@ class Teacher:
                 f"run's precision is {autocast_dtype or torch.float32}: load the teacher again, in float32."
             )
         self.model.to(device)
+        # A copy, in the precision that it was trained in.
+        classifier = find_classifier(self.model) if EMBEDDING in layers else None
+        self._classifier = copy.deepcopy(classifier) if isinstance(classifier, nn.Linear) else None
         self._autocast_dtype = autocast_dtype
         if autocast_dtype is not None:
             for module in weights:
@@ -100,7 +110,10 @@ class Teacher:
             ValueError: if neither `class_indices` nor the names tell, or an index is none of this teacher's classes.
         """
         self._columns = None
-        classes = self(batch).logits.shape[1]
+        outputs = self(batch)
+        classes = outputs.logits.shape[1]
+        if self._classifier is not None and not _is_linear(outputs):
+            self._classifier = None
         indices = self.class_indices
         if indices is None:
             indices = match_classes(student_names, self.model, classes)
@@ -108,6 +121,8 @@ class Teacher:
             check_class_indices(indices, len(student_names), classes)
         if indices is not None:
             self._columns = torch.tensor(indices, device=batch["pixel_values"].device)
+            if self._classifier is not None:
+                self._classifier = _select_classes(self._classifier, self._columns)
 
     def _renormalisation(self, given: InputSpec | None, device: torch.device) -> tuple[Tensor, Tensor] | None:
         """Scale and shift (3, 1, 1) from the student's normalisation to this teacher's; None where they agree."""
@@ -142,6 +157,7 @@ class Teacher:
         with torch.autocast(device_type, self._autocast_dtype, enabled=self._autocast_dtype is not None):
             outputs = forward_views(self.model, images, self._taps)
         outputs.features = {layer: at_least_float32(feature) for layer, feature in outputs.features.items()}
+        outputs.classifier = self._classifier
         for view in outputs.views():
             logits = at_least_float32(view.logits)
             view.logits = logits if self._columns is None else logits.index_select(1, self._columns)
@@ -152,6 +168,21 @@ class Teacher:
 
     def parameter_count(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())
+
+
+def _is_linear(outputs: Outputs) -> bool:
+    """Are the logits those of the classifier over the embedding? Not where two heads are averaged, for one."""
+    logits = outputs.classifier(outputs.embedding.to(outputs.classifier.weight.dtype))
+    return bool((logits - outputs.logits).abs().max() <= 0.05 * outputs.logits.abs().max())  # bf16 is 0.01 off
+
+
+def _select_classes(classifier: nn.Linear, columns: Tensor) -> nn.Linear:
+    """The classifier of some of the classes, in another order."""
+    selected = nn.utils.skip_init(nn.Linear, classifier.in_features, len(columns), bias=classifier.bias is not None)
+    selected.weight = nn.Parameter(classifier.weight[columns], requires_grad=False)
+    if classifier.bias is not None:
+        selected.bias = nn.Parameter(classifier.bias[columns], requires_grad=False)
+    return selected
 
 
 class TeacherEnsemble:

@@ -23,8 +23,8 @@ from .checks import check_ensemble, check_roles
 from .classes import class_names_of
 from .data import ImageSource, StreamingImageDataset, collate_batch
 from .distiller import Distiller
-from .features import logits_of
-from .image_trainer import ImageTrainer, image_source
+from .features import logits_of, settle_layers
+from .image_trainer import ImageTrainer, image_source, training_labels
 from .loading import as_teacher, exported_state_dict, load_exported, wrap_timm
 from .losses import DistillationLoss, build_losses
 from .losses.standardize import at_least_float32
@@ -101,10 +101,14 @@ class DistillationTrainer(ImageTrainer):
         self.average = None if args.ema_decay is None else ModelEmaV3(self.model, args.ema_decay)
         if self.average is not None:
             self.add_callback(UpdateAverage(self.average, self.model))
-        self.distiller = Distiller(self.model, losses, args.ce_weight)
         self.teacher = as_teacher(teacher, args.logit_standardization)
         if self.teacher is not None:
+            settle_layers(losses.values(), self.model, self.teacher.members[0].model)
+        self.distiller = Distiller(self.model, losses, args.ce_weight)
+        if self.teacher is not None:
             autocast_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+            for loss in losses.values():
+                loss.autocast_dtype = autocast_dtype
             layers = [layer for loss in losses.values() for layer in loss.teacher_layers]
             self.teacher.prepare(args.device, autocast_dtype, args.channels_last, self._input_spec(), layers)
             check_ensemble(self.teacher, losses, args)
@@ -157,6 +161,8 @@ class DistillationTrainer(ImageTrainer):
                     f"beside 'pixel_values', but hold {sorted(batch)}."
                 )
             try:
+                if loss.needs_index and self.train_dataset is not None:
+                    loss.setup_rows(training_labels(self.train_dataset))
                 loss.setup(student, teacher)
             except ValueError as error:
                 raise ValueError(f"losses.{name}: {error}") from error

@@ -6,7 +6,7 @@ from .datasets import load_image_splits
 from .image_dataset import ImageDataset, collate_batch
 from .lazy import LazyImageDataset
 from .shards import StreamSplit, open_streams
-from .source import ImageSource
+from .source import ImageSource, IndexedImageSource
 from .streaming import StreamingImageDataset
 from .transforms import CenterCrop, RandomResizedCrop
 
@@ -15,6 +15,7 @@ __all__ = [
     "ImageDataset",
     "ImageSource",
     "ImageSplit",
+    "IndexedImageSource",
     "LazyImageDataset",
     "NoAugmentation",
     "RandomResizedCrop",

@@ -83,7 +83,13 @@ class ImageSource:
 
 
 class IndexedImageSource(Dataset, ImageSource):
-    """An `ImageSource` with a length, whose `__getitems__` makes whole batches for a DataLoader."""
+    """An `ImageSource` with a length, whose `__getitems__` makes whole batches for a DataLoader.
+
+    Attributes:
+        labels: (N,) int64, of every row that `index` counts.
+    """
+
+    labels: Tensor
 
     def __len__(self) -> int:
         raise NotImplementedError

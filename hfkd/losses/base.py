@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from .checks import not_negative
@@ -14,6 +15,8 @@ class Outputs(Protocol):
 
     logits: Tensor  # (B, C)
     features: Mapping[int | str, Tensor]  # what the layers that losses name gave
+    embedding: Tensor  # (B, D), what the classifier reads, where a loss names the layer "embedding"
+    classifier: nn.Linear | None  # of a teacher, frozen; None unless its logits are those of one linear layer
     strong: "Outputs | None"  # the same images under the strong augmentation, where a loss has views = 2
 
 
@@ -35,18 +38,38 @@ class DistillationLoss(nn.Module):
     reads_logits = True  # False: a student's distillation head, where it has one, gets nothing from this loss
     reads_raw_logits = False  # True: other logits than `self.logits()` gives, so also those that are not standardized
     takes_mixed_labels = True  # False: `labels` must be classes, which mixup and CutMix do not leave
-    student_layers: Sequence[int | str] = ()  # what `features` must hold: stage indices or module paths
-    teacher_layers: Sequence[int | str] = ()
+    # What `features` must hold: stage indices, module paths or "embedding". None: every stage but the first, which the
+    # trainer then fills in.
+    student_layers: Sequence[int | str] | None = ()
+    teacher_layers: Sequence[int | str] | None = ()
+    needs_index = False  # True: `batch` must hold `index`, the images' rows in the data set; `setup_rows` is called
+    replicated_buffers: Sequence[str] = ()  # that `forward` keeps equal in all processes, so that DDP need not
 
     # The run's one switch. `build_losses` sets it, so that no constructor has to repeat it.
     logit_standardization = False
+    autocast_dtype: torch.dtype | None = None  # the run's precision, None: float32; the trainer sets it
 
     def __init__(self, weight: float = 1.0):
         super().__init__()
         self.weight = not_negative("weight", weight)
 
     def setup(self, student: Outputs, teacher: Outputs) -> None:
-        """Build what depends on shapes, from the outputs of one batch. Called once, before the optimizer."""
+        """Build what depends on shapes, from the outputs of one batch. Called once, before the optimizer.
+
+        Raises:
+            ValueError: if the loss cannot work with such outputs.
+        """
+
+    def setup_rows(self, labels: Tensor) -> None:
+        """Build what depends on the training set, for a loss that `needs_index`. Called once, before `setup`.
+
+        Args:
+            labels: (N,) int64, one a row; -100 where a row is not trained on.
+        """
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """The run's precision, for learnt projectors: `forward` itself runs in float32."""
+        return torch.autocast(device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
 
     def forward(
         self, student: Outputs, teacher: Outputs, batch: Mapping[str, Tensor]

@@ -1,8 +1,12 @@
-"""Feature maps of one layout, whatever network they come from."""
+"""Feature maps of one layout, whatever network they come from, and what the losses over pairs of them share."""
 
 import math
 
+import torch.nn.functional as F
 from torch import Tensor
+
+from .base import DistillationLoss, Outputs
+from .checks import layers_of
 
 
 def as_map(feature: Tensor) -> Tensor:
@@ -24,3 +28,52 @@ def as_map(feature: Tensor) -> Tensor:
     raise ValueError(
         f"a layer gives {tuple(feature.shape)}; expected a map (B, C, H, W) or the tokens (B, N, C) of a square image"
     )
+
+
+def pooled_to_smaller(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Two maps (B, C, H, W), each averaged down to the smaller height and width of the two."""
+    size = [min(sides) for sides in zip(student.shape[2:], teacher.shape[2:], strict=True)]
+    return tuple(m if list(m.shape[2:]) == size else F.adaptive_avg_pool2d(m, size) for m in (student, teacher))
+
+
+class MapPairsLoss(DistillationLoss):
+    """Base of the losses that compare one map of the student with one of the teacher, for several such pairs.
+
+    Args:
+        student_layers: stage indices (negative: from the end) or module paths, shallow to deep; None: every stage but
+            the first. Maps (B, C, H, W), or tokens (B, N, C) of a square image.
+        teacher_layers: as many, likewise.
+        weight: see `DistillationLoss`.
+
+    Raises:
+        ValueError: not lists of layers, or not as many of the one as of the other.
+    """
+
+    reads_logits = False
+
+    def __init__(self, student_layers: list | None = None, teacher_layers: list | None = None, weight: float = 1.0):
+        super().__init__(weight)
+        self.student_layers = None if student_layers is None else layers_of("student_layers", student_layers)
+        self.teacher_layers = None if teacher_layers is None else layers_of("teacher_layers", teacher_layers)
+        if student_layers is not None and teacher_layers is not None:
+            self._check_pairs()
+
+    def _check_pairs(self) -> None:
+        if len(self.student_layers) != len(self.teacher_layers):
+            raise ValueError(
+                f"student_layers is {self.student_layers} and teacher_layers {self.teacher_layers}: give as many of "
+                "the one as of the other"
+            )
+
+    def setup(self, student: Outputs, teacher: Outputs) -> None:
+        self._check_pairs()
+        self.maps(student, teacher)
+
+    def maps(self, student: Outputs, teacher: Outputs) -> tuple[list[Tensor], list[Tensor]]:
+        """The student's maps and the teacher's, (B, C, H, W) each.
+
+        Raises:
+            ValueError: if a layer gives no map.
+        """
+        student_maps = [as_map(student.features[layer]) for layer in self.student_layers]
+        return student_maps, [as_map(teacher.features[layer]) for layer in self.teacher_layers]

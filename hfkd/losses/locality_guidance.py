@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import DistillationLoss, Outputs
-from .checks import layers_of
-from .feature_maps import as_map
+from .base import Outputs
+from .feature_maps import MapPairsLoss
+from .standardize import at_least_float32
 
 
 def locality_guidance_loss(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:
@@ -26,8 +26,9 @@ def locality_guidance_loss(student_maps: Sequence[Tensor], teacher_maps: Sequenc
     Raises:
         ValueError: the numbers of maps differ, or a pair's batches or channels.
     """
-    loss = student_maps[0].new_zeros(())
+    loss = 0.0
     for student, teacher in zip(student_maps, teacher_maps, strict=True):
+        student = at_least_float32(student)
         if student.shape[:2] != teacher.shape[:2]:
             raise ValueError(
                 f"maps of one batch and one number of channels expected, got {tuple(student.shape)} and "
@@ -44,7 +45,7 @@ def _resized(feature_map: Tensor, size: list[int]) -> Tensor:
     return F.interpolate(feature_map, size, mode="bilinear", align_corners=False)
 
 
-class LocalityGuidanceLoss(DistillationLoss):
+class LocalityGuidanceLoss(MapPairsLoss):
     """`locality_guidance_loss` as a method of a recipe; a learnt 1x1 convolution gives each student map the teacher's
     channels.
 
@@ -57,27 +58,16 @@ class LocalityGuidanceLoss(DistillationLoss):
         ValueError: no layers, or not as many of the one as of the other.
     """
 
-    reads_logits = False
-
     def __init__(self, student_layers: list, teacher_layers: list, weight: float = 2.5):
-        super().__init__(weight)
-        self.student_layers = layers_of("student_layers", student_layers)
-        self.teacher_layers = layers_of("teacher_layers", teacher_layers)
-        if len(student_layers) != len(teacher_layers):
-            raise ValueError(
-                f"student_layers is {student_layers} and teacher_layers {teacher_layers}: give as many of the one as "
-                "of the other"
-            )
+        super().__init__(student_layers, teacher_layers, weight)
         self.projectors = nn.ModuleList()
 
     def setup(self, student: Outputs, teacher: Outputs) -> None:
-        pairs = zip(self.maps(student, self.student_layers), self.maps(teacher, self.teacher_layers), strict=True)
+        pairs = zip(*self.maps(student, teacher), strict=True)
         self.projectors.extend(nn.Conv2d(own.shape[1], other.shape[1], 1) for own, other in pairs)
 
-    def maps(self, outputs: Outputs, layers: list) -> list[Tensor]:
-        return [as_map(outputs.features[layer]) for layer in layers]
-
     def forward(self, student: Outputs, teacher: Outputs, batch: Mapping[str, Tensor]) -> Tensor:
-        student_maps = self.maps(student, self.student_layers)
-        projected = [project(own) for project, own in zip(self.projectors, student_maps, strict=True)]
-        return locality_guidance_loss(projected, self.maps(teacher, self.teacher_layers))
+        student_maps, teacher_maps = self.maps(student, teacher)
+        with self.autocast(student_maps[0].device):
+            projected = [project(own) for project, own in zip(self.projectors, student_maps, strict=True)]
+        return locality_guidance_loss(projected, teacher_maps)

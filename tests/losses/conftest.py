@@ -1,4 +1,4 @@
-"""Golden cases of the logit losses, and the stand-ins of model outputs and batches that their tests share."""
+"""Golden cases of the losses, and the stand-ins of model outputs and batches that their tests share."""
 
 import json
 from pathlib import Path
@@ -52,6 +52,49 @@ def golden_file():
 def golden(request, golden_file):
     values, arrays = golden_file
     return GoldenSet(request.param, values[request.param], arrays)
+
+
+class FeatureGolden:
+    """The inputs of the feature losses, float64, with the reference's weights, values and gradients."""
+
+    def __init__(self, values, arrays):
+        self.values, self.arrays = values, arrays
+
+    def tensor(self, name):
+        return torch.from_numpy(self.arrays[name])
+
+    def inputs(self, *names):
+        """Copies of inputs ("student_map_0", "student_pooled", ...) that collect gradients."""
+        return [self.tensor(name).clone().requires_grad_() for name in names]
+
+    def maps(self, role):
+        """The three maps of the "student" (which collect gradients) or the "teacher"."""
+        maps = [self.tensor(f"{role}_map_{number}").clone() for number in range(3)]
+        return [one.requires_grad_() for one in maps] if role == "student" else maps
+
+    def weights(self, case):
+        """{name: tensor} of a case's learnable parts, under the reference's names."""
+        prefix = f"{case}/weights/"
+        return {name.removeprefix(prefix): self.tensor(name) for name in self.arrays if name.startswith(prefix)}
+
+    def check(self, case, value, **inputs):
+        """The value agrees to 1e-9, and so do the gradients of the inputs, relative to the largest entry.
+
+        Runs the backward pass; `inputs` are by the names in the npz, as `inputs` and `maps` gave them.
+        """
+        assert value.item() == pytest.approx(self.values[case], rel=1e-9, abs=0), case
+        gradients = torch.autograd.grad(value, list(inputs.values()))
+        for name, gradient in zip(inputs, gradients, strict=True):
+            expected = self.tensor(f"{case}/grad_{name}")
+            error = (gradient - expected).abs().max()
+            assert error <= 1e-9 * expected.abs().max(), f"{case}: gradient of {name} is off by {error}"
+
+
+@pytest.fixture(scope="session")
+def feature_golden():
+    with np.load(GOLDEN / "feature_losses.npz") as arrays:
+        arrays = dict(arrays)
+    return FeatureGolden(json.loads((GOLDEN / "feature_losses.json").read_text()), arrays)
 
 
 @pytest.fixture
