@@ -91,9 +91,9 @@ class Teacher:
                 f"run's precision is {autocast_dtype or torch.float32}: load the teacher again, in float32."
             )
         self.model.to(device)
-        # A copy, in the precision that it was trained in.
         classifier = find_classifier(self.model) if EMBEDDING in layers else None
-        self._classifier = copy.deepcopy(classifier) if isinstance(classifier, nn.Linear) else None
+        # A copy, before its weights are rounded.
+        self._classifier = _full_precision(classifier) if isinstance(classifier, nn.Linear) else None
         self._autocast_dtype = autocast_dtype
         if autocast_dtype is not None:
             for module in weights:
@@ -174,6 +174,10 @@ def _is_linear(outputs: Outputs) -> bool:
     """Are the logits those of the classifier over the embedding? Not where two heads are averaged, for one."""
     logits = outputs.classifier(outputs.embedding.to(outputs.classifier.weight.dtype))
     return bool((logits - outputs.logits).abs().max() <= 0.05 * outputs.logits.abs().max())  # bf16 is 0.01 off
+
+
+def _full_precision(classifier: nn.Linear) -> nn.Linear:
+    return copy.deepcopy(classifier).to(at_least_float32(classifier.weight).dtype)
 
 
 def _select_classes(classifier: nn.Linear, columns: Tensor) -> nn.Linear:

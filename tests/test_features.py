@@ -10,8 +10,17 @@ from transformers import (
 )
 
 from hfkd import load_student
-from hfkd.features import Taps, find_layer, forward_views, has_two_heads, train_heads_apart
-from hfkd.losses.feature_maps import as_map
+from hfkd.features import (
+    EMBEDDING,
+    Taps,
+    find_classifier,
+    find_layer,
+    forward_views,
+    has_two_heads,
+    settle_layers,
+    train_heads_apart,
+)
+from hfkd.losses.feature_maps import MapPairsLoss, as_map
 
 BATCH = {"pixel_values": torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))}
 
@@ -66,6 +75,68 @@ def test_a_transformers_model_is_tapped_by_path():
     assert outputs.features["resnet.encoder.stages.1"].shape[:2] == (2, 8)
     with pytest.raises(ValueError, match="no stage indices.*module path"):
         find_layer(model, 1)
+
+
+@pytest.mark.parametrize(
+    "name, settings, width",
+    [
+        ("cifar_wrn_16_2", {}, 128),  # the classifier reads what follows the deepest stage
+        ("vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "depth": 1}, 192),
+        ("pvt_tiny", {"img_size": 32}, 512),
+        ("mobilenetv3_small_050", {}, 1024),
+    ],
+)
+def test_the_embedding_is_what_the_classifier_reads(name, settings, width):
+    model = timm.create_model(name, num_classes=5, **settings).eval()
+    outputs = forward_views(model, BATCH, Taps(model, [EMBEDDING]))
+    assert outputs.embedding.shape == (2, width)
+    expected = model.forward_head(model.forward_features(BATCH["pixel_values"]), pre_logits=True)
+    torch.testing.assert_close(outputs.embedding, expected)
+    torch.testing.assert_close(find_classifier(model)(outputs.embedding), outputs.logits)
+
+
+def test_the_embedding_of_other_models():
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], num_labels=5)
+    for model, width in ((ResNetForImageClassification(config), 12), (Plain(classes=5), 8)):
+        outputs = forward_views(model.eval(), BATCH, Taps(model, [EMBEDDING]))
+        assert outputs.embedding.shape == (2, width)
+        torch.testing.assert_close(find_classifier(model)(outputs.embedding), outputs.logits)
+    with pytest.raises(ValueError, match="Conv2d has no linear layer to take for its classifier"):
+        Taps(torch.nn.Conv2d(3, 5, 3), [EMBEDDING])
+
+
+def test_the_embedding_of_two_heads_is_the_distillation_heads():
+    model = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=5, img_size=32, patch_size=8).eval()
+    outputs = forward_views(model, BATCH, Taps(model, [EMBEDDING]))
+    torch.testing.assert_close(outputs.embedding, model.forward_features(BATCH["pixel_values"])[:, 1])
+
+
+def test_an_embedding_is_one_vector_an_image():
+    class Dense(Plain):
+        def forward(self, pixel_values):
+            return self.fc(self.conv(pixel_values).permute(0, 2, 3, 1)).mean(dim=(1, 2))
+
+    model = Dense()
+    taps = Taps(model, [EMBEDDING])
+    with pytest.raises(ValueError, match=r"The classifier \(Linear\) reads \(2, 8, 8, 8\): expected an embedding"):
+        forward_views(model, BATCH, taps)
+
+
+def test_stages_count_from_the_end_too():
+    model = timm.create_model("cifar_resnet8", num_classes=5)
+    assert find_layer(model, -1) is model.layer3 and find_layer(model, -4) is find_layer(model, 0)
+    with pytest.raises(ValueError, match="no stage -5"):
+        find_layer(model, -5)
+
+
+def test_layers_that_are_left_open():
+    """Every stage but the stem; what is named stays."""
+    losses = [MapPairsLoss(), MapPairsLoss(student_layers=[2])]
+    settle_layers(losses, timm.create_model("cifar_resnet8"), timm.create_model("cifar_vgg8"))
+    assert [loss.student_layers for loss in losses] == [[1, 2, 3], [2]]
+    assert [loss.teacher_layers for loss in losses] == [[1, 2, 3, 4]] * 2
+    with pytest.raises(ValueError, match="Plain has no stage indices"):
+        settle_layers([MapPairsLoss()], Plain(), timm.create_model("cifar_vgg8"))
 
 
 def test_clear_errors():

@@ -159,6 +159,33 @@ def test_a_student_without_class_names_takes_the_data_sets():
     assert torch.equal(trainer.teacher(batch).logits, raw.flip(1))
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_the_classifier_of_a_teacher(dtype):
+    """A copy in float32 whatever the run's precision, for the student's classes, in their order."""
+    model = Plain(classes=6)
+    weight = model.fc.weight.detach().clone()
+    teacher = Teacher(model, class_indices=[5, 0, 3, 2])
+    teacher.prepare(torch.device("cpu"), dtype, False, layers=["embedding"])
+    batch = {"pixel_values": torch.rand(2, 3, 32, 32)}
+    teacher.align_classes(list("abcd"), batch)
+    outputs = teacher(batch)
+    assert torch.equal(outputs.classifier.weight, weight[[5, 0, 3, 2]])
+    assert not any(parameter.requires_grad for parameter in outputs.classifier.parameters())
+    tolerance = {} if dtype is None else {"rtol": 0.02, "atol": 0.02}
+    torch.testing.assert_close(outputs.classifier(outputs.embedding), outputs.logits, **tolerance)
+    teacher.prepare(torch.device("cpu"), dtype, False)
+    assert teacher(batch).classifier is None, "nobody asks for it"
+
+
+def test_two_averaged_heads_are_no_classifier():
+    teacher = Teacher(timm.create_model("deit_tiny_distilled_patch16_224", num_classes=4, img_size=32, patch_size=8))
+    prepared(teacher, layers=["embedding"])
+    batch = {"pixel_values": torch.rand(2, 3, 32, 32)}
+    assert teacher(batch).classifier is not None
+    teacher.align_classes(list("abcd"), batch)
+    assert teacher(batch).classifier is None
+
+
 def test_an_ensembles_standardized_logits_are_not_for_mlkd():
     args = config(losses={"mlkd": {}}, logit_standardization=True)
     with pytest.raises(ValueError, match="'mlkd' also reads logits that are not standardized.*one teacher"):
