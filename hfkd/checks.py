@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 from torch import nn
 
 from .arguments import DistillationConfig
@@ -33,10 +35,11 @@ def check_roles(model: nn.Module, teacher, losses: nn.ModuleDict, args: Distilla
         return
     for name, loss in losses.items():
         if not loss.takes_mixed_labels:
+            way_out = f"set losses.{name}.dominant_label to true to take the class with the larger share, or "
+            offered = "dominant_label" in inspect.signature(type(loss)).parameters
             raise ValueError(
-                f"The loss '{name}' needs one class an image, and mixup and cutmix leave a mixture: set "
-                f"losses.{name}.dominant_label to true to take the class with the larger share, or leave mixup and "
-                "cutmix at 0."
+                f"The loss '{name}' needs one class an image, and mixup and cutmix leave a mixture: "
+                f"{way_out if offered else ''}leave mixup and cutmix at 0."
             )
         if loss.views == 2:
             raise ValueError(f"The loss '{name}' takes two views of an image: leave mixup and cutmix at 0.")

@@ -5,30 +5,48 @@ from typing import Any
 
 from torch import nn
 
+from .at import ATLoss, at_loss
 from .base import DistillationLoss
 from .checks import checked_arguments, did_you_mean
 from .ctkd import CTKDLoss, ctkd_instance_loss
 from .dkd import DKDLoss, dkd_loss
+from .fitnet import FitNetLoss, fitnet_loss
 from .kd import KDLoss, kd_loss
 from .locality_guidance import LocalityGuidanceLoss, locality_guidance_loss
 from .mlkd import MLKDLoss, mlkd_loss
+from .pkt import PKTLoss, pkt_loss
+from .semckd import SemCKDLoss, semckd_loss
+from .sp import SPLoss, sp_loss
 from .standardize import standardize
+from .vid import VIDLoss, vid_loss
 
 __all__ = [
     "LOSSES",
+    "ATLoss",
     "CTKDLoss",
     "DKDLoss",
     "DistillationLoss",
+    "FitNetLoss",
     "KDLoss",
     "LocalityGuidanceLoss",
     "MLKDLoss",
+    "PKTLoss",
+    "SPLoss",
+    "SemCKDLoss",
+    "VIDLoss",
+    "at_loss",
     "build_losses",
     "ctkd_instance_loss",
     "dkd_loss",
+    "fitnet_loss",
     "kd_loss",
     "locality_guidance_loss",
     "mlkd_loss",
+    "pkt_loss",
+    "semckd_loss",
+    "sp_loss",
     "standardize",
+    "vid_loss",
 ]
 
 LOSSES: dict[str, type[DistillationLoss]] = {
@@ -37,6 +55,12 @@ LOSSES: dict[str, type[DistillationLoss]] = {
     "mlkd": MLKDLoss,
     "ctkd": CTKDLoss,
     "locality_guidance": LocalityGuidanceLoss,
+    "fitnet": FitNetLoss,
+    "at": ATLoss,
+    "sp": SPLoss,
+    "vid": VIDLoss,
+    "pkt": PKTLoss,
+    "semckd": SemCKDLoss,
 }
 
 

@@ -36,17 +36,17 @@ def pooled_to_smaller(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]
     return tuple(m if list(m.shape[2:]) == size else F.adaptive_avg_pool2d(m, size) for m in (student, teacher))
 
 
-class MapPairsLoss(DistillationLoss):
-    """Base of the losses that compare one map of the student with one of the teacher, for several such pairs.
+class MapsLoss(DistillationLoss):
+    """Base of the losses that compare maps of the student with maps of the teacher.
 
     Args:
         student_layers: stage indices (negative: from the end) or module paths, shallow to deep; None: every stage but
             the first. Maps (B, C, H, W), or tokens (B, N, C) of a square image.
-        teacher_layers: as many, likewise.
+        teacher_layers: likewise.
         weight: see `DistillationLoss`.
 
     Raises:
-        ValueError: not lists of layers, or not as many of the one as of the other.
+        ValueError: not lists of layers.
     """
 
     reads_logits = False
@@ -55,6 +55,26 @@ class MapPairsLoss(DistillationLoss):
         super().__init__(weight)
         self.student_layers = None if student_layers is None else layers_of("student_layers", student_layers)
         self.teacher_layers = None if teacher_layers is None else layers_of("teacher_layers", teacher_layers)
+
+    def maps(self, student: Outputs, teacher: Outputs) -> tuple[list[Tensor], list[Tensor]]:
+        """The student's maps and the teacher's, (B, C, H, W) each.
+
+        Raises:
+            ValueError: if a layer gives no map.
+        """
+        student_maps = [as_map(student.features[layer]) for layer in self.student_layers]
+        return student_maps, [as_map(teacher.features[layer]) for layer in self.teacher_layers]
+
+
+class MapPairsLoss(MapsLoss):
+    """A `MapsLoss` that compares the first map of the student with the first of the teacher, and so on.
+
+    Raises:
+        ValueError: not as many layers of the one as of the other.
+    """
+
+    def __init__(self, student_layers: list | None = None, teacher_layers: list | None = None, weight: float = 1.0):
+        super().__init__(student_layers, teacher_layers, weight)
         if student_layers is not None and teacher_layers is not None:
             self._check_pairs()
 
@@ -68,12 +88,3 @@ class MapPairsLoss(DistillationLoss):
     def setup(self, student: Outputs, teacher: Outputs) -> None:
         self._check_pairs()
         self.maps(student, teacher)
-
-    def maps(self, student: Outputs, teacher: Outputs) -> tuple[list[Tensor], list[Tensor]]:
-        """The student's maps and the teacher's, (B, C, H, W) each.
-
-        Raises:
-            ValueError: if a layer gives no map.
-        """
-        student_maps = [as_map(student.features[layer]) for layer in self.student_layers]
-        return student_maps, [as_map(teacher.features[layer]) for layer in self.teacher_layers]

@@ -1,0 +1,147 @@
+"""SemCKD: every map of the student learns from every map of the teacher, as much as an attention says.
+
+Paper: Chen, Mei, Zhang, Wang, Wang, Feng and Chen, Cross-Layer Distillation with Semantic Calibration, AAAI 2021.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import Outputs
+from .feature_maps import MapsLoss, pooled_to_smaller
+from .projectors import comparable
+from .standardize import at_least_float32
+
+WIDTH_FACTOR = 4  # how much narrower the queries and keys are than the rows of similarities
+
+
+def semckd_loss(
+    projected_maps: Sequence[Sequence[Tensor]], teacher_maps: Sequence[Tensor], attention: Tensor
+) -> Tensor:
+    """Mean over images and student maps of sum_j attention_j * (mean squared difference to the teacher's map j).
+
+    Args:
+        projected_maps: S lists of T maps (B, C, H, W): student map i with the channels of teacher map j.
+        teacher_maps: T maps (B, C, H', W'), averaged down to the sides of the projected ones.
+        attention: (B, S, T), each row a distribution over the teacher's maps. Gradients reach it.
+
+    Returns:
+        0-d, float32 or float64.
+
+    Raises:
+        ValueError: a row of maps is not as long as teacher_maps, a pair's batches or channels differ, or attention is
+            not (B, S, T).
+    """
+    rows = [[_distances(*pair) for pair in zip(row, teacher_maps, strict=True)] for row in projected_maps]
+    distances = torch.stack([torch.stack(row, dim=1) for row in rows], dim=1)
+    if attention.shape != distances.shape:
+        raise ValueError(f"attention of shape {tuple(distances.shape)} expected, got {tuple(attention.shape)}")
+    return (attention * distances).sum(dim=2).mean()
+
+
+def _distances(projected: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared difference of each image's maps, (B,)."""
+    projected, teacher = comparable(projected, teacher)
+    return ((projected - teacher) ** 2).flatten(1).mean(dim=1)
+
+
+def semckd_attention(queries: Tensor, keys: Tensor) -> Tensor:
+    """softmax over T of query . key: queries (B, S, D), keys (B, T, D) -> (B, S, T)."""
+    return (queries @ keys.transpose(1, 2)).softmax(dim=2)
+
+
+def similarity_rows(feature_map: Tensor, width: int) -> Tensor:
+    """Each image's similarities (dot products of the maps) with those of its group of the batch, (B, width).
+
+    A batch of up to `width` images is one group, a larger one is split into as few groups as hold it, as equal as can
+    be. Where a group has fewer than `width` images the rest is 0: an image that is not there resembles none.
+
+    Args:
+        feature_map: (B, C, H, W).
+    """
+    flat = at_least_float32(feature_map).flatten(1)
+    groups = flat.tensor_split(math.ceil(len(flat) / width))
+    return torch.cat([F.pad(group @ group.T, (0, width - len(group))) for group in groups])
+
+
+class SimilarityEmbedding(nn.Module):
+    """A query or a key from an image's similarities: (B, width) -> (B, width // 4), of length 1."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.linear1 = nn.Linear(width, 2 * (width // WIDTH_FACTOR))
+        self.linear2 = nn.Linear(2 * (width // WIDTH_FACTOR), width // WIDTH_FACTOR)
+
+    def forward(self, similarities: Tensor) -> Tensor:
+        embedding = self.linear2(self.linear1(similarities).relu())
+        length = torch.linalg.vector_norm(embedding, dim=1, keepdim=True)
+        return embedding / torch.where(length == 0, 1.0, length)
+
+
+def _projector(student_map: Tensor, teacher_map: Tensor) -> nn.Sequential:
+    channels = teacher_map.shape[1]
+    return nn.Sequential(
+        nn.Conv2d(student_map.shape[1], 2 * channels, 1, bias=False),
+        nn.BatchNorm2d(2 * channels),
+        nn.ReLU(),
+        nn.Conv2d(2 * channels, 2 * channels, 3, padding=1, bias=False),
+        nn.BatchNorm2d(2 * channels),
+        nn.ReLU(),
+        nn.Conv2d(2 * channels, channels, 1, bias=False),
+    )
+
+
+class SemCKDLoss(MapsLoss):
+    """`semckd_loss` as a method of a recipe: a projector for every pair, a query a student map, a key a teacher map.
+
+    Batches may have any size, see `similarity_rows`; at `batch_size` it is the published method.
+
+    Args:
+        student_layers: stage indices or module paths; None: every stage but the first.
+        teacher_layers: likewise; need not be as many.
+        batch_size: images of a process in one step, from which queries and keys are made; 4 or above.
+        weight: see `DistillationLoss`.
+
+    Raises:
+        ValueError: not lists of layers, or batch_size or weight out of range.
+    """
+
+    def __init__(
+        self,
+        student_layers: list | None = None,
+        teacher_layers: list | None = None,
+        batch_size: int = 64,
+        weight: float = 400.0,
+    ):
+        super().__init__(student_layers, teacher_layers, weight)
+        if type(batch_size) is not int or batch_size < WIDTH_FACTOR:
+            raise ValueError(f"batch_size is {batch_size!r}: give an integer, {WIDTH_FACTOR} or above")
+        self.batch_size = batch_size
+        self.queries, self.keys, self.projectors = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+
+    def setup(self, student: Outputs, teacher: Outputs) -> None:
+        student_maps, teacher_maps = self.maps(student, teacher)
+        self.queries.extend(SimilarityEmbedding(self.batch_size) for _ in student_maps)
+        self.keys.extend(SimilarityEmbedding(self.batch_size) for _ in teacher_maps)
+        for own in student_maps:
+            self.projectors.append(nn.ModuleList(_projector(own, other) for other in teacher_maps))
+
+    def attention(self, student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:
+        """How much each student map learns from each teacher map, (B, S, T)."""
+        return semckd_attention(self._embedded(self.queries, student_maps), self._embedded(self.keys, teacher_maps))
+
+    def _embedded(self, embeddings: nn.ModuleList, maps: Sequence[Tensor]) -> Tensor:
+        pairs = zip(embeddings, maps, strict=True)
+        return torch.stack([embed(similarity_rows(one, self.batch_size)) for embed, one in pairs], dim=1)
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Mapping[str, Tensor]) -> Tensor:
+        student_maps, teacher_maps = self.maps(student, teacher)
+        with self.autocast(student_maps[0].device):
+            projected = [
+                [project(pooled_to_smaller(own, other)[0]) for project, other in zip(row, teacher_maps, strict=True)]
+                for row, own in zip(self.projectors, student_maps, strict=True)
+            ]
+        return semckd_loss(projected, teacher_maps, self.attention(student_maps, teacher_maps))

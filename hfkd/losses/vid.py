@@ -1,0 +1,90 @@
+"""VID: the student's maps predict the teacher's, each of the teacher's channels with a variance of its own.
+
+Paper: Ahn, Hu, Damianou, Lawrence and Dai, Variational Information Distillation for Knowledge Transfer, CVPR 2019.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import Outputs
+from .feature_maps import MapPairsLoss, pooled_to_smaller
+from .projectors import comparable
+from .standardize import at_least_float32
+
+INITIAL_VARIANCE = 5.0
+LEAST_VARIANCE = 1e-5
+
+
+def vid_loss(predicted_maps: Sequence[Tensor], log_scales: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:
+    """Sum over the pairs of the mean of ((prediction - teacher)^2 / variance + log(variance)) / 2.
+
+    That is the negative log-likelihood of the teacher's map, but for a constant, under a normal distribution with
+    variance softplus(log_scale) + 1e-5.
+
+    Args:
+        predicted_maps: (B, C, H, W) each, what regressors make of the student's.
+        log_scales: (C,) each. Gradients reach them.
+        teacher_maps: (B, C, H', W') each, averaged down to the sides of the prediction.
+
+    Returns:
+        0-d, float32 or float64.
+
+    Raises:
+        ValueError: the numbers of maps and scales differ, or a pair's batches or channels.
+    """
+    loss = 0.0
+    for predicted, log_scale, teacher in zip(predicted_maps, log_scales, teacher_maps, strict=True):
+        predicted, teacher = comparable(predicted, teacher)
+        if log_scale.shape != teacher.shape[1:2]:
+            raise ValueError(f"log_scales of shape ({teacher.shape[1]},) expected, got {tuple(log_scale.shape)}")
+        variance = F.softplus(at_least_float32(log_scale)).view(1, -1, 1, 1) + LEAST_VARIANCE
+        loss = loss + ((predicted - teacher) ** 2 / variance + variance.log()).mean() / 2
+    return loss
+
+
+def _regressor(student_map: Tensor, teacher_map: Tensor) -> nn.Sequential:
+    channels = teacher_map.shape[1]
+    return nn.Sequential(
+        nn.Conv2d(student_map.shape[1], channels, 1, bias=False),
+        nn.ReLU(),
+        nn.Conv2d(channels, channels, 1, bias=False),
+        nn.ReLU(),
+        nn.Conv2d(channels, channels, 1, bias=False),
+    )
+
+
+class VIDLoss(MapPairsLoss):
+    """`vid_loss` as a method of a recipe: each pair has a regressor of 1 x 1 convolutions and its scales, all learnt.
+
+    Args:
+        student_layers: stage indices or module paths, shallow to deep; None: every stage but the first.
+        teacher_layers: as many, likewise.
+        weight: see `DistillationLoss`.
+
+    Raises:
+        ValueError: not lists of layers, or not as many of the one as of the other.
+    """
+
+    def __init__(self, student_layers: list | None = None, teacher_layers: list | None = None, weight: float = 1.0):
+        super().__init__(student_layers, teacher_layers, weight)
+        self.regressors = nn.ModuleList()
+        self.log_scales = nn.ParameterList()
+
+    def setup(self, student: Outputs, teacher: Outputs) -> None:
+        super().setup(student, teacher)
+        initial = math.log(math.expm1(INITIAL_VARIANCE - LEAST_VARIANCE))  # the inverse of softplus
+        for own, other in zip(*self.maps(student, teacher), strict=True):
+            self.regressors.append(_regressor(own, other))
+            self.log_scales.append(nn.Parameter(torch.full((other.shape[1],), initial)))
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Mapping[str, Tensor]) -> Tensor:
+        student_maps, teacher_maps = self.maps(student, teacher)
+        pairs = zip(student_maps, teacher_maps, strict=True)
+        pooled = [pooled_to_smaller(own, other)[0] for own, other in pairs]
+        with self.autocast(student_maps[0].device):
+            predicted = [regress(own) for regress, own in zip(self.regressors, pooled, strict=True)]
+        return vid_loss(predicted, self.log_scales, teacher_maps)
