@@ -82,6 +82,8 @@ def main(folder, world_size, data):
     torch.manual_seed(0)
     networks = load_student("cifar_resnet8", num_classes=10), load_student("cifar_resnet14", num_classes=10)
     results["mlkd"] = train({"mlkd": {}}, world_size, *networks, f"{folder}/mlkd")
+    crd = {"crd": {"negatives": 20, "dimension": 4}}
+    results["crd"] = train(crd, world_size, Plain(), Plain(), f"{folder}/crd")
     torch.save(results, f"{folder}/rank{results['kd']['rank']}.pt")
 
 

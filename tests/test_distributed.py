@@ -12,6 +12,8 @@ import torch
 from helpers import ROOT
 from PIL import Image
 
+from hfkd.losses.crd import CRDLoss
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
@@ -66,6 +68,18 @@ def test_two_views_with_batchnorm(runs):
     for name, value in first["state"].items():
         torch.testing.assert_close(second["state"][name], value, rtol=0, atol=0, msg=name)
     assert first["metrics"]["eval_top1"] == second["metrics"]["eval_top1"]
+
+
+def test_all_processes_hold_the_same_memories(runs):
+    """CRD: every row has moved in both, each of which has seen half of the images of an epoch."""
+    _, first, second, _ = (run["crd"] if isinstance(run, dict) else run for run in runs)
+    for name, value in first["state"].items():
+        torch.testing.assert_close(second["state"][name], value, rtol=0, atol=0, msg=name)
+    untrained = CRDLoss(dimension=4)
+    untrained.setup_rows(torch.arange(32) % 10)
+    for name in ("student_memory", "teacher_memory"):
+        assert (first["state"][f"losses.crd.{name}"] != untrained.get_buffer(name)).any(dim=1).all()
+    assert first["state"]["losses.crd.log_normalizers"].isfinite().all()
 
 
 def test_the_checkpoint_is_written_once(runs):

@@ -12,6 +12,7 @@ METHODS = {
     "ctkd_instance": {"ctkd": {"instance_wise": True}},
     "mlkd": {"mlkd": {}},
     "dkd": {"dkd": {"warmup_epochs": 3}},
+    "crd": {"kd": {}, "crd": {"negatives": 20, "dimension": 16}},  # memories, and negatives drawn in every step
 }
 
 
@@ -45,6 +46,7 @@ def build(output_dir, losses, **changes):
         ("ctkd_instance", {}, 4),
         ("mlkd", {}, 4),
         ("dkd", {}, 4),
+        ("crd", {}, 4),
     ],
 )
 def test_resumed_is_identical(method, changes, resume_at):

@@ -8,6 +8,7 @@ from torch import nn
 from .at import ATLoss, at_loss
 from .base import DistillationLoss
 from .checks import checked_arguments, did_you_mean
+from .crd import CRDLoss, crd_loss
 from .ctkd import CTKDLoss, ctkd_instance_loss
 from .dkd import DKDLoss, dkd_loss
 from .fitnet import FitNetLoss, fitnet_loss
@@ -23,6 +24,7 @@ from .vid import VIDLoss, vid_loss
 __all__ = [
     "LOSSES",
     "ATLoss",
+    "CRDLoss",
     "CTKDLoss",
     "DKDLoss",
     "DistillationLoss",
@@ -36,6 +38,7 @@ __all__ = [
     "VIDLoss",
     "at_loss",
     "build_losses",
+    "crd_loss",
     "ctkd_instance_loss",
     "dkd_loss",
     "fitnet_loss",
@@ -60,6 +63,7 @@ LOSSES: dict[str, type[DistillationLoss]] = {
     "sp": SPLoss,
     "vid": VIDLoss,
     "pkt": PKTLoss,
+    "crd": CRDLoss,
     "semckd": SemCKDLoss,
 }
 

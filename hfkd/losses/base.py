@@ -1,6 +1,7 @@
 """The interface of a distillation loss, and what every logit loss shares."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -18,6 +19,21 @@ class Outputs(Protocol):
     embedding: Tensor  # (B, D), what the classifier reads, where a loss names the layer "embedding"
     classifier: nn.Linear | None  # of a teacher, frozen; None unless its logits are those of one linear layer
     strong: "Outputs | None"  # the same images under the strong augmentation, where a loss has views = 2
+
+
+@dataclass(frozen=True)
+class ReusedClassifier:
+    """How a student is to end in the teacher's classifier: the trainer builds it before anything taps the student.
+
+    Attributes:
+        student_layer: the stage whose map a projector reads; what lies behind it is dropped.
+        teacher_layer: the layer whose map the projector imitates, a stage index, a module path or "embedding".
+        factor: the projector's inner channels are the teacher's divided by it.
+    """
+
+    student_layer: int
+    teacher_layer: int | str
+    factor: int
 
 
 class DistillationLoss(nn.Module):
@@ -44,6 +60,7 @@ class DistillationLoss(nn.Module):
     teacher_layers: Sequence[int | str] | None = ()
     needs_index = False  # True: `batch` must hold `index`, the images' rows in the data set; `setup_rows` is called
     replicated_buffers: Sequence[str] = ()  # that `forward` keeps equal in all processes, so that DDP need not
+    reuses_classifier: ReusedClassifier | None = None  # not None: the student gets a projector at its path "projector"
 
     # The run's one switch. `build_losses` sets it, so that no constructor has to repeat it.
     logit_standardization = False

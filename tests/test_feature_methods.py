@@ -1,0 +1,143 @@
+"""The feature methods as a recipe names them, on networks of any library."""
+
+import pytest
+import timm
+import torch
+from helpers import Plain, config, images
+from torch import nn
+from torch.utils.data import Subset
+from transformers import ResNetConfig, ResNetForImageClassification
+
+from hfkd import DistillationTrainer, Teacher, load_student
+from hfkd.data import ImageSource
+from hfkd.image_trainer import training_labels
+from hfkd.loading import wrap_timm
+
+MAPS = ("fitnet", "at", "sp", "vid", "semckd")
+EMBEDDINGS = ("pkt", "crd", "srrl")
+TINY_VIT = {"img_size": 32, "patch_size": 8, "depth": 4, "embed_dim": 24, "num_heads": 2}
+
+
+def transformers_resnet():
+    settings = {"embedding_size": 8, "hidden_sizes": [8, 12], "depths": [1, 1], "num_labels": 10}
+    return ResNetForImageClassification(ResNetConfig(**settings))
+
+
+def tiny_vit():
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=10, **TINY_VIT)
+    return wrap_timm(model, [str(index) for index in range(10)], TINY_VIT)
+
+
+def cifar_resnet():
+    return load_student("cifar_resnet8", num_classes=10)
+
+
+# Beside each network, layers whose maps have any sides: what a recipe would name.
+NETWORKS = {
+    "timm CNN": (cifar_resnet, [1, -1]),
+    "timm ViT": (tiny_vit, [1, "blocks.3"]),
+    "transformers CNN": (transformers_resnet, ["resnet.encoder.stages.0", "resnet.encoder.stages.1"]),
+}
+
+
+def trainer(losses, student=None, teacher=None, **changes):
+    student, teacher = student or cifar_resnet(), teacher or cifar_resnet()
+    args = config(losses=losses, **changes)
+    return DistillationTrainer(student, Teacher(teacher), args, train_dataset=images(16))
+
+
+@pytest.mark.parametrize("method", MAPS + EMBEDDINGS)
+@pytest.mark.parametrize(
+    "student, teacher",
+    [("timm ViT", "transformers CNN"), ("timm CNN", "timm ViT"), ("transformers CNN", "timm CNN")],
+)
+def test_mixed_families(method, student, teacher):
+    """Beside KD, from a recipe's mapping: every learnt part moves and every term is finite."""
+    torch.manual_seed(0)
+    (build_student, student_layers), (build_teacher, teacher_layers) = NETWORKS[student], NETWORKS[teacher]
+    settings = {"student_layers": student_layers, "teacher_layers": teacher_layers} if method in MAPS else {}
+    if method == "crd":
+        settings = {"negatives": 20}
+    trained = trainer({"kd": {}, method: settings}, build_student(), build_teacher(), max_steps=2)
+    before = {name: value.detach().clone() for name, value in trained.distiller.losses.named_parameters()}
+    trained.train()
+    log = trained.state.log_history[0]
+    assert torch.tensor([log["loss_ce"], log["loss_kd"], log[f"loss_{method}"]]).isfinite().all()
+    assert log[f"loss_{method}"] != 0
+    still = [name for name, value in trained.distiller.losses.named_parameters() if torch.equal(value, before[name])]
+    assert still == []
+
+
+@pytest.mark.parametrize("method", MAPS + EMBEDDINGS)
+def test_the_defaults_need_no_layers(method):
+    """As in `losses={"kd": {"temperature": 4.0}, "semckd": {"weight": 400.0}}`."""
+    settings = {"negatives": 20} if method == "crd" else {}
+    trained = trainer({"kd": {"temperature": 4.0}, method: settings}, max_steps=1, bf16=True)
+    trained.train()
+    assert trained.state.log_history[0][f"loss_{method}"] > 0
+
+
+def test_a_layer_that_does_not_exist():
+    with pytest.raises(ValueError, match="no layer 'layer9'. Near are .*layer3"):
+        trainer({"at": {"student_layers": ["layer9"], "teacher_layers": [1]}})
+    with pytest.raises(ValueError, match=r"no stage 9. Stages: 0 \(act1\), .*3 \(layer3\)"):
+        trainer({"at": {"student_layers": [1], "teacher_layers": [9]}})
+
+
+def test_a_layer_that_gives_no_map():
+    with pytest.raises(ValueError, match=r"losses.vid: .*gives \(2, 64\); expected a map"):
+        trainer({"vid": {"student_layers": ["global_pool"], "teacher_layers": [1]}})
+
+    class Pairs(Plain):
+        def __init__(self):
+            super().__init__()
+            self.conv = Listing()
+
+        def forward(self, pixel_values):
+            return self.fc(self.conv(pixel_values)["map"].mean(dim=(2, 3)))
+
+    class Listing(nn.Module):
+        def forward(self, pixel_values):
+            return {"map": pixel_values.repeat(1, 3, 1, 1)[:, :8]}
+
+    with pytest.raises(ValueError, match="The layer 'conv' gives dict, not a tensor: name another one"):
+        trainer({"sp": {"student_layers": ["conv"], "teacher_layers": [1]}}, student=Pairs())
+
+
+def test_lists_of_different_length():
+    with pytest.raises(ValueError, match="losses.at: student_layers is .1, 2. and teacher_layers .1.: give as many"):
+        trainer({"at": {"student_layers": [1, 2], "teacher_layers": [1]}})
+    with pytest.raises(ValueError, match="losses.vid: student_layers is .1. and teacher_layers .1, 2, 3.: give as"):
+        trainer({"vid": {"student_layers": [1]}})
+
+
+def test_without_stages_layers_must_be_named():
+    with pytest.raises(ValueError, match="ResNetForImageClassification has no stage indices.*by their module paths"):
+        trainer({"at": {}}, student=transformers_resnet())
+
+
+@pytest.mark.parametrize("losses", [{"at": {}}, {"pkt": {}}])
+def test_an_ensemble_has_neither_maps_nor_embeddings(losses):
+    with pytest.raises(ValueError, match="an ensemble .* has none in common"):
+        args = config(losses=losses)
+        DistillationTrainer(cifar_resnet(), [cifar_resnet(), cifar_resnet()], args, train_dataset=images(8))
+
+
+def test_the_labels_of_a_subset():
+    """CRD draws its negatives from the rows that are trained on."""
+    whole = images(12, classes=4)
+    part = Subset(Subset(whole, [1, 3, 5, 7, 8]), [4, 0, 2])  # rows 8, 1 and 5
+    ignored = ImageSource.IGNORED
+    assert training_labels(part).tolist() == [ignored, 1, *[ignored] * 3, 1, *[ignored] * 2, 0, *[ignored] * 3]
+    assert torch.equal(training_labels(whole), whole.labels)
+    args = config(losses={"crd": {"negatives": 5}})
+    trained = DistillationTrainer(cifar_resnet(), Teacher(cifar_resnet()), args, train_dataset=part)
+    assert len(trained.distiller.losses["crd"].student_memory) == 3
+    trained.train()
+
+
+def test_ddp_leaves_the_memory_to_the_loss():
+    """It would broadcast all of it before every forward."""
+    left = trainer({"kd": {}, "crd": {"negatives": 20}}).distiller._ddp_params_and_buffers_to_ignore
+    memories = ["student_memory", "teacher_memory", "log_normalizers", "places"]
+    assert left == [f"losses.crd.{name}" for name in memories]
