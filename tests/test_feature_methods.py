@@ -141,3 +141,16 @@ def test_ddp_leaves_the_memory_to_the_loss():
     left = trainer({"kd": {}, "crd": {"negatives": 20}}).distiller._ddp_params_and_buffers_to_ignore
     memories = ["student_memory", "teacher_memory", "log_normalizers", "places"]
     assert left == [f"losses.crd.{name}" for name in memories]
+
+
+def test_compiled_trainers_one_after_the_other():
+    """Networks of one class with other taps: torch.compile keeps code by class."""
+    compiled = {"max_steps": 1, "torch_compile": True, "torch_compile_backend": "eager"}
+    for losses in ({"kd": {}}, {"sp": {}}):
+        terms = []
+        for changes in ({"max_steps": 1}, compiled):
+            torch.manual_seed(0)
+            trained = trainer(losses, **changes)
+            trained.train()
+            terms.append(trained.state.log_history[0]["loss"])
+        assert terms[0] == pytest.approx(terms[1], rel=1e-5)
