@@ -29,6 +29,7 @@ from .loading import as_teacher, exported_state_dict, load_exported, wrap_timm
 from .losses import DistillationLoss, build_losses
 from .losses.standardize import at_least_float32
 from .metrics import compute_metrics
+from .reuse import with_teacher_classifier
 from .teacher import Teacher, TeacherEnsemble
 
 logger = logging.get_logger(__name__)
@@ -89,6 +90,9 @@ class DistillationTrainer(ImageTrainer):
             names = [] if source is None else source.class_names
             names = [*names, *map(str, range(len(names), model.num_classes))][: model.num_classes]
             model = wrap_timm(model, names)
+        teacher = as_teacher(teacher, args.logit_standardization)
+        dataset = eval_dataset if train_dataset is None else train_dataset
+        model = with_teacher_classifier(model, teacher, losses, image_source(dataset))
         if args.channels_last:
             model = model.to(memory_format=torch.channels_last)
         if isinstance(train_dataset, StreamingImageDataset):  # Trainer asks for its length at once
@@ -101,7 +105,7 @@ class DistillationTrainer(ImageTrainer):
         self.average = None if args.ema_decay is None else ModelEmaV3(self.model, args.ema_decay)
         if self.average is not None:
             self.add_callback(UpdateAverage(self.average, self.model))
-        self.teacher = as_teacher(teacher, args.logit_standardization)
+        self.teacher = teacher
         if self.teacher is not None:
             settle_layers(losses.values(), self.model, self.teacher.members[0].model)
         self.distiller = Distiller(self.model, losses, args.ce_weight)
@@ -123,6 +127,9 @@ class DistillationTrainer(ImageTrainer):
         self._place_data(views=max([loss.views for loss in losses.values()], default=1))
         self._dry_run()
         self.distiller.to(args.device)
+        if args.torch_compile:
+            # Else a network's code may be that of an earlier one of its class, compiled with other taps.
+            torch._dynamo.config.skip_nnmodule_hook_guards = False
         if self.teacher is not None and args.torch_compile:
             self.teacher.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
 

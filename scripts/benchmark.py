@@ -1,6 +1,6 @@
-"""python scripts/benchmark.py [--quick] [--pairs 11] [--batch_size 64] [--threads N]
+"""python scripts/benchmark.py [--quick] [--pairs 11] [--batch_size 64] [--threads N] [--only SECTION ...]
 
-Is hfkd fast where it claims to be? One table, measured in one run on random images:
+Is hfkd fast where it claims to be, and what does each method cost? Two tables, measured in one run on random images:
 
 data       Images/s of finished batches (float32, cropped, flipped, normalised) from one CPU thread: the weak view, and
            the weak and the strong one. Against them, for scale, torchvision's transforms on one PIL image at a time.
@@ -9,27 +9,30 @@ jpeg       The same from files: JPEGs of 500 x 375, decoded, a random part resiz
 trainer    A step of DistillationTrainer as the recipe runs it, against a loop written by hand: same batches, networks,
            losses, optimizer, precision, memory format and compile setting. So the ratio is what Trainer costs.
 reference  The same against the loop of the published code: float32, contiguous, eager, the loss written out.
+methods    A step of each feature method's recipe, resnet32x4 -> resnet8x4, against one of the recipe with KD alone: on
+           batches that lie ready, forward, backward and update by the same few lines, nothing else of Trainer.
 
-Contenders alternate in short rounds, and `ratio` is the median over the rounds of ours / theirs: what slows the machine
-for a while slows both. Trust the ratio and its quartiles; images/s, medians too, are this machine's at this moment.
-On CUDA `peak MiB` is what a round allocates on top of what stood before it. On a CPU that others use too, give
---threads 1: threads that wait for one another wait for the others as well. Weights are random: they cost the same.
+Contenders alternate in short rounds, and `ratio` is the median over the rounds of ours / theirs, `times as long` that
+of the method's time / KD's: what slows the machine for a while slows both. Trust the ratios and their quartiles;
+images/s and ms, medians too, are this machine's at this moment. On CUDA `peak MiB` is what a round allocates on top of
+what stood before it. `MiB over KD alone` counts tensors, on any device: the most that live at one moment of a step,
+from the batch to the optimizer's and CRD's memory, less the same of KD. On a CPU that others use too, give --threads 1:
+threads that wait for one another wait for the others as well. Weights are random: they cost the same.
 """
 
 import sys
 
-sys.path.pop(0)  # this folder: its evaluate.py would hide the library of that name
+from benchmark_meters import DEVICE, Meter, MethodRow, Row, alternate, print_table, step_bytes
+
+sys.path.pop(0)  # this folder: from here on its evaluate.py would hide the library of that name
 
 import argparse  # noqa: E402
 import copy  # noqa: E402
 import itertools  # noqa: E402
 import tempfile  # noqa: E402
-import time  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
-from dataclasses import dataclass  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-import numpy as np  # noqa: E402
 import timm  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
@@ -56,57 +59,7 @@ from hfkd.recipe import parse_recipe  # noqa: E402
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "cifar100"
 CLASSES = 100
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-class Meter:
-    """Images/s of each round of one contender, the first of which is its warm-up; on CUDA also the memory it takes."""
-
-    def __init__(self):
-        self.rates: list[float] = []
-        self.peak_bytes = 0
-
-    def start(self) -> None:
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            self._bytes_before = torch.cuda.memory_allocated()
-        self._clock = time.perf_counter()
-
-    def stop(self, images: int) -> None:
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-        self.rates.append(images / (time.perf_counter() - self._clock))
-        if DEVICE.type == "cuda":
-            self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated() - self._bytes_before)
-
-
-@dataclass
-class Row:
-    """One line of the table: our rounds, theirs, and what the design asks for."""
-
-    name: str
-    ours: Meter
-    against: str
-    theirs: Meter
-    target: str = ""
-
-    header = ("", "images/s", "against", "images/s", "ratio", "quartiles", "target", "peak MiB")
-
-    def cells(self) -> tuple[str, ...]:
-        ours, theirs = (np.array(meter.rates[1:]) for meter in (self.ours, self.theirs))
-        low, middle, high = np.quantile(ours / theirs, (0.25, 0.5, 0.75))
-        peaks = (self.ours.peak_bytes, self.theirs.peak_bytes)
-        return (
-            self.name,
-            f"{np.median(ours):,.0f}",
-            self.against,
-            f"{np.median(theirs):,.0f}",
-            f"{middle:.2f}",
-            f"{low:.2f} .. {high:.2f}",
-            self.target,
-            " / ".join(f"{peak / 2**20:,.0f}" for peak in peaks) if any(peaks) else "-",
-        )
+METHODS = ("fitnet", "at", "sp", "vid", "pkt", "crd", "srrl", "semckd", "simkd")
 
 
 def random_images(count: int) -> ImageDataset:
@@ -300,17 +253,69 @@ def step_row(
     return Row(title, rounds.ours, against, rounds.theirs, target)
 
 
-def step_rows(args: argparse.Namespace) -> list[Row]:
-    small, large = "resnet56-resnet20/kd_zscore.yaml", "resnet32x4-resnet8x4/kd_zscore.yaml"
-    student, teacher, pair = "cifar_resnet20", "cifar_resnet56", ("cifar_resnet8x4", "cifar_resnet32x4")
+def trainer_rows(args: argparse.Namespace) -> list[Row]:
+    recipe, student, teacher = "resnet56-resnet20/kd_zscore.yaml", "cifar_resnet20", "cifar_resnet56"
     return [
-        step_row(args, "trainer: resnet20, labels alone", small, student, None, steps=5),
-        step_row(args, "trainer: resnet56 -> resnet20, KD + Z-score", small, student, teacher, steps=3),
-        step_row(args, "reference: resnet32x4 -> resnet8x4, KD + Z-score", large, *pair, steps=1, published=True),
+        step_row(args, "trainer: resnet20, labels alone", recipe, student, None, steps=5),
+        step_row(args, "trainer: resnet56 -> resnet20, KD + Z-score", recipe, student, teacher, steps=3),
     ]
 
 
-# ---- The table ---------------------------------------------------------------------------------------------------
+def reference_rows(args: argparse.Namespace) -> list[Row]:
+    recipe, pair = "resnet32x4-resnet8x4/kd_zscore.yaml", ("cifar_resnet8x4", "cifar_resnet32x4")
+    return [step_row(args, "reference: resnet32x4 -> resnet8x4, KD + Z-score", recipe, *pair, steps=1, published=True)]
+
+
+# ---- What a method costs ------------------------------------------------------------------------------------------
+
+
+def training_steps(
+    args: argparse.Namespace, method: str, dataset: ImageDataset, batches: list[dict[str, Tensor]], folder: str
+) -> Iterator[None]:
+    """Trains as the method's recipe says, one step for each `next`; in quick mode smaller networks."""
+    student, teacher = ("cifar_resnet8", "cifar_resnet14") if args.quick else ("cifar_resnet8x4", "cifar_resnet32x4")
+    config = recipe_config(f"resnet32x4-resnet8x4/{method}.yaml", args.batch_size, folder)
+    networks = load_student(student, num_classes=CLASSES), timm.create_model(teacher, num_classes=CLASSES)
+    trainer = DistillationTrainer(*networks, config, train_dataset=dataset)
+    model = trainer.accelerator.prepare_model(trainer.distiller).train()
+    decay = config.weight_decay
+    optimizer = torch.optim.SGD(model.parameters(), config.learning_rate, 0.9, weight_decay=decay, fused=True)
+    for batch in itertools.cycle(batches):
+        trainer.compute_loss(model, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        yield
+
+
+def method_rows(args: argparse.Namespace) -> list[MethodRow]:
+    """KD alone goes on beside every method; on a CPU a round is one step."""
+    steps = 50 if DEVICE.type == "cuda" and not args.quick else 1
+    dataset = random_images(1_000 if args.quick else 50_000)  # CRD remembers every image
+    dataset.to(DEVICE)
+    loader = DataLoader(dataset, args.batch_size, shuffle=True, collate_fn=collate_batch)
+    batches = list(itertools.islice(loader, 8))
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        alone = training_steps(args, "kd_ce1", dataset, batches, folder)
+        next(alone)
+        alone_bytes = step_bytes(alone)
+        for method in METHODS:
+            ours = training_steps(args, method, dataset, batches, folder)
+            meters = alternate(ours, alone, args.pairs + 1, steps, steps * args.batch_size)
+            name = method if method == "simkd" else f"kd + {method}"  # which is its recipe's only loss
+            rows.append(MethodRow(name, *meters, args.batch_size, step_bytes(ours) - alone_bytes))
+    return rows
+
+
+# ---- The tables --------------------------------------------------------------------------------------------------
+
+SECTIONS = {
+    "data": data_rows,
+    "jpeg": jpeg_rows,
+    "trainer": trainer_rows,
+    "reference": reference_rows,
+    "methods": method_rows,
+}
 
 
 def machine(args: argparse.Namespace) -> str:
@@ -323,31 +328,25 @@ def machine(args: argparse.Namespace) -> str:
     )
 
 
-def print_table(rows: list[Row]) -> None:
-    lines = [Row.header, *(row.cells() for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    numbers = {1, 3, 4}
-    rule = ["-" * (width - 1) + ":" if column in numbers else "-" * width for column, width in enumerate(widths)]
-    for line in (lines[0], rule, *lines[1:]):
-        padded = (f"{cell:{'>' if column in numbers else '<'}{widths[column]}}" for column, cell in enumerate(line))
-        print(f"| {' | '.join(padded)} |")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measures hfkd's speed on random images.")
     parser.add_argument("--quick", action="store_true", help="Few small rounds, to see that it runs.")
     parser.add_argument("--pairs", type=int, help="Rounds of each contender (11; quick: 2).")
     parser.add_argument("--batch_size", type=int, help="Images a step (64; quick: 8).")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of a step.")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="Sections to run (all).")
     args = parser.parse_args()
     args.pairs = args.pairs or (2 if args.quick else 11)
     args.batch_size = args.batch_size or (8 if args.quick else 64)
     logging.set_verbosity_error()
     print(machine(args), flush=True)
-    torch.set_num_threads(1)
-    rows = data_rows(args) + jpeg_rows(args)
-    torch.set_num_threads(args.threads)
-    print_table(rows + step_rows(args))
+    tables: dict[type, list] = {}
+    for section in args.only:
+        torch.set_num_threads(1 if section in ("data", "jpeg") else args.threads)
+        for row in SECTIONS[section](args):
+            tables.setdefault(type(row), []).append(row)
+    for table in tables.values():
+        print_table(table)
 
 
 if __name__ == "__main__":

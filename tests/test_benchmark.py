@@ -1,5 +1,6 @@
-"""The benchmark runs and prints a whole table."""
+"""The benchmark runs and prints whole tables, and counts a step's tensors rightly."""
 
+import importlib.util
 import math
 import os
 import re
@@ -7,8 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark.py"
-ROWS = {
+import pytest
+import torch
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+SPEED_ROWS = {
     "data: weak view",
     "data: weak + strong view",
     "jpeg: one worker, bicubic",
@@ -17,18 +21,91 @@ ROWS = {
     "trainer: resnet56 -> resnet20, KD + Z-score",
     "reference: resnet32x4 -> resnet8x4, KD + Z-score",
 }
+METHODS = ("fitnet", "at", "sp", "vid", "pkt", "crd", "srrl", "semckd")
 
 
-def test_prints_every_row_with_its_numbers():
-    command = [sys.executable, str(SCRIPT), "--quick", "--threads", "1"]
+@pytest.fixture(scope="module")
+def tables():
+    """The cells of both tables, without header and rule. One run: half of it would be its imports."""
+    command = [sys.executable, str(SCRIPTS / "benchmark.py"), "--quick", "--threads", "1"]
+    command += ["--only", "methods", "data", "jpeg", "trainer", "reference"]
     run = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ), timeout=300)
     assert run.returncode == 0, run.stderr
-    machine, header, rule, *lines = run.stdout.splitlines()
-    assert re.search(r"1 threads, batch \d+, 2 rounds$", machine)
-    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in (header, *lines)]
-    assert {len(cells) for cells in table} == {8} == {len(rule.strip("|").split("|"))}
-    assert {cells[0] for cells in table[1:]} == ROWS
-    for name, ours, _, theirs, ratio, quartiles, *_ in table[1:]:
-        numbers = [float(cell.replace(",", "")) for cell in (ours, theirs, ratio, *quartiles.split(".. "))]
-        assert all(math.isfinite(number) and number > 0 for number in numbers), name
-        assert numbers[3] <= numbers[2] <= numbers[4], name
+    assert re.search(r"1 threads, batch \d+, 2 rounds$", run.stdout.splitlines()[0])
+    lines = [line.strip("|").split("|") for line in run.stdout.splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in cells] for cells in lines]
+    first, second = (number for number, cells in enumerate(rows) if set("".join(cells)) == set("-:"))  # the rules
+    tables = rows[: second - 1], rows[second - 1 :]
+    assert first == 1 and [{len(cells) for cells in table} for table in tables] == [{6}, {8}]
+    return [table[2:] for table in tables]
+
+
+def check_numbers(name, ours, theirs, ratio, quartiles):
+    numbers = [float(cell.replace(",", "")) for cell in (ours, theirs, ratio, *quartiles.split(".. "))]
+    assert all(math.isfinite(number) and number > 0 for number in numbers), name
+    assert numbers[3] <= numbers[2] <= numbers[4], name
+
+
+def test_prints_every_speed_with_its_numbers(tables):
+    _, rows = tables
+    assert {cells[0] for cells in rows} == SPEED_ROWS
+    for name, ours, _, theirs, ratio, quartiles, _, _ in rows:
+        check_numbers(name, ours, theirs, ratio, quartiles)
+
+
+def test_prints_what_every_method_costs(tables):
+    rows, _ = tables  # the sections come in the order given
+    memory = {name: float(mebibytes.replace(",", "")) for name, *_, mebibytes in rows}
+    assert list(memory) == [f"kd + {method}" for method in METHODS] + ["simkd"]
+    for name, ours, theirs, ratio, quartiles, _ in rows:
+        check_numbers(name, ours, theirs, ratio, quartiles)
+    assert memory["kd + crd"] > 2, "two memories of 1,000 images, and 8 x 16,385 rows drawn of them"
+    assert abs(memory["kd + pkt"]) < 0.1, "8 x 8 probabilities"
+
+
+@pytest.fixture(scope="module")
+def meters():
+    spec = importlib.util.spec_from_file_location("benchmark_meters", SCRIPTS / "benchmark_meters.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_step_bytes_counts_what_lives_at_one_moment(meters):
+    def steps(kept):
+        while True:
+            first = kept + 1
+            second = first + 1
+            first.add_(1).view(10, -1)  # no memory of their own
+            del first
+            third = second + 1
+            del second, third
+            yield
+
+    assert meters.step_bytes(steps(torch.zeros(1000))) == 3 * 4000
+
+
+def test_step_bytes_counts_what_the_backward_pass_needs(meters):
+    weight = torch.zeros(1000, requires_grad=True)
+
+    def steps():
+        while True:
+            loss = weight.exp().sum()  # only autograd holds the 1000 exponentials
+            torch.zeros(5000)
+            loss.backward()
+            weight.grad = None
+            yield
+
+    assert meters.step_bytes(steps()) == 4000 + 4000 + 4 + 20000
+
+
+def test_step_bytes_counts_what_is_touched_after_the_peak(meters):
+    """An optimizer's momentum, for one: it lives all the time."""
+
+    def steps(momentum):
+        while True:
+            torch.zeros(1000)
+            momentum.add_(1)
+            yield
+
+    assert meters.step_bytes(steps(torch.zeros(500))) == 4000 + 2000

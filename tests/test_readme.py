@@ -29,6 +29,8 @@ TEACHER = "--teacher_name_or_path runs/cifar100/teachers/resnet56/teacher".split
 # What stands in for a teacher that is not trained here or for the Hub, and for sizes that take minutes.
 IN_PLACE_OF = {
     "recipes/cifar100/resnet32x4-resnet8x4/kd_zscore.yaml": TEACHER,
+    "recipes/cifar100/resnet32x4-resnet8x4/crd.yaml": TEACHER,
+    "recipes/cifar100/resnet32x4-resnet8x4/simkd.yaml": TEACHER,
     "recipes/deit_tiny.yaml": ["--image_size", "64", "--dataloader_num_workers", "1"],
     "recipes/imagenet/resnet34-resnet18/kd_zscore.yaml": [
         *TEACHER,
@@ -82,7 +84,7 @@ def test_the_commands(folder, monkeypatch, capsys):
     # The first as a person runs it, and the one of several processes; the others without starting Python again.
     started = {COMMANDS[0], next(command for command in COMMANDS if "--num_processes" in command)}
     scripts = [re.search(r"scripts/(\w+)\.py", command).group(1) for command in COMMANDS]
-    expected = ["train_teacher", "distill", "evaluate", "distill", "train_teacher", *["distill"] * 4, "benchmark"]
+    expected = ["train_teacher", "distill", "evaluate", "distill", "train_teacher", *["distill"] * 6, "benchmark"]
     assert scripts == expected
     for command, script in zip(COMMANDS, scripts, strict=True):
         if script == "benchmark":  # has a test of its own
@@ -110,7 +112,8 @@ def test_the_commands(folder, monkeypatch, capsys):
         assert json.loads((runs / name / "results.json").read_text())["role"] == role
     several = json.loads((runs / "resnet32x4-resnet8x4" / "kd_zscore" / "results.json").read_text())
     assert several["devices"] == "2 x cpu"
-    for name in ("deit_tiny", "imagenet/resnet34-resnet18/kd_zscore", "streamed"):
+    pair = "cifar100/resnet32x4-resnet8x4"
+    for name in ("deit_tiny", "imagenet/resnet34-resnet18/kd_zscore", "streamed", f"{pair}/crd", f"{pair}/simkd"):
         assert (folder / "runs" / name / "student" / "model.safetensors").is_file()
 
 

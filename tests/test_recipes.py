@@ -1,6 +1,7 @@
 """Every recipe that ships: loads, builds its networks and losses, and takes a step."""
 
 import json
+import math
 import re
 
 import numpy as np
@@ -13,7 +14,8 @@ from PIL import Image
 from transformers import get_scheduler
 
 from hfkd import DistillationTrainer, load_student
-from hfkd.features import find_layer
+from hfkd.features import find_layer, settle_layers
+from hfkd.losses import build_losses
 from hfkd.recipe import parse_recipe
 from hfkd.run import distill
 from hfkd.teacher import Teacher
@@ -23,13 +25,16 @@ PARENTS = {"base.yaml", "vit.yaml", "vit_32px.yaml"}
 RECIPES = sorted(
     path for path in FOLDER.rglob("*.yaml") if path.name not in PARENTS and path.parent.name != "accelerate"
 )
-CIFAR, IMAGENET, VITS = (
-    json.loads((GOLDEN / f"published_{name}.json").read_text()) for name in ("cifar100", "imagenet", "vit")
+CIFAR, IMAGENET, VITS, TOOLBOX = (
+    json.loads((GOLDEN / f"published_{name}.json").read_text()) for name in ("cifar100", "imagenet", "vit", "simkd")
 )
 PAIRS = sorted(path.name for path in (FOLDER / "cifar100").iterdir() if "-" in path.name)
 VIT_PAIRS = [f"resnet56-{student}" for student in sorted(VITS)]
-CNN_PAIRS = [pair for pair in PAIRS if pair not in VIT_PAIRS]
 METHODS = [method + suffix for method in ("kd", "dkd", "mlkd", "ctkd") for suffix in ("", "_zscore")]
+FEATURE_METHODS = ["fitnet", "at", "sp", "vid", "pkt", "crd", "srrl", "semckd"]
+TOOLBOX_METHODS = [method + suffix for method in ("kd_ce1", *FEATURE_METHODS) for suffix in ("", "_zscore")]
+TOOLBOX_METHODS += ["simkd", "simkd_f4", "simkd_f8"]
+MLKD_TERMS = {"loss_mlkd_kd", "loss_mlkd_class_correlation", "loss_mlkd_batch_correlation"}
 CLASSES = {"digits": 10, "uoft-cs/cifar100": 100, "ILSVRC/imagenet-1k": 1000}
 HUB = {"resnet34-resnet18": ("timm/resnet34.tv_in1k", "resnet18")}
 HUB["resnet50-mobilenetv1"] = ("timm/resnet50.tv_in1k", "mobilenetv1_100")
@@ -52,11 +57,11 @@ def teacher_architecture(teacher):
 
 
 def test_the_published_pairs_are_complete():
-    assert len(CNN_PAIRS) == 14 and len(PAIRS) == 20
-    for pair in CNN_PAIRS:
-        assert stems("cifar100", pair) == sorted(METHODS)
-    for pair in VIT_PAIRS:
-        assert stems("cifar100", pair) == ["locality_guidance"]
+    assert len(CIFAR) == 14 and len(VITS) == 6 and len(TOOLBOX) == 3
+    assert set(PAIRS) == {*CIFAR, *VIT_PAIRS, *TOOLBOX}
+    for pair in PAIRS:
+        expected = METHODS * (pair in CIFAR) + TOOLBOX_METHODS * (pair in TOOLBOX)
+        assert stems("cifar100", pair) == (sorted(expected) or ["locality_guidance"])
     assert stems() == sorted([*VITS, "deit_tiny_32px"])
     assert len(stems("cifar100", "teachers")) == 7
     students = {pair.split("-")[1] for pair in PAIRS}
@@ -91,12 +96,16 @@ def test_one_step(path):
     trainer = DistillationTrainer(student, teacher, config, train_dataset=images(4, classes=classes))
     trainer.train()
     log = trainer.state.log_history[0]
-    terms = [value for key, value in log.items() if key.startswith("loss_")]
-    assert len(terms) == (1 if teacher is None else 4 if "mlkd" in config.losses else 2)
-    assert all(torch.tensor(terms).isfinite()) and log["loss"] == pytest.approx(sum(terms), rel=1e-4)
+    terms = {key: value for key, value in log.items() if key.startswith("loss_")}
+    expected = {"loss_ce"} if config.ce_weight > 0 else set()
+    for loss in config.losses:
+        expected |= MLKD_TERMS if loss == "mlkd" else {f"loss_{loss}"}
+    assert set(terms) == expected
+    assert all(map(math.isfinite, terms.values()))
+    assert log["loss"] == pytest.approx(sum(terms.values()), rel=1e-4)
 
 
-@pytest.mark.parametrize("pair", CNN_PAIRS)
+@pytest.mark.parametrize("pair", CIFAR)
 def test_the_published_settings(pair):
     """The rules of the protocols, and each published run's own temperature and weight."""
     teacher, student = pair.split("-")
@@ -128,6 +137,60 @@ def test_the_published_settings(pair):
             from_rule = 2.0 if re.match("resnet(56|110)", teacher) else 8.0
             from_rule = 6.0 if teacher == "vgg13" or (teacher == "wrn_40_2" and "wrn" in student) else from_rule
             assert settings["beta"] == from_rule and settings["alpha"] == 1 and settings["warmup_epochs"] == 20
+
+
+@pytest.mark.parametrize("pair", TOOLBOX)
+@pytest.mark.parametrize("method", TOOLBOX_METHODS)
+def test_the_settings_of_the_simkd_toolbox(pair, method):
+    """CE 1 + KL 1 + the method's own, SimKD alone; with Z-score the same but for KD's temperature and weight."""
+    model_args, _, config, _ = parse_recipe([str(FOLDER / "cifar100" / pair / f"{method}.yaml")])
+    zscore, loss = method.endswith("_zscore"), method.split("_")[0]
+    settings = dict(TOOLBOX[pair][method.removesuffix("_zscore")])
+    top1 = settings.pop("top1", None)
+    assert config.published_top1 == (None if zscore else top1) and (top1 is None) == (loss == "pkt")
+    kd = {"temperature": 2.0, "weight": 9.0} if zscore else {"temperature": 4.0, "weight": 1.0}
+    own = {} if loss == "kd" else {loss: settings}
+    assert config.losses == (own if loss == "simkd" else {"kd": kd} | own)
+    assert config.ce_weight == (0.0 if loss == "simkd" else 1.0) and config.logit_standardization is zscore
+    student = pair.removeprefix("resnet32x4-")
+    assert model_args.student_name_or_path == f"cifar_{student}"
+    assert model_args.teacher_name_or_path == ["runs/cifar100/teachers/resnet32x4/teacher"]
+    assert config.learning_rate == (0.01 if student == "shufflenetv2_150" else 0.05)
+    assert config.num_train_epochs == 240 and config.per_device_train_batch_size == 64
+
+
+@pytest.mark.parametrize("pair", TOOLBOX)
+def test_the_layers_of_the_simkd_toolbox(pair):
+    """What the toolbox compares: its lists are cut to the shorter one, but for SemCKD, which takes all against all."""
+    student, teacher = (timm.create_model(f"cifar_{name}") for name in reversed(pair.split("-")))
+    three, every = [1, 2, 3], [1, 2, 3, 4] if pair == "resnet32x4-vgg8" else [1, 2, 3]
+    expected = {"fitnet": ([1], [1]), "at": (three, three), "vid": (three, three), "semckd": (every, three)}
+    expected |= {"sp": ([-1], [-1])} | {method: (["embedding"], ["embedding"]) for method in ("pkt", "crd", "srrl")}
+    for method, (student_layers, teacher_layers) in expected.items():
+        _, _, config, _ = parse_recipe([str(FOLDER / "cifar100" / pair / f"{method}.yaml")])
+        losses = build_losses(config.losses, logit_standardization=False)
+        settle_layers(losses.values(), student, teacher)
+        assert losses[method].student_layers == student_layers, method
+        assert losses[method].teacher_layers == teacher_layers, method
+    for method, factor in (("simkd", 2), ("simkd_f4", 4), ("simkd_f8", 8)):
+        _, _, config, _ = parse_recipe([str(FOLDER / "cifar100" / pair / f"{method}.yaml")])
+        reused = build_losses(config.losses, logit_standardization=False)["simkd"].reuses_classifier
+        assert (reused.student_layer, reused.teacher_layer, reused.factor) == (-1, -1, factor)
+
+
+def test_the_contrast_of_the_simkd_toolbox():
+    """The recipes leave it to CRD's defaults."""
+    _, _, config, _ = parse_recipe([str(FOLDER / "cifar100" / "resnet32x4-vgg8" / "crd.yaml")])
+    crd = build_losses(config.losses, logit_standardization=False)["crd"]
+    assert (crd.negatives, crd.temperature, crd.momentum, crd.dimension) == (16384, 0.07, 0.5, 128)
+    assert not crd.relaxed_positives
+
+
+def test_the_published_student_of_the_simkd_toolbox():
+    """The other two students are in other tables, too, with other numbers."""
+    _, _, config, _ = parse_recipe([str(FOLDER / "cifar100" / "students" / "shufflenetv2_150.yaml")])
+    assert config.published_top1 == TOOLBOX["resnet32x4-shufflenetv2_150"]["student"]["top1"]
+    assert config.learning_rate == 0.01
 
 
 def vit_recipes(student):

@@ -17,7 +17,9 @@ from .locality_guidance import LocalityGuidanceLoss, locality_guidance_loss
 from .mlkd import MLKDLoss, mlkd_loss
 from .pkt import PKTLoss, pkt_loss
 from .semckd import SemCKDLoss, semckd_loss
+from .simkd import SimKDLoss, simkd_loss
 from .sp import SPLoss, sp_loss
+from .srrl import SRRLLoss, srrl_loss
 from .standardize import standardize
 from .vid import VIDLoss, vid_loss
 
@@ -34,7 +36,9 @@ __all__ = [
     "MLKDLoss",
     "PKTLoss",
     "SPLoss",
+    "SRRLLoss",
     "SemCKDLoss",
+    "SimKDLoss",
     "VIDLoss",
     "at_loss",
     "build_losses",
@@ -47,7 +51,9 @@ __all__ = [
     "mlkd_loss",
     "pkt_loss",
     "semckd_loss",
+    "simkd_loss",
     "sp_loss",
+    "srrl_loss",
     "standardize",
     "vid_loss",
 ]
@@ -62,9 +68,11 @@ LOSSES: dict[str, type[DistillationLoss]] = {
     "at": ATLoss,
     "sp": SPLoss,
     "vid": VIDLoss,
+    "semckd": SemCKDLoss,
     "pkt": PKTLoss,
     "crd": CRDLoss,
-    "semckd": SemCKDLoss,
+    "srrl": SRRLLoss,
+    "simkd": SimKDLoss,
 }
 
 

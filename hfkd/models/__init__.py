@@ -4,7 +4,7 @@
 those of the published checkpoints, which `load_checkpoint` reads.
 """
 
-from . import mobilenetv2, pvt, resnet, resnet_wide_stem, shufflenetv1, shufflenetv2, t2t_vit, vgg, wrn
+from . import mobilenetv2, pvt, resnet, resnet_wide_stem, shufflenetv1, shufflenetv2, simkd, t2t_vit, vgg, wrn
 from .checkpoints import load_checkpoint
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "resnet_wide_stem",
     "shufflenetv1",
     "shufflenetv2",
+    "simkd",
     "t2t_vit",
     "vgg",
     "wrn",

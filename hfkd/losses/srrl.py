@@ -1,0 +1,81 @@
+"""SRRL: the student's embedding, projected, is the teacher's, and gives its logits in the teacher's classifier.
+
+Paper: Yang, Martinez, Bulat and Tzimiropoulos, Knowledge Distillation via Softmax Regression Representation Learning,
+ICLR 2021.
+"""
+
+from collections import OrderedDict
+from collections.abc import Mapping
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import DistillationLoss, Outputs
+from .standardize import at_least_float32
+
+
+def srrl_loss(
+    projected: Tensor, teacher_embedding: Tensor, teacher_logits: Tensor, teacher_classifier: nn.Linear
+) -> Tensor:
+    """Mean squared difference of the embeddings, plus that of the logits which the teacher's classifier gives for them.
+
+    Args:
+        projected: (B, D), what a projector makes of the student's embedding.
+        teacher_embedding: (B, D).
+        teacher_logits: (B, C).
+        teacher_classifier: from D to C, frozen.
+
+    Returns:
+        0-d, float32 or float64.
+
+    Raises:
+        ValueError: the embeddings' shapes differ, or the classifier does not fit them.
+    """
+    classes, width = teacher_classifier.weight.shape
+    if projected.shape != teacher_embedding.shape or projected.shape[1:] != (width,):
+        raise ValueError(
+            f"embeddings (B, {width}), which the teacher's classifier reads, expected, got {tuple(projected.shape)} "
+            f"and {tuple(teacher_embedding.shape)}"
+        )
+    if teacher_logits.shape != (len(projected), classes):
+        raise ValueError(
+            f"teacher logits {(len(projected), classes)}, as the teacher's classifier gives, expected, got "
+            f"{tuple(teacher_logits.shape)}"
+        )
+    projected = at_least_float32(projected)
+    logits = teacher_classifier(projected)
+    return F.mse_loss(projected, at_least_float32(teacher_embedding)) + F.mse_loss(logits, teacher_logits)
+
+
+class SRRLLoss(DistillationLoss):
+    """`srrl_loss` as a method of a recipe, with a learnt projector: 1x1 convolution, BatchNorm and ReLU.
+
+    It compares raw logits as published, also in a run with `logit_standardization`: they are the teacher's classifier's
+    on both sides.
+
+    Args:
+        weight: see `DistillationLoss`.
+
+    Raises:
+        ValueError: weight out of range.
+    """
+
+    reads_logits = False
+    reads_raw_logits = True
+    student_layers = teacher_layers = ["embedding"]
+
+    def setup(self, student: Outputs, teacher: Outputs) -> None:
+        if teacher.classifier is None:
+            raise ValueError(
+                "the teacher's logits are not those of one linear layer over its embedding (two averaged heads, say), "
+                "and that layer is what the student's embedding is to be read by: give another teacher"
+            )
+        channels = student.embedding.shape[1], teacher.embedding.shape[1]
+        self.projector = nn.Sequential(
+            OrderedDict(conv=nn.Conv2d(*channels, 1, bias=False), bn=nn.BatchNorm2d(channels[1]), relu=nn.ReLU())
+        )
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Mapping[str, Tensor]) -> Tensor:
+        with self.autocast(student.embedding.device):
+            projected = self.projector(student.embedding[..., None, None]).flatten(1)
+        return srrl_loss(projected, teacher.embedding, teacher.logits, teacher.classifier)

@@ -1,0 +1,153 @@
+"""What scripts/benchmark.py measures with, and the tables that it prints."""
+
+import itertools
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, UntypedStorage
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Meter:
+    """Images/s of each round of one contender, the first of which is its warm-up; on CUDA also the memory it takes."""
+
+    def __init__(self):
+        self.rates: list[float] = []
+        self.peak_bytes = 0
+
+    def start(self) -> None:
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self._bytes_before = torch.cuda.memory_allocated()
+        self._clock = time.perf_counter()
+
+    def stop(self, images: int) -> None:
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        self.rates.append(images / (time.perf_counter() - self._clock))
+        if DEVICE.type == "cuda":
+            self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated() - self._bytes_before)
+
+    @property
+    def measured(self) -> np.ndarray:
+        return np.array(self.rates[1:])
+
+
+class LiveTensors(TorchDispatchMode):
+    """Within it, the bytes of all tensors that operations have read or made and that still live, and their peak.
+
+    What an operation allocates for itself is not seen, and nothing depends on the device or its allocator.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = self.peak_bytes = 0
+        self._storages: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves((args, kwargs, results)):
+            if isinstance(leaf, Tensor):
+                self._see(leaf.untyped_storage())
+        self.peak_bytes = max(self.peak_bytes, self.bytes)
+        return results
+
+    def _see(self, storage: UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key not in self._storages:
+            self._storages[key] = weakref.ref(storage, lambda _: self._forget(key, size))
+            self.bytes += size
+
+    def _forget(self, key: int, size: int) -> None:
+        del self._storages[key]
+        self.bytes -= size
+
+
+def step_bytes(steps: Iterator[None]) -> int:
+    """The most that the tensors of one step take at one time, parameters, buffers and optimizer included."""
+    with LiveTensors() as tensors:
+        next(steps)  # which sees what lives on from step to step
+        tensors.peak_bytes = tensors.bytes
+        next(steps)
+    return tensors.peak_bytes
+
+
+def alternate(ours: Iterator[None], theirs: Iterator[None], rounds: int, steps: int, images: int) -> list[Meter]:
+    """Rounds of `steps` steps of one, then of the other; `images` are those of a round."""
+    meters = [Meter(), Meter()]
+    for _ in range(rounds):
+        for contender, meter in zip((ours, theirs), meters, strict=True):
+            meter.start()
+            for _ in itertools.islice(contender, steps):
+                pass
+            meter.stop(images)
+    return meters
+
+
+@dataclass
+class Row:
+    """One line of the first table: our rounds, theirs, and what the design asks for."""
+
+    name: str
+    ours: Meter
+    against: str
+    theirs: Meter
+    target: str = ""
+
+    header = ("", "images/s", "against", "images/s", "ratio", "quartiles", "target", "peak MiB")
+    numbers = {1, 3, 4}
+
+    def cells(self) -> tuple[str, ...]:
+        ours, theirs = self.ours.measured, self.theirs.measured
+        peaks = (self.ours.peak_bytes, self.theirs.peak_bytes)
+        return (
+            self.name,
+            f"{np.median(ours):,.0f}",
+            self.against,
+            f"{np.median(theirs):,.0f}",
+            *_quartiles(ours / theirs),
+            self.target,
+            " / ".join(f"{peak / 2**20:,.0f}" for peak in peaks) if any(peaks) else "-",
+        )
+
+
+@dataclass
+class MethodRow:
+    """One line of the second table: what a step of `batch_size` images costs with a method, and with KD alone."""
+
+    name: str
+    method: Meter
+    alone: Meter
+    batch_size: int
+    more_bytes: int
+
+    header = ("method", "ms a step", "KD alone", "times as long", "quartiles", "MiB over KD alone")
+    numbers = {1, 2, 3, 5}
+
+    def cells(self) -> tuple[str, ...]:
+        method, alone = (self.batch_size / meter.measured for meter in (self.method, self.alone))
+        times = (f"{1000 * np.median(seconds):,.1f}" for seconds in (method, alone))
+        return (self.name, *times, *_quartiles(method / alone), f"{self.more_bytes / 2**20:,.1f}")
+
+
+def _quartiles(ratios: np.ndarray) -> tuple[str, str]:
+    low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
+    return f"{middle:.2f}", f"{low:.2f} .. {high:.2f}"
+
+
+def print_table(rows: Sequence[Row] | Sequence[MethodRow]) -> None:
+    lines = [rows[0].header, *(row.cells() for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    numbers = rows[0].numbers
+    rule = ["-" * (width - 1) + ":" if column in numbers else "-" * width for column, width in enumerate(widths)]
+    for line in (lines[0], rule, *lines[1:]):
+        padded = (f"{cell:{'>' if column in numbers else '<'}{widths[column]}}" for column, cell in enumerate(line))
+        print(f"| {' | '.join(padded)} |")
