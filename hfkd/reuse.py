@@ -96,10 +96,7 @@ def _rebuilt(
         f"The student is {type(trunk).__name__} up to a map of {student_map.shape[1]} channels, a projector and the "
         f"teacher's classifier: {student.extra_parameters:,} parameters beyond the trunk."
     )
-    wrapped = wrap_timm(student.train(model.training), class_names_of(model), arguments)
-    # Parts of transformers models would else be saved under their former names, which only transformers can read.
-    wrapped._weight_conversions = []
-    return wrapped
+    return wrap_timm(student.train(model.training), class_names_of(model), arguments)
 
 
 @torch.no_grad()

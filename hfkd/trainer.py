@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import logging
 
@@ -100,6 +101,11 @@ class DistillationTrainer(ImageTrainer):
         kwargs.setdefault("data_collator", collate_batch)
         kwargs.setdefault("compute_metrics", compute_metrics)
         super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+
+        if isinstance(self.model, PreTrainedModel):
+            # Else transformers saves some of its own models under former parameter names, which `from_pretrained`
+            # converts and Trainer, on resuming or loading the best, does not: it leaves the weights as they are.
+            self.model._weight_conversions = []
 
         # Before the losses tap the student: a copy would carry their hooks along.
         self.average = None if args.ema_decay is None else ModelEmaV3(self.model, args.ema_decay)

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from helpers import config, images, train_logs
+from helpers import Plain, config, images, train_logs
+from transformers import ViTConfig, ViTForImageClassification
 
 from hfkd import DistillationTrainer, load_student
 
@@ -62,3 +63,22 @@ def test_resumed_is_identical(method, changes, resume_at):
     assert resumed.state.best_metric == whole.state.best_metric
     after = [entry["loss"] for entry in train_logs(whole) if entry["step"] > resume_at]
     assert [entry["loss"] for entry in train_logs(resumed) if entry["step"] > resume_at] == after
+
+
+def build_vit(output_dir):
+    torch.manual_seed(0)
+    settings = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    student = ViTForImageClassification(ViTConfig(**settings, image_size=32, patch_size=8, num_labels=10))
+    args = config(output_dir, losses={"kd": {}}, num_train_epochs=2, save_strategy="steps", save_steps=1)
+    return DistillationTrainer(student, Plain(), args, train_dataset=images(16))
+
+
+def test_a_vit_of_transformers():
+    """transformers saves it under former names of its parameters, unless told otherwise."""
+    whole, resumed = build_vit("whole"), build_vit("resumed")
+    whole.train()
+    resumed.train(resume_from_checkpoint="whole/checkpoint-3")
+    expected = whole.model.state_dict()
+    loaded = ViTForImageClassification.from_pretrained("whole/checkpoint-4").state_dict()
+    for given in (resumed.model.state_dict(), loaded):
+        assert [name for name in expected if not torch.equal(expected[name], given[name])] == []
