@@ -43,3 +43,20 @@ def check_roles(model: nn.Module, teacher, losses: nn.ModuleDict, args: Distilla
             )
         if loss.views == 2:
             raise ValueError(f"The loss '{name}' takes two views of an image: leave mixup and cutmix at 0.")
+
+
+def check_last_batch(losses: nn.ModuleDict, rows: int, args: DistillationConfig) -> None:
+    """Raises ValueError for a loss that cannot take the last batch of an epoch of so many images.
+
+    Several processes fill it up.
+    """
+    images = args.per_device_train_batch_size
+    if args.world_size > 1 or args.dataloader_drop_last or rows % images == 0:
+        return
+    for name, loss in losses.items():
+        if rows % images < loss.least_images:
+            raise ValueError(
+                f"The loss '{name}' needs {loss.least_images} images in every batch, and the last of {rows:,} in "
+                f"batches of {images} has {rows % images}: set dataloader_drop_last: true, or another "
+                "per_device_train_batch_size."
+            )

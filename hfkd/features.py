@@ -6,8 +6,10 @@ import difflib
 import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import DeiTForImageClassificationWithTeacher
 from transformers.models.timm_wrapper import TimmWrapperForImageClassification
 
@@ -55,11 +57,14 @@ class Outputs:
         return [self] if self.strong is None else [self, self.strong]
 
 
+_HOOKS: WeakKeyDictionary[nn.Module, list[RemovableHandle]] = WeakKeyDictionary()
+
+
 class Taps:
     """Records what named layers of a network give during each forward.
 
     Args:
-        model: the network; it gets a forward hook on each layer.
+        model: the network; it gets a forward hook on each layer, in the place of those of earlier taps.
         layers: stage indices into the `feature_info` of a timm model, module paths, or EMBEDDING.
 
     Raises:
@@ -70,11 +75,13 @@ class Taps:
         self.layers = list(dict.fromkeys(layers))
         self._channels_last = getattr(timm_model_of(model), "output_fmt", None) == "NHWC"  # timm's Swin, for one
         self._recorded: dict[Layer, Tensor] = {}
-        for layer in self.layers:
-            if layer == EMBEDDING:
-                find_classifier(model).register_forward_pre_hook(self._record_embedding)
-            else:
-                find_layer(model, layer).register_forward_hook(functools.partial(self._record, layer))
+        remove_taps(model)
+        _HOOKS[timm_model_of(model)] = [self._tap(model, layer) for layer in self.layers]
+
+    def _tap(self, model: nn.Module, layer: Layer) -> RemovableHandle:
+        if layer == EMBEDDING:
+            return find_classifier(model).register_forward_pre_hook(self._record_embedding)
+        return find_layer(model, layer).register_forward_hook(functools.partial(self._record, layer))
 
     def _record(self, layer: Layer, module: nn.Module, arguments, output) -> None:
         output = output[0] if isinstance(output, tuple) else output  # transformers' blocks, PiT's stages
@@ -104,6 +111,12 @@ class Taps:
         if missing:
             raise ValueError(f"The forward does not call the layer {missing[0]!r}: name another one.")
         return recorded
+
+
+def remove_taps(model: nn.Module) -> None:
+    """Takes the hooks of earlier `Taps` off: they hold the last batch's features, with which it cannot be copied."""
+    for hook in _HOOKS.pop(timm_model_of(model), []):
+        hook.remove()
 
 
 def find_layer(model: nn.Module, layer: Layer) -> nn.Module:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .classes import check_class_indices, match_classes
-from .features import EMBEDDING, InputSpec, Layer, Outputs, Taps, find_classifier, forward_views
+from .features import EMBEDDING, InputSpec, Layer, Outputs, Taps, find_classifier, forward_views, remove_taps
 from .losses.standardize import at_least_float32, standardize
 
 VIEWS = ("pixel_values", "pixel_values_strong")
@@ -91,6 +91,7 @@ class Teacher:
                 f"run's precision is {autocast_dtype or torch.float32}: load the teacher again, in float32."
             )
         self.model.to(device)
+        remove_taps(self.model)  # else the copy of the classifier has those of an earlier trainer
         classifier = find_classifier(self.model) if EMBEDDING in layers else None
         # A copy, before its weights are rounded.
         self._classifier = _full_precision(classifier) if isinstance(classifier, nn.Linear) else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -14,17 +14,18 @@ import torch.nn.functional as F
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import logging
 
 from .arguments import DistillationConfig
 from .callbacks import UpdateAverage
-from .checks import check_ensemble, check_roles
+from .checks import check_ensemble, check_last_batch, check_roles
 from .classes import class_names_of
 from .data import ImageSource, StreamingImageDataset, collate_batch
 from .distiller import Distiller
-from .features import logits_of, settle_layers
+from .features import logits_of, remove_taps, settle_layers
 from .image_trainer import ImageTrainer, image_source, training_labels
 from .loading import as_teacher, exported_state_dict, load_exported, wrap_timm
 from .losses import DistillationLoss, build_losses
@@ -86,6 +87,7 @@ class DistillationTrainer(ImageTrainer):
             args._n_gpu = 1
         losses = build_losses(args.losses if losses is None else losses, args.logit_standardization)
         check_roles(model, teacher, losses, args)
+        remove_taps(model)  # an earlier trainer's
         if hasattr(model, "pretrained_cfg"):  # a bare timm model
             source = image_source(train_dataset)
             names = [] if source is None else source.class_names
@@ -131,6 +133,8 @@ class DistillationTrainer(ImageTrainer):
         self._teacher_memories: WeakKeyDictionary[ImageSource, Tensor] = WeakKeyDictionary()
         self._teacher_memory: Tensor | None = None
         self._place_data(views=max([loss.views for loss in losses.values()], default=1))
+        if isinstance(train_dataset, Sized) and not isinstance(train_dataset, IterableDataset):
+            check_last_batch(losses, len(train_dataset), args)
         self._dry_run()
         self.distiller.to(args.device)
         if args.torch_compile:

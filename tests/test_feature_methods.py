@@ -123,6 +123,16 @@ def test_an_ensemble_has_neither_maps_nor_embeddings(losses):
         DistillationTrainer(cifar_resnet(), [cifar_resnet(), cifar_resnet()], args, train_dataset=images(8))
 
 
+def test_a_last_batch_of_one_image():
+    """BatchNorm over one value would fail at the end of the first epoch."""
+    data, networks = images(17), (cifar_resnet(), Teacher(cifar_resnet()))
+    for losses in ({"srrl": {}}, {"simkd": {"teacher_layer": "embedding"}}):
+        with pytest.raises(ValueError, match="needs 2 images in every batch, and the last of 17 in batches of 8 has 1"):
+            DistillationTrainer(*networks, config(losses=losses), train_dataset=data)
+    DistillationTrainer(*networks, config(losses={"srrl": {}}, dataloader_drop_last=True), train_dataset=data).train()
+    DistillationTrainer(*networks, config(losses={"simkd": {}}), train_dataset=data).train()
+
+
 def test_the_labels_of_a_subset():
     """CRD draws its negatives from the rows that are trained on."""
     whole = images(12, classes=4)

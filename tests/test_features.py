@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import timm
 import torch
@@ -58,6 +60,20 @@ def test_blocks_of_vision_transformers_are_maps(name, settings, layers):
     for layer in layers:
         feature = as_map(outputs.features[layer])
         assert feature.shape[0] == 2 and feature.shape[2] == feature.shape[3]
+
+
+def test_new_taps_take_the_place_of_the_old():
+    """Those of an earlier trainer would keep its last batch, and copying the network would fail on its graph."""
+    model = load_student("cifar_resnet8", num_classes=5)
+    old = Taps(model, ["layer1", EMBEDDING])
+    model(BATCH["pixel_values"])
+    with pytest.raises(RuntimeError, match="deepcopy"):
+        copy.deepcopy(model)
+    forward_views(model, BATCH, Taps(model, ["layer2"]))
+    copy.deepcopy(model)
+    old.take()
+    with pytest.raises(ValueError, match="does not call the layer 'layer1'"):
+        forward_views(model, BATCH, old)
 
 
 def test_features_are_those_of_the_weak_view():

@@ -60,6 +60,7 @@ class DistillationLoss(nn.Module):
     teacher_layers: Sequence[int | str] | None = ()
     needs_index = False  # True: `batch` must hold `index`, the images' rows in the data set; `setup_rows` is called
     replicated_buffers: Sequence[str] = ()  # that `forward` keeps equal in all processes, so that DDP need not
+    least_images = 1  # in a batch: 2 where BatchNorm sees one value an image and channel
     reuses_classifier: ReusedClassifier | None = None  # not None: the student gets a projector at its path "projector"
 
     # The run's one switch. `build_losses` sets it, so that no constructor has to repeat it.

@@ -60,6 +60,7 @@ class SimKDLoss(DistillationLoss):
             raise ValueError(f"teacher_layer is {teacher_layer!r}: give a stage index, a module path or embedding")
         self.reuses_classifier = ReusedClassifier(student_layer, teacher_layer, int(positive("factor", factor)))
         self.teacher_layers = [teacher_layer, "embedding"]
+        self.least_images = 2 if teacher_layer == "embedding" else 1
 
     def setup(self, student: Outputs, teacher: Outputs) -> None:
         if teacher.classifier is None:

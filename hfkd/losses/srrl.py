@@ -63,6 +63,7 @@ class SRRLLoss(DistillationLoss):
     reads_logits = False
     reads_raw_logits = True
     student_layers = teacher_layers = ["embedding"]
+    least_images = 2
 
     def setup(self, student: Outputs, teacher: Outputs) -> None:
         if teacher.classifier is None:
