@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import Trainer
 
 from .callbacks import SetEpoch
-from .data import ImageDataset, ImageSource, IndexedImageSource, StreamingImageDataset
+from .data import ImageDataset, ImageSource, IndexedImageSource, LazyImageDataset, StreamingImageDataset
 from .features import InputSpec
 from .loading import known_input_spec
 
@@ -43,6 +43,11 @@ def training_labels(dataset) -> Tensor:
             "it remembers every training image, so it needs the images' rows and labels, and a "
             f"{type(source or dataset).__name__} does not know them. Set streaming to false, or take a data set of "
             "hfkd.data."
+        )
+    if dataset is not source and isinstance(source, LazyImageDataset) and source.skip_bad_images:
+        raise ValueError(
+            "it remembers the images of a Subset, and with skip_bad_images an image beside the subset may stand in for "
+            "a bad one: make the data set of the rows that are to be trained on, such as train_split: train[:10%]"
         )
     rows = torch.arange(len(dataset))
     while isinstance(dataset, Subset):

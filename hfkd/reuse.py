@@ -18,7 +18,7 @@ from .loading import known_input_spec, wrap_timm
 from .losses import DistillationLoss
 from .losses.base import ReusedClassifier
 from .losses.feature_maps import as_map
-from .models.simkd import remove_modules, trunk_map
+from .models.simkd import SimKDStudent, remove_modules, trunk_map
 from .teacher import Teacher, TeacherEnsemble
 
 logger = logging.get_logger(__name__)
@@ -116,6 +116,11 @@ def _origin(model: nn.Module, student_layer: int) -> dict:
     Raises:
         ValueError: for a student without stages, or without this one.
     """
+    if isinstance(timm_model_of(model), SimKDStudent):
+        raise ValueError(
+            "the student ends in a teacher's classifier already: train it with other losses, or start from the "
+            "architecture that it is made of"
+        )
     if isinstance(model, TimmWrapperForImageClassification):
         _check_layer("student_layer", model, student_layer)
         stage = student_layer % len(stages_of(model))

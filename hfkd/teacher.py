@@ -55,6 +55,8 @@ class Teacher:
         self._taps: Taps | None = None
         self._rescale: tuple[Tensor, Tensor] | None = None
         self._columns: Tensor | None = None
+        # A copy, before `prepare` rounds its weights.
+        self._original_classifier = _copy_of_classifier(self.model)
         self._classifier: nn.Linear | None = None
 
     @property
@@ -91,10 +93,9 @@ class Teacher:
                 f"run's precision is {autocast_dtype or torch.float32}: load the teacher again, in float32."
             )
         self.model.to(device)
-        remove_taps(self.model)  # else the copy of the classifier has those of an earlier trainer
-        classifier = find_classifier(self.model) if EMBEDDING in layers else None
-        # A copy, before its weights are rounded.
-        self._classifier = _full_precision(classifier) if isinstance(classifier, nn.Linear) else None
+        self._classifier = self._original_classifier if EMBEDDING in layers else None
+        if self._classifier is not None:
+            self._classifier.to(device)
         self._autocast_dtype = autocast_dtype
         if autocast_dtype is not None:
             for module in weights:
@@ -177,7 +178,15 @@ def _is_linear(outputs: Outputs) -> bool:
     return bool((logits - outputs.logits).abs().max() <= 0.05 * outputs.logits.abs().max())  # bf16 is 0.01 off
 
 
-def _full_precision(classifier: nn.Linear) -> nn.Linear:
+def _copy_of_classifier(model: nn.Module) -> nn.Linear | None:
+    """The classifier in float32 or wider, if it is a linear layer."""
+    remove_taps(model)  # else the copy has those of an earlier trainer
+    try:
+        classifier = find_classifier(model)
+    except ValueError:  # only losses that need one ask for it
+        return None
+    if not isinstance(classifier, nn.Linear):
+        return None
     return copy.deepcopy(classifier).to(at_least_float32(classifier.weight).dtype)
 
 

@@ -61,7 +61,8 @@ class DistillationTrainer(ImageTrainer):
     `evaluate()` gives `eval_loss` (cross-entropy), `eval_top1`, `eval_top5` and, with a teacher, `eval_agreement`
     (how often both choose the same class) and `eval_teacher_top1`, in percent. A distilled DeiT or PiT of timm trains
     its class head by the cross-entropy and its distillation head by the losses that read logits; evaluation and the
-    exported student average the two. With `ema_decay` what is evaluated and exported is the average over the steps.
+    exported student average the two. Where a loss changes the student (SimKD), `trainer.model` is another network, made
+    of a copy of `model`. With `ema_decay` what is evaluated and exported is the average over the steps.
 
     Raises:
         ValueError: before training starts, if losses, networks and data do not fit one another.
@@ -133,9 +134,9 @@ class DistillationTrainer(ImageTrainer):
         self._teacher_memories: WeakKeyDictionary[ImageSource, Tensor] = WeakKeyDictionary()
         self._teacher_memory: Tensor | None = None
         self._place_data(views=max([loss.views for loss in losses.values()], default=1))
+        self._dry_run()
         if isinstance(train_dataset, Sized) and not isinstance(train_dataset, IterableDataset):
             check_last_batch(losses, len(train_dataset), args)
-        self._dry_run()
         self.distiller.to(args.device)
         if args.torch_compile:
             # Else a network's code may be that of an earlier one of its class, compiled with other taps.
@@ -339,6 +340,15 @@ class DistillationTrainer(ImageTrainer):
             self.average.module.load_state_dict(student.state_dict())
             weights = safetensors.torch.load_file(os.path.join(checkpoint, TRAINING_WEIGHTS_NAME))
             load_exported(student, weights)
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        # Trainer warns, and trains or evaluates a network that is only partly the checkpoint's.
+        wrong = [*load_result.missing_keys, *load_result.unexpected_keys]
+        if wrong:
+            raise ValueError(
+                f"The checkpoint is not this student's: {len(wrong)} of its parameters are missing there or have "
+                f"another name, such as {wrong[0]!r}. Resume with the student that it was written for."
+            )
 
     def _load_best_model(self) -> None:
         super()._load_best_model()

@@ -16,6 +16,11 @@ MEANS = {  # losses that are means over the batch: splitting the batch over proc
     "ctkd_instance": {"ctkd": {"instance_wise": True}},
 }
 
+LEARNT = {  # losses with parts that learn, or that change the student: every one must get a gradient in every step
+    "features": {"kd": {}, **{name: {} for name in ("fitnet", "vid", "semckd", "srrl", "at", "sp", "pkt")}},
+    "simkd": {"kd": {}, "simkd": {}},
+}
+
 
 def train(losses, world_size, student, teacher, output_dir, **changes):
     args = config(
@@ -84,6 +89,9 @@ def main(folder, world_size, data):
     results["mlkd"] = train({"mlkd": {}}, world_size, *networks, f"{folder}/mlkd")
     crd = {"crd": {"negatives": 20, "dimension": 4}}
     results["crd"] = train(crd, world_size, Plain(), Plain(), f"{folder}/crd")
+    for name, losses in LEARNT.items():
+        networks = load_student("cifar_resnet8", num_classes=10), load_student("cifar_resnet14", num_classes=10)
+        results[name] = train(losses, world_size, *networks, f"{folder}/{name}")
     torch.save(results, f"{folder}/rank{results['kd']['rank']}.pt")
 
 

@@ -82,6 +82,16 @@ def test_all_processes_hold_the_same_memories(runs):
     assert first["state"]["losses.crd.log_normalizers"].isfinite().all()
 
 
+@pytest.mark.parametrize("name", distributed_worker.LEARNT)
+def test_learnt_parts_are_the_same_in_both(runs, name):
+    """DDP sums their gradients as the student's, and would wait for ever for one that does not come."""
+    _, first, second, _ = (run[name] if isinstance(run, dict) else run for run in runs)
+    parameters = [key for key in first["state"] if not re.search("running_|num_batches", key)]
+    assert any(key.startswith("losses.") for key in parameters) or name == "simkd"
+    for key in parameters:
+        torch.testing.assert_close(second["state"][key], first["state"][key], rtol=0, atol=0, msg=key)
+
+
 def test_the_checkpoint_is_written_once(runs):
     folder = runs[3]
     files = sorted(path.name for path in (folder / "ctkd").glob("checkpoint-8/*"))

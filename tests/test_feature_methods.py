@@ -9,9 +9,11 @@ from torch.utils.data import Subset
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from hfkd import DistillationTrainer, Teacher, load_student
-from hfkd.data import ImageSource
+from hfkd.data import ImageSource, LazyImageDataset, RandomResizedCrop, load_image_splits
 from hfkd.image_trainer import training_labels
 from hfkd.loading import wrap_timm
+from hfkd.losses import LOSSES
+from hfkd.models.base import CIFAR_MEAN, CIFAR_STD
 
 MAPS = ("fitnet", "at", "sp", "vid", "semckd")
 EMBEDDINGS = ("pkt", "crd", "srrl")
@@ -85,7 +87,7 @@ def test_a_layer_that_does_not_exist():
 
 
 def test_a_layer_that_gives_no_map():
-    with pytest.raises(ValueError, match=r"losses.vid: .*gives \(2, 64\); expected a map"):
+    with pytest.raises(ValueError, match=r"losses.vid: student_layers: 'global_pool': the layer gives \(2, 64\)"):
         trainer({"vid": {"student_layers": ["global_pool"], "teacher_layers": [1]}})
 
     class Pairs(Plain):
@@ -126,7 +128,8 @@ def test_an_ensemble_has_neither_maps_nor_embeddings(losses):
 def test_a_last_batch_of_one_image():
     """BatchNorm over one value would fail at the end of the first epoch."""
     data, networks = images(17), (cifar_resnet(), Teacher(cifar_resnet()))
-    for losses in ({"srrl": {}}, {"simkd": {"teacher_layer": "embedding"}}):
+    pooled = {"student_layers": ["layer1"], "teacher_layers": ["global_pool.pool"]}  # (B, 64, 1, 1)
+    for losses in ({"srrl": {}}, {"simkd": {"teacher_layer": "embedding"}}, {"fitnet": pooled}, {"semckd": pooled}):
         with pytest.raises(ValueError, match="needs 2 images in every batch, and the last of 17 in batches of 8 has 1"):
             DistillationTrainer(*networks, config(losses=losses), train_dataset=data)
     DistillationTrainer(*networks, config(losses={"srrl": {}}, dataloader_drop_last=True), train_dataset=data).train()
@@ -144,6 +147,18 @@ def test_the_labels_of_a_subset():
     trained = DistillationTrainer(cifar_resnet(), Teacher(cifar_resnet()), args, train_dataset=part)
     assert len(trained.distiller.losses["crd"].student_memory) == 3
     trained.train()
+
+
+def test_no_stand_ins_from_beside_a_subset():
+    split, _ = load_image_splits("digits")
+    transform = RandomResizedCrop(8, CIFAR_MEAN, CIFAR_STD)
+    for skip in (False, True):
+        part = Subset(LazyImageDataset(split, transform=transform, skip_bad_images=skip), range(20))
+        if not skip:
+            assert (training_labels(part) >= 0).sum() == 20
+            continue
+        with pytest.raises(ValueError, match="with skip_bad_images an image beside the subset may stand in"):
+            training_labels(part)
 
 
 def test_ddp_leaves_the_memory_to_the_loss():
@@ -164,3 +179,25 @@ def test_compiled_trainers_one_after_the_other():
             trained.train()
             terms.append(trained.state.log_history[0]["loss"])
         assert terms[0] == pytest.approx(terms[1], rel=1e-5)
+
+
+def test_crd_compiled_has_the_same_gradients():
+    """The memories change between its forward and its backward pass, of which torch.compile must not make anything."""
+    states = []
+    for changes in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
+        torch.manual_seed(0)
+        trained = trainer({"kd": {}, "crd": {"negatives": 5}}, max_steps=1, **changes)
+        trained.train()
+        states.append(trained.distiller.losses.state_dict())
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, msg=name)
+
+
+def test_an_instance_serves_one_trainer_after_the_other():
+    """With networks of other widths."""
+    for method in ("fitnet", "vid", "semckd"):
+        loss = LOSSES[method](student_layers=[-1], teacher_layers=[-1])
+        for student in (tiny_vit(), cifar_resnet()):
+            args = config(losses={}, max_steps=1)
+            data = {"train_dataset": images(16), "losses": {method: loss}}
+            DistillationTrainer(student, Teacher(cifar_resnet()), args, **data).train()

@@ -82,3 +82,11 @@ def test_a_vit_of_transformers():
     loaded = ViTForImageClassification.from_pretrained("whole/checkpoint-4").state_dict()
     for given in (resumed.model.state_dict(), loaded):
         assert [name for name in expected if not torch.equal(expected[name], given[name])] == []
+
+
+def test_a_checkpoint_of_another_student():
+    """Trainer would warn and go on with what fits."""
+    build_vit("vit").train()
+    other = DistillationTrainer(Plain(), Plain(), config("vit", losses={"kd": {}}), train_dataset=images(16))
+    with pytest.raises(ValueError, match="checkpoint is not this student's: 28 of its parameters"):
+        other.train(resume_from_checkpoint="vit/checkpoint-1")

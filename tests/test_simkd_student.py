@@ -24,10 +24,9 @@ from transformers import (
 )
 
 from hfkd import DistillationTrainer, Teacher, load_student, load_teacher
-from hfkd.features import InputSpec, has_two_heads
+from hfkd.features import InputSpec, find_layer, has_two_heads
 from hfkd.loading import input_spec, load_pretrained, wrap_timm
-from hfkd.losses.kd import KDLoss
-from hfkd.losses.simkd import SimKDLoss
+from hfkd.losses import ATLoss, KDLoss, PKTLoss, SimKDLoss, SPLoss
 from hfkd.models.base import CIFAR_MEAN, CIFAR_STD
 from hfkd.models.simkd import SimKDStudent
 from hfkd.run import distill, evaluate
@@ -338,3 +337,29 @@ def test_a_student_that_says_nothing_of_its_images():
         DistillationTrainer(
             tiny_resnet(), cifar("cifar_resnet14"), config(), train_dataset=rows, losses={"simkd": SimKDLoss()}
         )
+
+
+def test_beside_other_losses():
+    """The stages of the student given keep their numbers."""
+    losses = {"simkd": SimKDLoss(), "at": ATLoss(), "pkt": PKTLoss(), "sp": SPLoss(student_layers=[2])}
+    data = {"train_dataset": images(16)}
+    trainer = DistillationTrainer(cifar(), cifar("cifar_resnet14"), config(ce_weight=0.0), losses=losses, **data)
+    trunk = trainer.model.timm_model.backbone
+    assert find_layer(trainer.model, -1) is trunk.layer3 and find_layer(trainer.model, 1) is trunk.layer1
+    check_training(trainer)
+
+
+def test_it_is_not_rebuilt_twice():
+    student = build(cifar(), cifar()).model
+    with pytest.raises(ValueError, match="losses.simkd: the student ends in a teacher's classifier already"):
+        build(student, cifar())
+
+
+def test_a_teacher_of_an_earlier_run_in_bf16():
+    """Its weights are rounded; what the student gets is not."""
+    teacher = Teacher(cifar("cifar_resnet14"))
+    weight = teacher.model.timm_model.fc.weight.detach().clone()
+    first, second = (build(cifar(), teacher, bf16=True) for _ in range(2))
+    assert teacher.model.timm_model.fc.weight.dtype == torch.bfloat16
+    for trainer in (first, second):
+        assert torch.equal(trainer.model.timm_model.classifier.weight, weight)

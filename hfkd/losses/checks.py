@@ -22,6 +22,13 @@ def not_negative(key: str, value: float) -> float:
     return float(value)
 
 
+def count(key: str, value: int, least: int = 1) -> int:
+    """value, if it is a whole number, `least` or above; ValueError if not."""
+    if type(value) is not int or value < least:
+        raise ValueError(f"{key} is {value!r}: give a whole number, {least} or above")
+    return value
+
+
 def layers_of(key: str, value: list[int | str]) -> list[int | str]:
     """value, if it is a list of stage indices and module paths, one at least; ValueError if not."""
     if not isinstance(value, list) or not value or not all(type(layer) in (int, str) for layer in value):

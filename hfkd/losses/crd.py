@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .base import DistillationLoss, Outputs
-from .checks import not_negative, positive
+from .checks import count, not_negative, positive
 from .standardize import at_least_float32
 
 EPS = 1e-7  # beside the probability that noise gave a row
@@ -182,12 +182,12 @@ class CRDLoss(DistillationLoss):
         weight: float = 0.8,
     ):
         super().__init__(weight)
-        self.negatives = _count("negatives", negatives)
+        self.negatives = count("negatives", negatives)
         self.temperature = positive("temperature", temperature)
         self.momentum = not_negative("momentum", momentum)
         if self.momentum >= 1:
             raise ValueError(f"momentum is {momentum!r}: give a number below 1, or the memories never change")
-        self.dimension = _count("dimension", dimension)
+        self.dimension = count("dimension", dimension)
         self.relaxed_positives = relaxed_positives
         self.register_buffer("places", None)
 
@@ -234,6 +234,7 @@ class CRDLoss(DistillationLoss):
         others = _random_below(len(self.student_memory) - size, self.negatives)
         return torch.cat([place, others + size * (others >= start)], dim=1)
 
+    @torch.compiler.disable  # compiled, the backward pass would read the memories as they are after the step
     def forward(self, student: Outputs, teacher: Outputs, batch: Mapping[str, Tensor]) -> Tensor:
         if self.places is None or "index" not in batch:
             raise ValueError(
@@ -257,18 +258,12 @@ class CRDLoss(DistillationLoss):
         Of a sample that comes twice in a step, as some do that fill up a last batch, the last one counts.
         """
         place = all_processes(self.places[index, 0])
-        count = torch.arange(len(place), device=place.device)
-        last = count.new_zeros(len(self.student_memory)).scatter_reduce_(0, place, count, "amax")[place]
+        turn = torch.arange(len(place), device=place.device)
+        last = turn.new_zeros(len(self.student_memory)).scatter_reduce_(0, place, turn, "amax")[place]
         both = all_processes(torch.cat([student, teacher], dim=1))[last]
         for memory, embedding in zip((self.student_memory, self.teacher_memory), both.chunk(2, dim=1), strict=True):
             moved = self.momentum * memory[place] + (1 - self.momentum) * embedding
             memory.index_copy_(0, place, F.normalize(moved, dim=1))  # a row that comes twice gets one value twice
-
-
-def _count(key: str, value: int) -> int:
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{key} is {value!r}: give a whole number, 1 or above")
-    return value
 
 
 def _random_below(limits: Tensor, number: int) -> Tensor:

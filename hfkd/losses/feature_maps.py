@@ -26,7 +26,8 @@ def as_map(feature: Tensor) -> Tensor:
         if side > 0 and prefix <= 3:
             return feature[:, prefix:].transpose(1, 2).unflatten(2, (side, side))
     raise ValueError(
-        f"a layer gives {tuple(feature.shape)}; expected a map (B, C, H, W) or the tokens (B, N, C) of a square image"
+        f"the layer gives {tuple(feature.shape)}; expected a map (B, C, H, W), or the tokens (B, N, C) of a square "
+        "image after at most three others"
     )
 
 
@@ -34,6 +35,13 @@ def pooled_to_smaller(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]
     """Two maps (B, C, H, W), each averaged down to the smaller height and width of the two."""
     size = [min(sides) for sides in zip(student.shape[2:], teacher.shape[2:], strict=True)]
     return tuple(m if list(m.shape[2:]) == size else F.adaptive_avg_pool2d(m, size) for m in (student, teacher))
+
+
+def _map_of(outputs: Outputs, role: str, layer: int | str) -> Tensor:
+    try:
+        return as_map(outputs.features[layer])
+    except ValueError as error:
+        raise ValueError(f"{role}_layers: {layer!r}: {error}") from error
 
 
 class MapsLoss(DistillationLoss):
@@ -62,8 +70,8 @@ class MapsLoss(DistillationLoss):
         Raises:
             ValueError: if a layer gives no map.
         """
-        student_maps = [as_map(student.features[layer]) for layer in self.student_layers]
-        return student_maps, [as_map(teacher.features[layer]) for layer in self.teacher_layers]
+        student_maps = [_map_of(student, "student", layer) for layer in self.student_layers]
+        return student_maps, [_map_of(teacher, "teacher", layer) for layer in self.teacher_layers]
 
 
 class MapPairsLoss(MapsLoss):

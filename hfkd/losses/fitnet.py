@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .base import Outputs
 from .feature_maps import MapPairsLoss
-from .projectors import comparable
+from .projectors import comparable, images_for_batch_norm
 
 
 def fitnet_loss(regressed_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:
@@ -72,11 +72,12 @@ class FitNetLoss(MapPairsLoss):
         super().__init__(
             [1] if student_layers is None else student_layers, [1] if teacher_layers is None else teacher_layers, weight
         )
-        self.regressors = nn.ModuleList()
 
     def setup(self, student: Outputs, teacher: Outputs) -> None:
-        pairs = zip(*self.maps(student, teacher), strict=True)
-        self.regressors.extend(regressor(own, other) for own, other in pairs)
+        student_maps, teacher_maps = self.maps(student, teacher)
+        self.least_images = images_for_batch_norm([*student_maps, *teacher_maps])
+        pairs = zip(student_maps, teacher_maps, strict=True)
+        self.regressors = nn.ModuleList(regressor(own, other) for own, other in pairs)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Mapping[str, Tensor]) -> Tensor:
         student_maps, teacher_maps = self.maps(student, teacher)

@@ -60,11 +60,10 @@ class LocalityGuidanceLoss(MapPairsLoss):
 
     def __init__(self, student_layers: list, teacher_layers: list, weight: float = 2.5):
         super().__init__(student_layers, teacher_layers, weight)
-        self.projectors = nn.ModuleList()
 
     def setup(self, student: Outputs, teacher: Outputs) -> None:
         pairs = zip(*self.maps(student, teacher), strict=True)
-        self.projectors.extend(nn.Conv2d(own.shape[1], other.shape[1], 1) for own, other in pairs)
+        self.projectors = nn.ModuleList(nn.Conv2d(own.shape[1], other.shape[1], 1) for own, other in pairs)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Mapping[str, Tensor]) -> Tensor:
         student_maps, teacher_maps = self.maps(student, teacher)

@@ -1,5 +1,7 @@
 """What losses with learnt projectors share: a projected map of the student beside the teacher's map."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from .feature_maps import pooled_to_smaller
@@ -22,3 +24,12 @@ def comparable(projected: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
             f"{tuple(projected.shape)} and {tuple(teacher.shape)}: give the projector the teacher's channels"
         )
     return pooled_to_smaller(at_least_float32(projected), at_least_float32(teacher))
+
+
+def images_for_batch_norm(maps: Sequence[Tensor]) -> int:
+    """How many images a batch needs at least, so that a projector's BatchNorm sees two values a channel.
+
+    Args:
+        maps: (B, C, H, W) each, what the projectors read and imitate.
+    """
+    return 2 if any(one.shape[2:].numel() == 1 for one in maps) else 1

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Outputs
+from .checks import count
 from .feature_maps import MapsLoss, pooled_to_smaller
-from .projectors import comparable
+from .projectors import comparable, images_for_batch_norm
 from .standardize import at_least_float32
 
 WIDTH_FACTOR = 4  # how much narrower the queries and keys are than the rows of similarities
@@ -117,17 +118,16 @@ class SemCKDLoss(MapsLoss):
         weight: float = 400.0,
     ):
         super().__init__(student_layers, teacher_layers, weight)
-        if type(batch_size) is not int or batch_size < WIDTH_FACTOR:
-            raise ValueError(f"batch_size is {batch_size!r}: give an integer, {WIDTH_FACTOR} or above")
-        self.batch_size = batch_size
-        self.queries, self.keys, self.projectors = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        self.batch_size = count("batch_size", batch_size, least=WIDTH_FACTOR)
 
     def setup(self, student: Outputs, teacher: Outputs) -> None:
         student_maps, teacher_maps = self.maps(student, teacher)
-        self.queries.extend(SimilarityEmbedding(self.batch_size) for _ in student_maps)
-        self.keys.extend(SimilarityEmbedding(self.batch_size) for _ in teacher_maps)
-        for own in student_maps:
-            self.projectors.append(nn.ModuleList(_projector(own, other) for other in teacher_maps))
+        self.least_images = images_for_batch_norm([*student_maps, *teacher_maps])
+        self.queries = nn.ModuleList(SimilarityEmbedding(self.batch_size) for _ in student_maps)
+        self.keys = nn.ModuleList(SimilarityEmbedding(self.batch_size) for _ in teacher_maps)
+        self.projectors = nn.ModuleList(
+            nn.ModuleList(_projector(own, other) for other in teacher_maps) for own in student_maps
+        )
 
     def attention(self, student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:
         """How much each student map learns from each teacher map, (B, S, T)."""

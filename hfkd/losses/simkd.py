@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import DistillationLoss, Outputs, ReusedClassifier
-from .checks import positive
+from .checks import count
 from .feature_maps import as_map
-from .projectors import comparable
+from .projectors import comparable, images_for_batch_norm
 
 
 def simkd_loss(projected: Tensor, teacher_map: Tensor) -> Tensor:
@@ -58,9 +58,8 @@ class SimKDLoss(DistillationLoss):
             raise ValueError(f"student_layer is {student_layer!r}: give a stage index, such as -1")
         if type(teacher_layer) not in (int, str):
             raise ValueError(f"teacher_layer is {teacher_layer!r}: give a stage index, a module path or embedding")
-        self.reuses_classifier = ReusedClassifier(student_layer, teacher_layer, int(positive("factor", factor)))
+        self.reuses_classifier = ReusedClassifier(student_layer, teacher_layer, count("factor", factor))
         self.teacher_layers = [teacher_layer, "embedding"]
-        self.least_images = 2 if teacher_layer == "embedding" else 1
 
     def setup(self, student: Outputs, teacher: Outputs) -> None:
         if teacher.classifier is None:
@@ -78,6 +77,8 @@ class SimKDLoss(DistillationLoss):
                 "the teacher averages last (a norm or activation behind the deepest stage, say), or embedding where "
                 "it averages none"
             )
+
+        self.least_images = images_for_batch_norm([student.features["projector"]])
 
     def _teacher_map(self, teacher: Outputs) -> Tensor:
         """(B, C, H, W)."""

@@ -71,15 +71,14 @@ class VIDLoss(MapPairsLoss):
 
     def __init__(self, student_layers: list | None = None, teacher_layers: list | None = None, weight: float = 1.0):
         super().__init__(student_layers, teacher_layers, weight)
-        self.regressors = nn.ModuleList()
-        self.log_scales = nn.ParameterList()
 
     def setup(self, student: Outputs, teacher: Outputs) -> None:
         super().setup(student, teacher)
         initial = math.log(math.expm1(INITIAL_VARIANCE - LEAST_VARIANCE))  # the inverse of softplus
-        for own, other in zip(*self.maps(student, teacher), strict=True):
-            self.regressors.append(_regressor(own, other))
-            self.log_scales.append(nn.Parameter(torch.full((other.shape[1],), initial)))
+        student_maps, teacher_maps = self.maps(student, teacher)
+        pairs = zip(student_maps, teacher_maps, strict=True)
+        self.regressors = nn.ModuleList(_regressor(own, other) for own, other in pairs)
+        self.log_scales = nn.ParameterList(torch.full((other.shape[1],), initial) for other in teacher_maps)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Mapping[str, Tensor]) -> Tensor:
         student_maps, teacher_maps = self.maps(student, teacher)

@@ -59,6 +59,9 @@ class SimKDStudent(nn.Module):
         self.num_features = self.head_hidden_size = teacher_width
         self.backbone = new_trunk(architecture, architecture_args, student_config)
         remove_modules(self.backbone, removed)
+        if stage is not None:  # else it has none, like its trunk
+            stages = self.backbone.feature_info[: stage + 1]
+            self.feature_info = [info | {"module": f"backbone.{info['module']}"} for info in stages]
         self.projector = new_projector(student_width, teacher_width, factor)
         self.reset_classifier(num_classes)
 

@@ -168,7 +168,7 @@ def test_a_transformer_learns_from_a_convolutional_network_with_a_last_partial_b
 def test_clear_errors():
     assert (SemCKDLoss().weight, SemCKDLoss().batch_size, SemCKDLoss().student_layers) == (400.0, 64, None)
     for batch_size in (3, 0, 64.0, True):
-        with pytest.raises(ValueError, match=f"batch_size is {batch_size}: give an integer, 4 or above"):
+        with pytest.raises(ValueError, match=f"batch_size is {batch_size}: give a whole number, 4 or above"):
             SemCKDLoss(batch_size=batch_size)
     with pytest.raises(ValueError, match="student_layers is 'layer2': give a list"):
         SemCKDLoss("layer2")

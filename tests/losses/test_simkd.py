@@ -73,18 +73,19 @@ def test_the_embedding_as_a_map():
 
 def test_the_classifier_must_read_the_average_of_the_map():
     teacher_map, classifier = random(2, 3, 4, 4), nn.Linear(3, 5)
-    SimKDLoss().setup(outputs(), taught(teacher_map, classifier))
+    student = outputs(projector=teacher_map)
+    SimKDLoss().setup(student, taught(teacher_map, classifier))
     nearly = teacher_map.mean(dim=(2, 3)) * 1.01  # as far as bf16 takes them
-    SimKDLoss().setup(outputs(), taught(teacher_map, classifier, embedding=nearly))
+    SimKDLoss().setup(student, taught(teacher_map, classifier, embedding=nearly))
     for embedding in (2 * nearly, random(2, 7)):
         with pytest.raises(ValueError, match="teacher_layer is -1, and the average of its map .*or embedding where"):
-            SimKDLoss().setup(outputs(), taught(teacher_map, classifier, embedding=embedding))
+            SimKDLoss().setup(student, taught(teacher_map, classifier, embedding=embedding))
     with pytest.raises(ValueError, match="SimKD needs a teacher whose classifier is one linear layer"):
         SimKDLoss().setup(outputs(), taught(teacher_map, None))
 
 
 def test_clear_errors():
-    with pytest.raises(ValueError, match="factor is 0: give a finite number above 0"):
+    with pytest.raises(ValueError, match="factor is 0: give a whole number, 1 or above"):
         SimKDLoss(factor=0)
     with pytest.raises(ValueError, match="student_layer is 'layer3': give a stage index"):
         SimKDLoss(student_layer="layer3")
