@@ -1,6 +1,7 @@
 """Two CPU processes give the update of one process with the same global batch."""
 
 import os
+import re
 import subprocess
 import sys
 

@@ -151,6 +151,9 @@ class CRDLoss(DistillationLoss):
     other classes, so the same image may come twice; the release draws without replacement, which has the same
     expectation. Classes are those of the data set, whatever was done to the batch's labels.
 
+    Each step compares a batch with the whole memories, which takes batch x images floats a few times: 13 MB for 64 of
+    CIFAR-100, 1.3 GB for 256 of ImageNet.
+
     All processes hold the same memories after a step, and must have batches of one size, which Trainer sees to.
 
     Args:
