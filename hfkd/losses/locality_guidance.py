@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Outputs
+from .checks import layers_of
 from .feature_maps import MapPairsLoss
 from .standardize import at_least_float32
 
@@ -59,7 +60,10 @@ class LocalityGuidanceLoss(MapPairsLoss):
     """
 
     def __init__(self, student_layers: list, teacher_layers: list, weight: float = 2.5):
-        super().__init__(student_layers, teacher_layers, weight)
+        # No default: the published blocks are other ones for each student.
+        super().__init__(
+            layers_of("student_layers", student_layers), layers_of("teacher_layers", teacher_layers), weight
+        )
 
     def setup(self, student: Outputs, teacher: Outputs) -> None:
         pairs = zip(*self.maps(student, teacher), strict=True)
