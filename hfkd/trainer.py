@@ -342,13 +342,14 @@ class DistillationTrainer(ImageTrainer):
             load_exported(student, weights)
 
     def _issue_warnings_after_load(self, load_result) -> None:
-        # Trainer warns, and trains or evaluates a network that is only partly the checkpoint's.
-        wrong = [*load_result.missing_keys, *load_result.unexpected_keys]
-        if wrong:
+        # Trainer warns, and goes on with a network that is only partly the checkpoint's.
+        unknown = load_result.unexpected_keys
+        if unknown:
             raise ValueError(
-                f"The checkpoint is not this student's: {len(wrong)} of its parameters are missing there or have "
-                f"another name, such as {wrong[0]!r}. Resume with the student that it was written for."
+                f"The checkpoint is not this student's, which has no parameter {unknown[0]!r}, nor {len(unknown) - 1} "
+                "others of it: resume with the student that it was written for."
             )
+        super()._issue_warnings_after_load(load_result)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
