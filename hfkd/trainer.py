@@ -116,15 +116,8 @@ class DistillationTrainer(ImageTrainer):
             self.add_callback(UpdateAverage(self.average, self.model))
         self.teacher = teacher
         if self.teacher is not None:
-            settle_layers(losses.values(), self.model, self.teacher.members[0].model)
+            self._prepare_teacher(losses)
         self.distiller = Distiller(self.model, losses, args.ce_weight)
-        if self.teacher is not None:
-            autocast_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-            for loss in losses.values():
-                loss.autocast_dtype = autocast_dtype
-            layers = [layer for loss in losses.values() for layer in loss.teacher_layers]
-            self.teacher.prepare(args.device, autocast_dtype, args.channels_last, self._input_spec(), layers)
-            check_ensemble(self.teacher, losses, args)
         self._term_names: list[str] = []
         self._term_sums: Tensor | None = None
         self._term_count = self._images_seen = 0
@@ -141,10 +134,21 @@ class DistillationTrainer(ImageTrainer):
         if args.torch_compile:
             # Else a network's code may be that of an earlier one of its class, compiled with other taps.
             torch._dynamo.config.skip_nnmodule_hook_guards = False
-        if self.teacher is not None and args.torch_compile:
-            self.teacher.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+            if self.teacher is not None:
+                self.teacher.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
 
     # ---- Before training ---------------------------------------------------------------------------------------
+
+    def _prepare_teacher(self, losses: nn.ModuleDict) -> None:
+        """Teacher and losses in the precision of the run, and the teacher's layers that the losses read."""
+        args = self.args
+        settle_layers(losses.values(), self.model, self.teacher.members[0].model)
+        autocast_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        for loss in losses.values():
+            loss.autocast_dtype = autocast_dtype
+        layers = [layer for loss in losses.values() for layer in loss.teacher_layers]
+        self.teacher.prepare(args.device, autocast_dtype, args.channels_last, self._input_spec(), layers)
+        check_ensemble(self.teacher, losses, args)
 
     def _dry_run(self) -> None:
         """One forward of two images: do the classes agree, and which shapes will the losses see?"""

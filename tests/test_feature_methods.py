@@ -200,4 +200,8 @@ def test_an_instance_serves_one_trainer_after_the_other():
         for student in (tiny_vit(), cifar_resnet()):
             args = config(losses={}, max_steps=1)
             data = {"train_dataset": images(16), "losses": {method: loss}}
-            DistillationTrainer(student, Teacher(cifar_resnet()), args, **data).train()
+            trained = DistillationTrainer(student, Teacher(cifar_resnet()), args, **data)
+            trained.train()
+            value = trained.state.log_history[0][f"loss_{method}"]
+            assert value != 0 and torch.tensor(value).isfinite()
+            assert trained.distiller.losses[method] is loss
