@@ -8,11 +8,16 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+from .losses.checks import did_you_mean
 
 
 @dataclass
 class ModelArguments:
     """Which network learns and which one teaches."""
+
+    _argument_group_name = "model"  # in `--help`
 
     student_name_or_path: str = field(
         metadata={"help": "A timm architecture, a folder written by save_pretrained, or a Hub id."},
@@ -62,6 +67,8 @@ class ModelArguments:
 @dataclass
 class DataArguments:
     """Which images, and how they are prepared."""
+
+    _argument_group_name = "data"
 
     dataset_name: str = field(
         metadata={"help": "'digits', a Hub id, a local folder of Parquet files or a local imagefolder."}
@@ -151,6 +158,7 @@ class DistillationConfig(TrainingArguments):
         ValueError: for a setting that hfkd does not support.
     """
 
+    _argument_group_name = "distillation"
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "losses"]
 
     losses: dict[str, Any] | str | None = field(
@@ -187,11 +195,32 @@ class DistillationConfig(TrainingArguments):
     channels_last: bool = field(
         default=True, metadata={"help": "Keep student and teacher in the channels_last memory format."}
     )
+    allow_recipe_change: bool = field(
+        default=False,
+        metadata={"help": "Resume although the recipe has changed since the checkpoint; the difference is printed."},
+    )
     published_top1: float | None = field(
         default=None,
         metadata={"help": "Top-1 in percent that the paper reports for this recipe; copied to results.json."},
     )
 
+    output_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of the run. By default runs/ and the recipe's path below its recipes folder, or its name; "
+            "without a recipe trainer_output."
+        },
+    )
+    report_to: list[str] | str = field(
+        default_factory=lambda: ["none"],
+        metadata={
+            "help": "Trackers that log the run: tensorboard (its files lie in <output_dir>/runs), trackio, wandb, any "
+            "other that transformers knows, 'all' that are installed, or 'none'."
+        },
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "true: go on from the run's last checkpoint; or the folder of one."}
+    )
     max_grad_norm: float = field(default=0.0, metadata={"help": "Clip the gradient norm to this; 0: no clipping."})
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Leave NaN losses out of the log; waits for the device at every step."}
@@ -212,6 +241,7 @@ class DistillationConfig(TrainingArguments):
         elif self.accelerator_config is None:
             self.accelerator_config = {"non_blocking": True}  # else every batch that is sent waits for the device
         super().__post_init__()
+        check_trackers(self.report_to)
         self.losses = self.losses or {}
         if not isinstance(self.losses, dict):
             raise ValueError(
@@ -243,3 +273,22 @@ class DistillationConfig(TrainingArguments):
     def mixes(self) -> bool:
         """Are the images of a batch mixed?"""
         return self.mixup > 0 or self.cutmix > 0
+
+
+def check_trackers(names: list[str]) -> None:
+    """Can every tracker be used here? Trainer asks, too, but only when all networks and images are loaded.
+
+    Raises:
+        ValueError: for one that transformers does not know, or whose package is not installed.
+    """
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            valid = did_you_mean(name, INTEGRATION_TO_CALLBACK)
+            raise ValueError(f"report_to: there is no tracker '{name}'.{valid}; 'all' that are installed, or 'none'.")
+        try:
+            INTEGRATION_TO_CALLBACK[name]()
+        except (ImportError, RuntimeError) as error:
+            package = name.replace("_", "-")
+            raise ValueError(
+                f"report_to: '{name}' cannot be used here; `pip install {package}` may be all it needs ({error})"
+            ) from error

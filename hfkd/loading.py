@@ -23,7 +23,13 @@ from transformers.models.timm_wrapper import TimmWrapperForImageClassification
 
 from .features import InputSpec, timm_model_of
 from .models.checkpoints import load_architecture
+from .sharing import hub_id, public_name
 from .teacher import Teacher, TeacherEnsemble
+
+# Entries of timm's pretrained_cfg that say where it gets weights, perhaps from a path of this machine; a saved model has
+# its own. And entries that speak of an architecture's published weights, which a new student does not have.
+WEIGHT_SOURCES = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source"}
+OF_PUBLISHED_WEIGHTS = ("tag", "license", "origin_url", "test_input_size", "test_pool_size", "test_crop_pct")
 
 
 def load_student(
@@ -49,7 +55,8 @@ def load_student(
         image_size: side of the square input in pixels, for a timm architecture; by default its own.
         patch_size: side of a ViT's patches in pixels, likewise.
         drop_path_rate: stochastic depth, likewise.
-        crop_pct, interpolation: how images are prepared for evaluation, likewise; they travel with the saved model.
+        crop_pct, interpolation: how images are prepared for evaluation, which travels with the saved model; for a model
+            of transformers' own its image processor says so.
 
     Raises:
         ValueError: without classes, for a name that is no architecture, folder or Hub id, for what the architecture
@@ -60,20 +67,24 @@ def load_student(
         if num_classes is None:
             raise ValueError("load_student needs class_names or num_classes: how many classes has the data set?")
         class_names = [str(index) for index in range(num_classes)]
+    preparation = {"crop_pct": crop_pct, "interpolation": interpolation, "crop_mode": "center"}
     if _is_architecture(name_or_path):
-        overlay = {"crop_pct": crop_pct, "interpolation": interpolation}
-        return _new_student(name_or_path, class_names, image_size, patch_size, drop_path_rate, overlay)
+        return _new_student(name_or_path, class_names, image_size, patch_size, drop_path_rate, preparation)
     settings = {"image_size": image_size, "patch_size": patch_size, "drop_path_rate": drop_path_rate}
     for key, value in settings.items():
         if value is not None:
             raise ValueError(
                 f"{key}={value} goes with a timm architecture; {name_or_path} comes with its own. Leave it out."
             )
-    return load_pretrained(name_or_path, class_names)
+    student = load_pretrained(name_or_path, class_names)
+    if isinstance(student, TimmWrapperForImageClassification):
+        student.config.pretrained_cfg |= preparation
+    return student
 
 
-def _new_student(architecture, class_names, image_size, patch_size, drop_path_rate, overlay):
+def _new_student(architecture, class_names, image_size, patch_size, drop_path_rate, preparation):
     """A wrapped timm architecture with random weights."""
+    overlay = dict.fromkeys(OF_PUBLISHED_WEIGHTS) | preparation
     if image_size is not None:
         overlay["input_size"] = (3, image_size, image_size)
     shape = {} if patch_size is None else {"patch_size": patch_size}
@@ -135,23 +146,25 @@ def load_teacher(
     Raises:
         ValueError: for an unknown name, weights that do not fit, or an architecture without any weights.
     """
+    origin = None
     if not _is_architecture(name_or_path):
         if checkpoint is not None:
             raise ValueError(
                 f"teacher_checkpoint={checkpoint} goes with a timm architecture, but teacher_name_or_path="
                 f"{name_or_path} holds its own weights. Name an architecture such as cifar_resnet56, or drop it."
             )
-        model = load_pretrained(name_or_path)
+        model, origin = load_pretrained(name_or_path), hub_id(name_or_path)
     elif checkpoint is not None:
         model = load_architecture(name_or_path, checkpoint)
     elif timm.get_pretrained_cfg(name_or_path).has_weights:
         model = timm.create_model(name_or_path, pretrained=True)
+        origin = model.pretrained_cfg.get("hf_hub_id")
     else:
         raise ValueError(
             f"The architecture {name_or_path} has no pretrained weights to teach with. Give teacher_checkpoint, or "
-            "train it with scripts/train_teacher.py and give the folder that it writes."
+            "train it with `hfkd train-teacher` and give the folder that it writes."
         )
-    return Teacher(model, name_or_path, input_spec(model), class_indices)
+    return Teacher(model, public_name(name_or_path, model), input_spec(model), class_indices, origin)
 
 
 def load_pretrained(name_or_path: str, class_names: list[str] | None = None) -> PreTrainedModel:
@@ -179,7 +192,8 @@ def as_teacher(
     """What the trainer's caller gave as the teacher, as one: models are frozen, several are an ensemble."""
     if isinstance(given, nn.Module):
         # What a timm or transformers model was trained with stands in its configuration.
-        return Teacher(given, input_spec=known_input_spec(given))
+        origin = hub_id(given.name_or_path) if isinstance(given, PreTrainedModel) else None
+        return Teacher(given, input_spec=known_input_spec(given), hub_id=origin)
     if isinstance(given, Sequence):
         members = [as_teacher(member, standardized) for member in given]
         return members[0] if len(members) == 1 else TeacherEnsemble(members, standardized)
@@ -190,16 +204,13 @@ def _is_architecture(name_or_path: str) -> bool:
     """True for a timm architecture, False for a folder or a Hub id, an error for neither."""
     if timm.is_model(name_or_path):
         return True
-    if os.path.isdir(name_or_path):
-        return False
-    looks_like_hub_id = name_or_path.count("/") == 1 and not name_or_path.startswith((".", "/", "runs/"))
-    if looks_like_hub_id:
+    if os.path.isdir(name_or_path) or hub_id(name_or_path):
         return False
     nearest = difflib.get_close_matches(name_or_path, timm.list_models(), n=3)
     raise ValueError(
         f"'{name_or_path}' is no timm architecture, no existing folder and no Hub id."
         + (f" Near are {', '.join(nearest)}." if nearest else "")
-        + (" Train it first with scripts/train_teacher.py." if name_or_path.startswith("runs/") else "")
+        + (" Train it first with `hfkd train-teacher`." if name_or_path.startswith("runs/") else "")
     )
 
 
@@ -217,7 +228,11 @@ def wrap_timm(
     Raises:
         ValueError: if architecture, classes and `model_args` give a model of other shapes.
     """
-    pretrained_cfg = {key: value for key, value in model.pretrained_cfg.items() if value not in (None, "", ())}
+    pretrained_cfg = {
+        key: value
+        for key, value in model.pretrained_cfg.items()
+        if key not in WEIGHT_SOURCES and value not in (None, "", ())
+    }
     config = TimmWrapperConfig(
         architecture=pretrained_cfg["architecture"],
         model_args=model_args or {},

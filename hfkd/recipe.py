@@ -5,19 +5,28 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
+import inspect
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
 from .arguments import DataArguments, DistillationConfig, ModelArguments
+from .losses import LOSSES
 
 ARGUMENT_CLASSES = (ModelArguments, DataArguments, DistillationConfig)
-NOT_RECORDED = {"hub_token", "push_to_hub_token", "resume_from_checkpoint"}  # secrets, and what is no setting
+# Secrets, and what is no setting.
+NOT_RECORDED = {"hub_token", "push_to_hub_token", "resume_from_checkpoint", "allow_recipe_change"}
 KEYS = [field.name for cls in ARGUMENT_CLASSES for field in dataclasses.fields(cls) if field.init]
+
+RECIPE_HELP = (
+    "A recipe is a YAML file of the keys below, laid over the one that it `extends`.\n"
+    "What is set behind it on the command line wins."
+)
 
 
 def unknown_key_error(key: str, valid: list[str], where: str) -> ValueError:
@@ -50,7 +59,9 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise FileNotFoundError(f"There is no recipe at {path}.")
+        nearest = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*.yaml")], n=1)
+        hint = f" Did you mean {path.parent / nearest[0]}?" if nearest else ""
+        raise FileNotFoundError(f"There is no recipe at {path}.{hint}")
     try:
         recipe = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
@@ -63,11 +74,45 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return recipe
 
 
-class ArgumentParser(HfArgumentParser):
-    """Fills argument classes from the command line; raises ValueError where argparse would print and exit."""
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Every key with its default; the lines before and after the keys as they are."""
 
-    def __init__(self, argument_classes, usage: str):
-        super().__init__(argument_classes, allow_abbrev=False, usage=usage)
+
+class ArgumentParser(HfArgumentParser):
+    """Fills argument classes from the command line; raises ValueError where argparse would print and exit.
+
+    `--help` explains each key once, those of transformers' TrainingArguments behind our own.
+    """
+
+    def __init__(self, argument_classes, usage: str, description: str | None = None, epilog: str | None = None):
+        super().__init__(
+            argument_classes,
+            allow_abbrev=False,
+            usage=usage,
+            description=description,
+            epilog=epilog,
+            formatter_class=HelpFormatter,
+        )
+        for option in self._actions[1:]:  # the first is --help
+            del option.option_strings[1:]  # `--batch-size` is understood, too
+            if isinstance(option, argparse._StoreFalseAction):  # `--no_random_flip`: the same as `--random_flip false`
+                option.help = argparse.SUPPRESS
+            if option.choices is None:
+                option.metavar = "VALUE"
+            if option.required:
+                option.help, option.default = f"{option.help} (required)", argparse.SUPPRESS
+
+    def _add_dataclass_arguments(self, argument_class: type):
+        inherits = issubclass(argument_class, TrainingArguments)
+        self._inherited = {field.name for field in dataclasses.fields(TrainingArguments)} if inherits else set()
+        super()._add_dataclass_arguments(argument_class)
+
+    def _parse_dataclass_field(self, group, field: dataclasses.Field):
+        super()._parse_dataclass_field(self._training_group if field.name in self._inherited else group, field)
+
+    @functools.cached_property
+    def _training_group(self):
+        return self.add_argument_group("training (transformers' TrainingArguments)")
 
     def error(self, message: str):
         raise ValueError(message)
@@ -87,11 +132,13 @@ class ArgumentParser(HfArgumentParser):
         )
         if unknown:
             keys = [field.name for cls in self.dataclass_types for field in dataclasses.fields(cls) if field.init]
-            raise unknown_key_error(unknown[0].lstrip("-"), keys, "the command line")
+            raise unknown_key_error(unknown[0].lstrip("-").partition("=")[0], keys, "the command line")
         return parsed
 
 
-def parse_recipe(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, DistillationConfig, dict]:
+def parse_recipe(
+    argv: list[str] | None = None, command: str = "hfkd distill"
+) -> tuple[ModelArguments, DataArguments, DistillationConfig, dict]:
     """Parses `recipe.yaml [--key value ...]`; the command line wins over the recipe, the recipe over the defaults.
 
     A loss parameter is set by its path (`--losses.dkd.beta 2`). Without `output_dir` a run goes to `runs/` under the
@@ -101,21 +148,32 @@ def parse_recipe(argv: list[str] | None = None) -> tuple[ModelArguments, DataArg
         The three argument objects and the resolved recipe: one flat mapping of every key that was set.
 
     Raises:
-        ValueError: for an unknown key or a value of the wrong type, naming both.
+        FileNotFoundError: if there is no such recipe.
+        ValueError: without a recipe; for an unknown key or a value of the wrong type, naming both.
     """
     argv = sys.argv[1:] if argv is None else argv
-    parser = ArgumentParser(ARGUMENT_CLASSES, usage="%(prog)s recipe.yaml [--key value ...]")
-    if not argv or argv[0] in ("-h", "--help"):
+    usage = f"{command} recipe.yaml [--key value ...]"
+    parser = ArgumentParser(ARGUMENT_CLASSES, usage, RECIPE_HELP, methods_help())
+    if not {"-h", "--help"}.isdisjoint(argv):
         parser.parse_args(["--help"])
-    path, overrides = argv[0], argv[1:]
-    if path.startswith("-"):
-        raise ValueError(f"The first argument must be a recipe, got '{path}'. Usage: {parser.usage}")
+    path, overrides = argv[0] if argv else "", argv[1:]
+    if not path or path.startswith("-"):
+        raise ValueError(f"The first argument must be a recipe, got '{path}': {usage}. `--help` explains every key.")
     recipe = load_recipe(path)
     losses, overrides = _split_loss_overrides(recipe.get("losses") or {}, overrides)
     recipe["losses"] = losses
     recipe.setdefault("output_dir", default_output_dir(path))
     argv = to_argv(recipe, parser) + overrides
     return *parser.parse(argv), _resolve(parser, argv)
+
+
+def methods_help() -> str:
+    """Every method with its parameters and their defaults, one a line."""
+    lines = ["methods, whose parameters are set by --losses.METHOD.PARAMETER VALUE:"]
+    for name, loss in LOSSES.items():
+        parameters = inspect.signature(loss).parameters.values()
+        lines.append(f"  {name}: {', '.join(str(p.replace(annotation=p.empty)) for p in parameters)}")
+    return "\n".join(lines)
 
 
 def _resolve(parser: ArgumentParser, argv: list[str]) -> dict[str, Any]:

@@ -14,55 +14,82 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+RESULTS_NAME = "results.json"
 LIBRARIES = ("torch", "torchvision", "transformers", "accelerate", "datasets", "timm", "evaluate", "numpy")
 
 
 class ResultsWriter(TrainerCallback):
     """Adds one row an evaluation to `<output_dir>/results.json`; on a resumed run, to the rows before the checkpoint.
 
-    Args:
-        facts: what is known before training (teacher, student, recipe, published value); stands first in the file.
+    Only evaluations that give a top-1 count: a user's own metrics are none of its rows.
+
+    Attributes:
+        facts: what is known of a run before training: networks, losses, data set, published value, versions.
+        rows: what was measured, an evaluation each.
     """
 
-    def __init__(self, facts: dict[str, Any]):
-        self.facts = facts
+    def __init__(self):
+        self.facts: dict[str, Any] = {}
         self.rows: list[dict[str, Any]] = []
         self._started = time.perf_counter()
 
     def on_train_begin(self, args, state, control, **kwargs):
-        path = Path(args.output_dir, "results.json")
+        path = Path(args.output_dir, RESULTS_NAME)
         if state.global_step > 0 and path.is_file():
             rows = json.loads(path.read_text())["epochs"]
             self.rows = [row for row in rows if row["step"] <= state.global_step]
         self._started = time.perf_counter()
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
+        if "eval_top1" not in metrics:
+            return
         now = time.perf_counter()
-        row = {"epoch": round(state.epoch, 4), "step": state.global_step, "seconds": round(now - self._started, 2)}
+        epoch = round(state.epoch or 0.0, 4)
+        row = {"epoch": epoch, "step": state.global_step, "seconds": round(now - self._started, 2)}
         self._started = now
         training = next((entry for entry in reversed(state.log_history) if "loss" in entry), {})
         row |= {key: value for key, value in training.items() if key not in ("epoch", "step")}
         names = ("loss", "top1", "top5", "agreement", "teacher_top1")
         row |= {f"eval_{name}": metrics[f"eval_{name}"] for name in names if f"eval_{name}" in metrics}
-        self.rows.append(row)
+        self.rows = [other for other in self.rows if other["step"] != row["step"]] + [row]
         if args.should_save:
-            self.write(Path(args.output_dir, "results.json"))
+            self.write(Path(args.output_dir, RESULTS_NAME))
+
+    def text(self) -> str:
+        """The best and the last top-1 in a sentence."""
+        best, last = max(self.rows, key=lambda row: row["eval_top1"]), self.rows[-1]
+        return f"Top-1 {best['eval_top1']:.2f} (epoch {best['epoch']:g}), last {last['eval_top1']:.2f}."
 
     def write(self, path: Path) -> None:
-        """Writes the file whole or not at all."""
-        summary = self.facts | {
-            "best": _summary(max(self.rows, key=lambda row: row["eval_top1"])),
-            "last": _summary(self.rows[-1]),
-            "seconds": round(sum(row["seconds"] for row in self.rows), 1),
-            "images_per_second": _mean([row["images_per_second"] for row in self.rows if "images_per_second" in row]),
-        }
+        """Writes the file whole or not at all.
+
+        Raises:
+            OSError: if it cannot be written; what was there before is as it was.
+        """
+        summary = dict(self.facts)
+        if self.rows:
+            summary |= {
+                "best": _summary(max(self.rows, key=lambda row: row["eval_top1"])),
+                "last": _summary(self.rows[-1]),
+                "seconds": round(sum(row["seconds"] for row in self.rows), 1),
+                "images_per_second": _mean(
+                    [row["images_per_second"] for row in self.rows if "images_per_second" in row]
+                ),
+            }
         lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in summary.items()]
         rows = ",\n".join(f"    {json.dumps(row)}" for row in self.rows)
-        text = "{\n" + ",\n".join(lines) + ',\n  "epochs": [\n' + rows + "\n  ]\n}\n"
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".json.partial")
+        write_whole(path, "{\n" + ",\n".join(lines) + ',\n  "epochs": [\n' + rows + "\n  ]\n}\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file so that it is never seen half-written: under another name, then renamed."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
         partial.write_text(text)
         os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _summary(row: dict[str, Any]) -> dict[str, Any]:

@@ -12,10 +12,10 @@ from typing import Any
 import yaml
 from transformers import AutoImageProcessor, set_seed
 from transformers.models.timm_wrapper import TimmWrapperForImageClassification
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from .arguments import DataArguments, DistillationConfig, ModelArguments
+from .checkpointing import checkpoints, last_checkpoint
 from .classes import class_names_of
 from .data import (
     CenterCrop,
@@ -34,17 +34,23 @@ from .data import (
 from .features import InputSpec
 from .loading import input_spec, load_pretrained, load_student, load_teacher
 from .recipe import ArgumentParser, load_recipe, parse_recipe, to_argv
-from .results import ResultsWriter, environment
+from .results import RESULTS_NAME, write_whole
+from .saving import RECIPE_NAME
+from .sharing import PRIVATE_KEYS, hub_id
 from .teacher import Teacher
 from .trainer import DistillationTrainer
 
-RECIPE_NAME = "recipe.yaml"
-WITHOUT_EFFECT = {"disable_tqdm", "report_to", "dataloader_num_workers", "per_device_eval_batch_size"}  # on a result
+logger = logging.get_logger(__name__)
+
+# On what is trained.
+WITHOUT_EFFECT = PRIVATE_KEYS | {"disable_tqdm", "report_to", "dataloader_num_workers", "per_device_eval_batch_size"}
 
 
 @dataclass
 class EvaluationArguments:
     """How to evaluate."""
+
+    _argument_group_name = "evaluation"  # in `--help`
 
     batch_size: int = field(default=500, metadata={"help": "Images a forward."})
     num_workers: int = field(
@@ -64,9 +70,9 @@ def train_teacher(argv: list[str] | None = None) -> DistillationTrainer:
     Raises:
         ValueError: if the recipe names a teacher or losses.
     """
-    model_args, data_args, config, recipe = parse_recipe(argv)
+    model_args, data_args, config, recipe = parse_recipe(argv, command="hfkd train-teacher")
     if model_args.teacher_name_or_path or config.losses:
-        raise ValueError("train_teacher trains from the labels alone: use distill for a recipe with a teacher.")
+        raise ValueError("train-teacher trains from the labels alone: use distill for a recipe with a teacher.")
     return train(model_args, data_args, config, recipe, role="teacher")
 
 
@@ -79,28 +85,23 @@ def train(
 ) -> DistillationTrainer:
     """Builds everything, trains, and leaves in `output_dir` the trained model (in a folder named by its role), the
     resolved recipe, `results.json`, the trainer's state and the best and last checkpoint."""
-    claim_output_dir(config, recipe)
+    checkpoint = claim_output_dir(config, recipe)
     logging.disable_progress_bar()  # of loading and saving weights: they break the training's own bar
     trainer = build_trainer(model_args, data_args, config)
-    facts = {
-        "role": role,
-        "student": model_args.student_name_or_path,
-        "teacher": trainer.teacher.name if trainer.teacher else None,
-        "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
-        "teacher_parameters": trainer.teacher.parameter_count() if trainer.teacher else None,
-        "published_top1": config.published_top1,
-        "exported": "best" if config.load_best_model_at_end else "last",
-        "devices": f"{config.world_size} x {config.device.type}",
-    }
-    results = ResultsWriter(facts | environment())
-    trainer.add_callback(results)
+    trainer.export_name, trainer.recipe = role, recipe
+    trainer.results.facts["role"] = role
     if trainer.is_world_process_zero():
-        Path(config.output_dir, RECIPE_NAME).write_text(yaml.safe_dump(recipe, sort_keys=False))
-    trainer.train(resume_from_checkpoint=_resume_point(config))
-    if not results.rows:  # eval_strategy: no
+        write_whole(Path(config.output_dir, RECIPE_NAME), yaml.safe_dump(recipe, sort_keys=False))
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if not trainer.results.rows:  # eval_strategy: no
         trainer.evaluate()
     trainer.save_state()
-    trainer.save_model(str(Path(config.output_dir, role)))
+    if config.push_to_hub:
+        trainer.push_to_hub()
+    else:
+        trainer.export()
+    if trainer.is_world_process_zero():
+        print(trainer.results.text(), f"In {trainer.export_folder}: the {trainer.results.facts['exported']}.")
     return trainer
 
 
@@ -129,9 +130,17 @@ def build_trainer(
     train_set, eval_set = training_set(splits[0], spec, data_args, seed), evaluation_set(splits[1], spec, data_args)
     wrapped = isinstance(student, TimmWrapperForImageClassification)  # timm's config.json says how to prepare images
     processor = None if wrapped else AutoImageProcessor.from_pretrained(student.name_or_path)
-    return DistillationTrainer(
+    trainer = DistillationTrainer(
         student, teachers or None, config, train_dataset=train_set, eval_dataset=eval_set, processing_class=processor
     )
+    trainer.results.facts["dataset"] = {
+        "name": Path(splits[1].source).name,
+        "hub_id": hub_id(splits[1].source),
+        "eval_split": splits[1].split,
+        "classes": train_set.num_classes,
+        "train_images": train_set.num_rows,
+    }
+    return trainer
 
 
 def load_teachers(model_args: ModelArguments) -> list[Teacher]:
@@ -216,9 +225,12 @@ def evaluate(argv: list[str] | None = None) -> dict[str, float]:
         ValueError: without a data set, or for a key that is unknown.
     """
     argv = sys.argv[1:] if argv is None else argv
-    parser = ArgumentParser((DataArguments, EvaluationArguments), usage="%(prog)s MODEL [--key value ...]")
-    if not argv or argv[0] in ("-h", "--help"):
+    usage = "hfkd evaluate MODEL [--key value ...]"
+    parser = ArgumentParser((DataArguments, EvaluationArguments), usage=usage)
+    if argv[:1] in (["-h"], ["--help"]):
         parser.parse_args(["--help"])
+    if not argv or argv[0].startswith("-"):
+        raise ValueError(f"The first argument must be the model's folder or Hub id, got '{' '.join(argv[:1])}': {usage}.")
     name, overrides = argv[0], argv[1:]
     recipe_path = Path(name).parent / RECIPE_NAME
     keys = [field.name for field in dataclasses.fields(DataArguments)]
@@ -243,39 +255,51 @@ def evaluate(argv: list[str] | None = None) -> dict[str, float]:
     return metrics
 
 
-def claim_output_dir(config: DistillationConfig, recipe: dict[str, Any]) -> None:
-    """Refuses an output folder that holds another recipe's run, or this one's unless it is to be resumed.
+def claim_output_dir(config: DistillationConfig, recipe: dict[str, Any]) -> str | None:
+    """Makes sure that the output folder is this run's, and finds the checkpoint to go on from.
+
+    Returns:
+        The last whole checkpoint for `resume_from_checkpoint: true`, the folder that it names, or None to start: also
+        where a run ended before its first checkpoint.
 
     Raises:
-        ValueError: naming the folder, the first keys that differ, and the way out.
+        ValueError: if the folder, or the checkpoint's, holds the run of another recipe and `allow_recipe_change` is not
+            set, or if it holds this one's and that is not to be resumed. It names what differs, and the way out.
     """
-    output_dir = Path(config.output_dir)
-    if not (output_dir / RECIPE_NAME).is_file():
-        return
-    found = yaml.safe_load((output_dir / RECIPE_NAME).read_text())
-    # The workers of a stream share out its rows.
-    without_effect = WITHOUT_EFFECT - ({"dataloader_num_workers"} if recipe.get("streaming") else set())
-    different = [
-        f"{key}: {found.get(key)!r} there, {recipe.get(key)!r} here"
-        for key in sorted({*found, *recipe} - without_effect)
-        if found.get(key) != recipe.get(key)
-    ]
-    if different:
-        raise ValueError(
-            f"{output_dir} holds the run of another recipe ({'; '.join(different[:5])}). "
-            "Give another --output_dir, or remove the folder."
-        )
-    done = get_last_checkpoint(str(output_dir)) or (output_dir / "results.json").is_file()
-    if done and not _resume_point(config):
+    output_dir, resume = Path(config.output_dir), str(config.resume_from_checkpoint).lower()
+    checkpoint = None
+    if resume == "true":
+        checkpoint = last_checkpoint(output_dir)
+    elif resume not in ("false", "none"):
+        checkpoint = config.resume_from_checkpoint
+    for folder in dict.fromkeys([output_dir, Path(checkpoint).parent] if checkpoint else [output_dir]):
+        different = _differences(folder / RECIPE_NAME, recipe)
+        if not different:
+            continue
+        text = f"{folder} holds the run of another recipe:\n  " + "\n  ".join(different)
+        if not checkpoint:
+            raise ValueError(f"{text}\nGive another --output_dir, or remove the folder.")
+        if not config.allow_recipe_change:
+            raise ValueError(f"{text}\nGo on with the recipe given here by --allow_recipe_change true.")
+        logger.warning(f"{text}\nTraining goes on from {checkpoint} with the recipe given here.")
+    done = checkpoints(output_dir) or (output_dir / RESULTS_NAME).is_file()
+    if done and resume in ("false", "none") and (output_dir / RECIPE_NAME).is_file():
         raise ValueError(
             f"{output_dir} holds a run of this recipe. Continue it with --resume_from_checkpoint true, give another "
             "--output_dir, or remove the folder."
         )
+    return checkpoint
 
 
-def _resume_point(config: DistillationConfig) -> str | None:
-    """The checkpoint to go on from: the last for `resume_from_checkpoint: true`, else the folder that it names."""
-    given = config.resume_from_checkpoint
-    if str(given).lower() == "true":  # a run that ended before its first checkpoint starts again
-        return get_last_checkpoint(config.output_dir) if Path(config.output_dir).is_dir() else None
-    return None if str(given).lower() == "false" else given
+def _differences(path: Path, recipe: dict[str, Any]) -> list[str]:
+    """The keys on which the recipe of an earlier run, if there is one, has another value, with both values."""
+    if not path.is_file():
+        return []
+    there = yaml.safe_load(path.read_text())
+    # The workers of a stream share out its rows.
+    without_effect = WITHOUT_EFFECT - ({"dataloader_num_workers"} if recipe.get("streaming") else set())
+    return [
+        f"{key}: {there.get(key)!r} there, {recipe.get(key)!r} here"
+        for key in sorted({*there, *recipe} - without_effect)
+        if there.get(key) != recipe.get(key)
+    ]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .classes import check_class_indices, match_classes
 from .features import EMBEDDING, InputSpec, Layer, Outputs, Taps, find_classifier, forward_views, remove_taps
 from .losses.standardize import at_least_float32, standardize
+from .sharing import architecture_of
 
 VIEWS = ("pixel_values", "pixel_values_strong")
 
@@ -32,10 +33,11 @@ class Teacher:
 
     Args:
         model: a transformers image classifier, a timm model or a module that returns logits (B, C).
-        name: what to call it in results; by default the class of the model.
+        name: what to call it in results; by default its architecture.
         input_spec: size and normalisation that it was trained with: the student's images are converted to them.
             None: it takes what the student takes.
         class_indices: for each of the student's classes, this teacher's class. None: they are matched by name.
+        hub_id: the repository on the Hub that its weights come from, if any.
     """
 
     def __init__(
@@ -44,8 +46,10 @@ class Teacher:
         name: str | None = None,
         input_spec: InputSpec | None = None,
         class_indices: Sequence[int] | None = None,
+        hub_id: str | None = None,
     ):
-        self.name = name or type(model).__name__
+        self.name = name or architecture_of(model)
+        self.hub_id = hub_id
         self.model = model.requires_grad_(False).eval()
         for module in self.model.modules():
             module.train = functools.partial(_refuse_train_mode, module)

@@ -2,45 +2,45 @@
 
 from __future__ import annotations
 
-import os
+import json
 import time
 from collections.abc import Mapping, Sequence, Sized
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
-from transformers import PreTrainedModel
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers import PreTrainedModel, ProgressCallback
 from transformers.utils import logging
 
 from .arguments import DistillationConfig
-from .callbacks import UpdateAverage
+from .callbacks import ProgressLines, UpdateAverage
 from .checks import check_ensemble, check_last_batch, check_roles
 from .classes import class_names_of
 from .data import ImageSource, StreamingImageDataset, collate_batch
 from .distiller import Distiller
 from .features import logits_of, remove_taps, settle_layers
-from .image_trainer import ImageTrainer, image_source, training_labels
-from .loading import as_teacher, exported_state_dict, load_exported, wrap_timm
+from .image_trainer import image_source, training_labels
+from .loading import as_teacher, wrap_timm
 from .losses import DistillationLoss, build_losses
 from .losses.standardize import at_least_float32
 from .metrics import compute_metrics
+from .preemption import StopOnSigterm
+from .results import ResultsWriter, environment
 from .reuse import with_teacher_classifier
+from .saving import UNLOGGED_NAME, SavingTrainer
+from .sharing import hub_id, public_name
 from .teacher import Teacher, TeacherEnsemble
 
 logger = logging.get_logger(__name__)
 
-LOSSES_NAME = "losses.safetensors"
-TRAINING_WEIGHTS_NAME = "training_weights.safetensors"  # beside model.safetensors, which then holds the average
 
-
-class DistillationTrainer(ImageTrainer):
+class DistillationTrainer(SavingTrainer):
     """Trains a student on the labels and on what a teacher says of the same images.
 
     `model` stays the student, so that saving, loading the best checkpoint, pushing and callbacks see a plain
@@ -105,6 +105,8 @@ class DistillationTrainer(ImageTrainer):
         kwargs.setdefault("compute_metrics", compute_metrics)
         super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
 
+        if self.pop_callback(ProgressCallback):
+            self.add_callback(ProgressLines)
         if isinstance(self.model, PreTrainedModel):
             # Else transformers saves some of its own models under former parameter names, which `from_pretrained`
             # converts and Trainer, on resuming or loading the best, does not: it leaves the weights as they are.
@@ -118,6 +120,11 @@ class DistillationTrainer(ImageTrainer):
         if self.teacher is not None:
             self._prepare_teacher(losses)
         self.distiller = Distiller(self.model, losses, args.ce_weight)
+        self.results = ResultsWriter()
+        self.results.facts = self._facts(losses)
+        self.add_callback(self.results)
+        self.stop_on_sigterm = StopOnSigterm()
+        self.add_callback(self.stop_on_sigterm)
         self._term_names: list[str] = []
         self._term_sums: Tensor | None = None
         self._term_count = self._images_seen = 0
@@ -138,6 +145,28 @@ class DistillationTrainer(ImageTrainer):
                 self.teacher.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
 
     # ---- Before training ---------------------------------------------------------------------------------------
+
+    def _facts(self, losses: nn.ModuleDict) -> dict[str, Any]:
+        """What `results.json` says of the run beside what was measured; `run.train` adds what only a recipe knows."""
+        args, teacher = self.args, self.teacher
+        name_or_path = getattr(self.model, "name_or_path", "")  # of a transformers model
+        origins = [hub_id(name_or_path), *(member.hub_id for member in (teacher.members if teacher else []))]
+        return {
+            "role": self.export_name,
+            "student": public_name(name_or_path, self.model),
+            "teacher": teacher.name if teacher else None,
+            "base_models": [origin for origin in dict.fromkeys(origins) if origin],
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "teacher_parameters": teacher.parameter_count() if teacher else None,
+            "losses": {name: loss.settings() for name, loss in losses.items()},
+            "logit_standardization": args.logit_standardization,
+            "ce_weight": args.ce_weight,
+            "dataset": None,
+            "published_top1": args.published_top1,
+            "exported": "best" if args.load_best_model_at_end else "last",
+            "devices": f"{args.world_size} x {args.device.type}",
+            **environment(),
+        }
 
     def _prepare_teacher(self, losses: nn.ModuleDict) -> None:
         """Teacher and losses in the precision of the run, and the teacher's layers that the losses read."""
@@ -242,6 +271,28 @@ class DistillationTrainer(ImageTrainer):
         self._term_sums, self._term_count, self._images_seen, self._clock = None, 0, 0, now
         return logs
 
+    def _unlogged(self) -> dict[str, Any]:
+        """What was added up since the last log, a mean over the processes: checkpoints hold it, so that the next log
+        of a resumed run is that of the undisturbed one."""
+        if not self._term_count:
+            return {}
+        loss, *sums = self.accelerator.reduce(torch.stack([self._tr_loss, *self._term_sums]), reduction="mean").tolist()
+        terms = dict(zip(self._term_names, sums, strict=True))
+        return {"since": self._globalstep_last_logged, "count": self._term_count, "loss": loss, "terms": terms}
+
+    def _restore_unlogged(self, unlogged: dict[str, Any]) -> None:
+        if unlogged:
+            self._globalstep_last_logged, self._term_count = unlogged["since"], unlogged["count"]
+            self._tr_loss.fill_(unlogged["loss"])
+            self._term_names = list(unlogged["terms"])
+            self._term_sums = torch.tensor(list(unlogged["terms"].values()), device=self.args.device)
+
+    def _run_epoch(self, **kwargs):
+        checkpoint = kwargs["resume_from_checkpoint"]
+        if checkpoint is not None and kwargs["epoch"] == kwargs["epochs_trained"]:
+            self._restore_unlogged(json.loads(Path(checkpoint, UNLOGGED_NAME).read_text()))
+        return super()._run_epoch(**kwargs)
+
     # ---- Evaluation ----------------------------------------------------------------------------------------------
 
     def evaluation_loop(
@@ -313,54 +364,3 @@ class DistillationTrainer(ImageTrainer):
         if memory is not None:
             memory[index] = choice
         return choice
-
-    # ---- Checkpoints ---------------------------------------------------------------------------------------------
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        exported = self.model if self.average is None else self.average.module
-        super()._save(output_dir, exported_state_dict(exported) if state_dict is None else state_dict)
-        if self.args.should_save:  # Trainer's pickle of the arguments holds the Hub token
-            os.remove(os.path.join(output_dir or self.args.output_dir, TRAINING_ARGS_NAME))
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if not self.args.should_save:
-            return
-        state = self.distiller.losses.state_dict()
-        if state:
-            safetensors.torch.save_file(state, os.path.join(output_dir, LOSSES_NAME))
-        if self.average is not None:
-            state = exported_state_dict(self.distiller.student)
-            safetensors.torch.save_file(state, os.path.join(output_dir, TRAINING_WEIGHTS_NAME))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        if self.distiller.losses.state_dict():
-            self.distiller.losses.load_state_dict(safetensors.torch.load_file(os.path.join(checkpoint, LOSSES_NAME)))
-        if self.average is not None:  # Trainer has just loaded it into the student
-            student = self.distiller.student
-            self.average.module.load_state_dict(student.state_dict())
-            weights = safetensors.torch.load_file(os.path.join(checkpoint, TRAINING_WEIGHTS_NAME))
-            load_exported(student, weights)
-
-    def _issue_warnings_after_load(self, load_result) -> None:
-        # Trainer warns, and goes on with a network that is only partly the checkpoint's.
-        unknown = load_result.unexpected_keys
-        if unknown:
-            raise ValueError(
-                f"The checkpoint is not this student's, which has no parameter {unknown[0]!r}, nor {len(unknown) - 1} "
-                "others of it: resume with the student that it was written for."
-            )
-        super()._issue_warnings_after_load(load_result)
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        if self.average is not None:
-            self.average.module.load_state_dict(self.model.state_dict())
-
-    def _finalize_training(self, *args):
-        if self.average is not None:  # what was trained becomes what was evaluated
-            self.model.load_state_dict(self.average.module.state_dict())
-        return super()._finalize_training(*args)

@@ -4,7 +4,7 @@ import sys
 
 sys.path.pop(0)  # this folder: its evaluate.py would hide the library of that name
 
-from hfkd.run import distill  # noqa: E402
+from hfkd.cli import main  # noqa: E402
 
 if __name__ == "__main__":
-    distill()
+    main(["distill", *sys.argv[1:]])

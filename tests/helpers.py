@@ -81,3 +81,28 @@ def config(output_dir="run", **changes):
 def train_logs(trainer):
     """The log entries of training steps."""
     return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+# What results.json says of a run before anything is measured.
+RESULTS = {
+    "role": "student",
+    "student": "cifar_resnet20",
+    "teacher": "cifar_resnet56",
+    "base_models": [],
+    "parameters": 278_324,
+    "teacher_parameters": 861_620,
+    "losses": {"kd": {"temperature": 2.0, "weight": 9.0}},
+    "logit_standardization": True,
+    "ce_weight": 0.1,
+    "dataset": {
+        "name": "cifar100",
+        "hub_id": "uoft-cs/cifar100",
+        "eval_split": "test",
+        "classes": 100,
+        "train_images": 50_000,
+    },
+    "published_top1": 71.43,
+    "exported": "best",
+    "devices": "2 x cuda",
+    "versions": {"python": "3.12.1", "hfkd": "0.1.0"},
+    "git_commit": "0123abc",
+}

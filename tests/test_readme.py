@@ -1,10 +1,11 @@
-"""The README's commands and its program do what it says, on a small data set with CIFAR-100's columns."""
+"""The README's commands and its programs do what it says, on a small data set with CIFAR-100's columns."""
 
 import json
 import os
 import re
 import runpy
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,10 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image
 from helpers import ROOT
+from hub_stand_in import writable_hub
 from PIL import Image as PILImage
+
+from hfkd.cli import main
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
@@ -22,8 +26,14 @@ COMMANDS = [
     for language, block in BLOCKS
     if language == "bash"
     for line in block.replace("\\\n", " ").splitlines()
-    if re.match(r"accelerate |python ", line)
+    if re.match(r"accelerate |python |hfkd |torchrun ", line)
 ]
+RECIPES = {  # in the README: the two files of one's own data
+    name: block
+    for language, block in BLOCKS
+    if language == "yaml"
+    for name in re.findall(r"^# (\w+\.yaml)$", block, re.MULTILINE)
+}
 SMALL = "--num_train_epochs 1 --per_device_train_batch_size 50 --bf16 false --disable_tqdm true".split()
 TEACHER = "--teacher_name_or_path runs/cifar100/teachers/resnet56/teacher".split()
 # What stands in for a teacher that is not trained here or for the Hub, and for sizes that take minutes.
@@ -37,22 +47,51 @@ IN_PLACE_OF = {
         *"--image_size 64 --dataloader_num_workers 1 --eval_split test --label_column label".split(),
     ],
 }
+# One recipe's second run needs another folder.
+OUTPUT_OF = {"--streaming": "runs/streamed", "--push_to_hub": "runs/pushed", "--nnodes": "runs/two_nodes"}
+EVALUATES = ("evaluate", "push", "--help")  # commands that train nothing
+
+
+def start(command, folder):
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "ACCELERATE_USE_CPU": "true"}
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def run(command, folder):
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    return done.stdout
+    process = start(command, folder)
+    output = process.communicate()[0]
+    assert process.returncode == 0, output[-4000:]
+    return output
+
+
+def run_on_two_nodes(words, folder):
+    """Two machines are two launchers here, each of one process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    words = [address if word.startswith("HOST:") else word for word in words]
+    words[words.index("--nproc_per_node") + 1] = "1"
+    nodes = [start(words, folder) for _ in range(2)]
+    outputs = [node.communicate()[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], "\n".join(outputs)[-4000:]
 
 
 def run_here(words, monkeypatch):
-    """A script in this process: starting one takes far longer than what these have to do."""
+    """A command in this process: starting one takes far longer than what these have to do."""
+    if words[0] == "hfkd":
+        try:
+            main(words[1:])
+        except SystemExit as end:  # of --help
+            assert not end.code
+        return
     script = next(index for index, word in enumerate(words) if word.startswith("scripts/"))
-    monkeypatch.setattr(sys, "argv", words[script:])
-    monkeypatch.setattr(sys, "path", [str(ROOT / "scripts"), *sys.path])  # the first of which the scripts take away
-    runpy.run_path(words[script], run_name="__main__")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", words[script:])
+        patch.setattr(sys, "path", [str(ROOT / "scripts"), *sys.path])  # the first of which the scripts take away
+        runpy.run_path(words[script], run_name="__main__")
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +100,8 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
     for name in ("scripts", "recipes"):
         (folder / name).symlink_to(ROOT / name)
+    for name, recipe in RECIPES.items():
+        (folder / name).write_text(recipe.replace("path/to/flowers", str(folder / "imagefolder")))
     labels = {"fine_label": ClassLabel(names=[f"fine {i}" for i in range(100)])}
     labels["coarse_label"] = ClassLabel(names=[f"coarse {i}" for i in range(20)])
     generator = np.random.default_rng(0)
@@ -78,46 +119,61 @@ def folder(tmp_path_factory):
     return folder
 
 
+def in_small(command, folder):
+    """The words of a command, with what makes it small and local."""
+    words = shlex.split(command.replace("path/to/", f"{folder}/"), comments=True)
+    if any(word in words for word in EVALUATES) or "scripts/benchmark.py" in words:
+        return words
+    if "--dataset_name" not in words and not any(name in words for name in RECIPES):
+        words += ["--dataset_name", str(folder / ("imagefolder" if "recipes/imagenet" in command else "cifar100"))]
+    for recipe, settings in IN_PLACE_OF.items():
+        words += settings if recipe in words else []
+    if "--num_processes" in words:
+        words[words.index("--num_processes") + 1] = "2"
+    for option, output in OUTPUT_OF.items():
+        words += ["--output_dir", output] if option in words else []
+    return words + SMALL
+
+
 def test_the_commands(folder, monkeypatch, capsys):
     """In order, since one needs what the one before left; on two CPU processes where it says several GPUs."""
     monkeypatch.chdir(folder)
     # The first as a person runs it, and the one of several processes; the others without starting Python again.
     started = {COMMANDS[0], next(command for command in COMMANDS if "--num_processes" in command)}
-    scripts = [re.search(r"scripts/(\w+)\.py", command).group(1) for command in COMMANDS]
-    expected = ["train_teacher", "distill", "evaluate", "distill", "train_teacher", *["distill"] * 6, "benchmark"]
-    assert scripts == expected
-    for command, script in zip(COMMANDS, scripts, strict=True):
-        if script == "benchmark":  # has a test of its own
-            continue
-        words = shlex.split(command.replace("path/to/", f"{folder}/"))
-        if "--dataset_name" not in words and script != "evaluate":  # which finds it in the run's own recipe
-            name = "imagefolder" if "recipes/imagenet" in command else "cifar100"
-            words += ["--dataset_name", str(folder / name)]
-        for recipe, settings in IN_PLACE_OF.items():
-            words += settings if recipe in words else []
-        if "--num_processes" in words:
-            words[words.index("--num_processes") + 1] = "2"
-        if "--streaming" in words:
-            words += ["--output_dir", "runs/streamed"]
-        words += [] if script == "evaluate" else SMALL
-        if command in started:
-            run(words, folder)
-            continue
-        run_here(words, monkeypatch)
-        if script == "evaluate":
-            assert re.search(r"top1: \d", capsys.readouterr().out)
-    runs = folder / "runs" / "cifar100"
+    verbs = [re.search(r"hfkd ([\w-]+)|scripts/(\w+)\.py", command).group(1, 2) for command in COMMANDS]
+    expected = "train_teacher distill evaluate distill distill distill train-teacher distill train_teacher distill"
+    expected += " distill distill distill distill distill distill benchmark distill push"
+    assert [verb for pair in verbs for verb in pair if verb] == expected.split()
+    with writable_hub(folder / "hub", monkeypatch) as hub:
+        for command in COMMANDS:
+            words = in_small(command, folder)
+            if "scripts/benchmark.py" in words:  # has a test of its own
+                continue
+            if "torchrun" in words:
+                run_on_two_nodes(words, folder)
+            elif command in started:
+                run(words, folder)
+            else:
+                run_here(words, monkeypatch)
+            if "evaluate" in words:
+                assert re.search(r"top1: \d", capsys.readouterr().out)
+            if "--help" in words:
+                assert "--logit_standardization" in capsys.readouterr().out
+    runs = folder / "runs"
     for name, role in (("teachers/resnet56", "teacher"), ("resnet56-resnet20/kd_zscore", "student")):
-        assert (runs / name / role / "model.safetensors").is_file()
-        assert json.loads((runs / name / "results.json").read_text())["role"] == role
-    several = json.loads((runs / "resnet32x4-resnet8x4" / "kd_zscore" / "results.json").read_text())
-    assert several["devices"] == "2 x cpu"
+        assert (runs / "cifar100" / name / role / "model.safetensors").is_file()
+        assert json.loads((runs / "cifar100" / name / "results.json").read_text())["role"] == role
     pair = "cifar100/resnet32x4-resnet8x4"
-    for name in ("deit_tiny", "imagenet/resnet34-resnet18/kd_zscore", "streamed", f"{pair}/crd", f"{pair}/simkd"):
-        assert (folder / "runs" / name / "student" / "model.safetensors").is_file()
+    for name in (f"{pair}/kd_zscore", "two_nodes"):
+        assert json.loads((runs / name / "results.json").read_text())["devices"] == "2 x cpu"
+    students = ["student", "deit_tiny", "imagenet/resnet34-resnet18/kd_zscore", "streamed"]
+    for name in [*students, f"{pair}/crd", f"{pair}/simkd"]:
+        assert (runs / name / "student" / "model.safetensors").is_file()
+    for name in ("me/deit-tiny-cifar100-kd", "me/resnet20-cifar100-kd"):
+        assert {"README.md", "model.safetensors", "config.json"} <= hub.repositories[name].files().keys()
 
 
-def test_the_quickstart_then_the_program(folder):
+def test_the_quickstart_then_the_programs(folder):
     """quickstart.py is what quickstart.sh runs after installing; the program uses the teacher that it leaves."""
     table = run([sys.executable, "scripts/quickstart.py"], folder)
     rows = re.findall(r"^(teacher|student), .*?\d,\d{3}\s+([\d.]+)\s", table, re.MULTILINE)
@@ -125,6 +181,11 @@ def test_the_quickstart_then_the_program(folder):
     accuracies = [float(top1) for _, top1 in rows]
     assert accuracies[0] > 90 and all(accuracy > 50 for accuracy in accuracies)
 
-    (program,) = [block for language, block in BLOCKS if language == "python"]
+    program, loading, method = [block for language, block in BLOCKS if language == "python"]
     assert len(program.strip().splitlines()) <= 15
-    assert "eval_agreement" in run([sys.executable, "-c", program], folder)
+    PILImage.new("RGB", (40, 32)).save(folder / "photo.jpg")
+    loading = loading.replace("me/resnet20-cifar100-kd", "runs/digits/kd/student")
+    # The method trains on with the program's networks and data.
+    programs = "\n".join([program, method, "print(trainer.state.log_history)", loading])
+    output = run([sys.executable, "-c", programs], folder)
+    assert "eval_agreement" in output and "loss_mse" in output and "'score'" in output

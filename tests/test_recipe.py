@@ -81,7 +81,7 @@ def test_what_is_typed_is_what_is_recorded(tmp_path):
     overrides += ["--accelerator_config", '{"split_batches": true}', "--max_grad_norm=-1"]
     _, data_args, config, resolved = parse_recipe([path, *overrides])
     assert data_args.random_flip is False is resolved["random_flip"]
-    assert resolved["learning_rate"] == 0.05 and resolved["report_to"] == "none" and resolved["run_name"] == "-x"
+    assert resolved["learning_rate"] == 0.05 and resolved["report_to"] == ["none"] and resolved["run_name"] == "-x"
     assert resolved["eval_strategy"] == "no" == config.eval_strategy and resolved["max_grad_norm"] == -1
     assert resolved["accelerator_config"] == {"split_batches": True}
     assert "secret" not in str(resolved) and "resume_from_checkpoint" not in resolved

@@ -16,18 +16,25 @@ class ImageSplit:
 
     Attributes:
         dataset: the rows; `image_column` is a `datasets.Image`, `label_column` holds whole numbers.
-        name: for messages, e.g. "uoft-cs/cifar100, split 'train'".
+        source: the name of the data set, e.g. "uoft-cs/cifar100".
+        split: e.g. "train" or "train[:90%]".
         class_names: the name of class i at position i.
     """
 
     dataset: datasets.Dataset
-    name: str
+    source: str
+    split: str
     image_column: str
     label_column: str
     class_names: list[str]
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"{self.source}, split '{self.split}'"
 
     def labels(self) -> np.ndarray:
         """(N,) int64, each in 0 ... C - 1.

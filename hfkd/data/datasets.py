@@ -46,17 +46,19 @@ def load_image_splits(
     """
     splits = _open(name, config_name, revision, cache_dir)
     wanted = {"train_split": train_split, "eval_split": find_eval_split(name, splits, eval_split)}
-    chosen = [
-        (_take(name, splits, key, split), f"{name}, split '{split}'")
-        for key, split in wanted.items()
-        if split is not None
-    ]
-    features = chosen[0][0].features
+    wanted = {key: split for key, split in wanted.items() if split is not None}
+    rows = [_take(name, splits, key, split) for key, split in wanted.items()]
+    features = rows[0].features
     image_column = find_image_column(features, image_column, name)
     label_column = find_label_column(features, label_column, class_names, name)
-    names = find_class_names(chosen, label_column)
+    names = find_class_names(
+        [(part, f"{name}, split '{split}'") for part, split in zip(rows, wanted.values(), strict=True)], label_column
+    )
     check_order(names, class_names, label_column, name)
-    found = [ImageSplit(rows, where, image_column, label_column, names) for rows, where in chosen]
+    found = [
+        ImageSplit(part, name, split, image_column, label_column, names)
+        for part, split in zip(rows, wanted.values(), strict=True)
+    ]
     for split in found:
         split.labels()  # a wrong label is found now, not after minutes of decoding
     return (None, *found) if train_split is None else tuple(found)

@@ -31,13 +31,20 @@ class StreamSplit:
 
     Attributes:
         shards: reads them.
-        name: for messages, e.g. "ILSVRC/imagenet-1k, split 'train'".
+        source: the name of the data set, e.g. "ILSVRC/imagenet-1k".
+        split: e.g. "train".
         class_names: the name of class i at position i.
     """
 
     shards: ParquetShards | FileShards
-    name: str
+    source: str
+    split: str
     class_names: list[str]
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"{self.source}, split '{self.split}'"
 
     @property
     def num_rows(self) -> int:
@@ -75,7 +82,7 @@ def open_streams(
     columns = {"image_column": image_column, "label_column": label_column, "class_names": class_names}
     if folder.is_dir() and not {"train", *EVAL_SPLITS}.isdisjoint(_split_folders(folder)):
         return tuple(
-            None if split is None else StreamSplit(FileShards(split), split.name, split.class_names)
+            None if split is None else StreamSplit(FileShards(split), name, split.split, split.class_names)
             for split in load_image_splits(name, train_split=train_split, eval_split=eval_split, **columns)
         )
     builder = _parquet_builder(name, config_name, revision)
@@ -268,9 +275,8 @@ def _parquet_streams(name, features, splits, image_column, label_column, class_n
     image = (image_column, features[image_column])
     streams = []
     for split, footers in splits:
-        where = f"{name}, split '{split}'"
-        shards = ParquetShards(where, footers, image, (label_column, label), len(names))
-        streams.append(StreamSplit(shards, where, names))
+        shards = ParquetShards(f"{name}, split '{split}'", footers, image, (label_column, label), len(names))
+        streams.append(StreamSplit(shards, name, split, names))
     return streams
 
 

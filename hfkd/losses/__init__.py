@@ -114,6 +114,8 @@ def _build(name: str, arguments: Mapping[str, Any] | None) -> DistillationLoss:
         )
     arguments = checked_arguments(name, LOSSES[name], arguments or {})
     try:
-        return LOSSES[name](**arguments)
+        loss = LOSSES[name](**arguments)
     except ValueError as error:
         raise ValueError(f"losses.{name}: {error}") from error
+    loss.arguments = arguments
+    return loss

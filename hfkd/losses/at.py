@@ -57,6 +57,16 @@ class ATLoss(MapPairsLoss):
         ValueError: see `MapPairsLoss`.
     """
 
+    citation = """
+        @inproceedings{zagoruyko2017paying,
+            title = {Paying More Attention to Attention: Improving the Performance of Convolutional Neural Networks via
+                Attention Transfer},
+            author = {Zagoruyko, Sergey and Komodakis, Nikos},
+            booktitle = {International Conference on Learning Representations (ICLR)},
+            year = {2017},
+        }
+    """
+
     def __init__(self, student_layers: list | None = None, teacher_layers: list | None = None, weight: float = 1000.0):
         super().__init__(student_layers, teacher_layers, weight)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -63,8 +63,11 @@ class DistillationLoss(nn.Module):
     least_images = 1  # in a batch: 2 where BatchNorm sees one value an image and channel
     reuses_classifier: ReusedClassifier | None = None  # not None: the student gets a projector at its path "projector"
 
+    citation = ""  # of the method's paper, one BibTeX entry, indented as one likes: the model card of a run quotes it
+
     # The run's one switch. `build_losses` sets it, so that no constructor has to repeat it.
     logit_standardization = False
+    arguments: Mapping[str, Any] = {}  # of its constructor, defaults included; `build_losses` sets them, too
     autocast_dtype: torch.dtype | None = None  # the run's precision, None: float32; the trainer sets it
 
     def __init__(self, weight: float = 1.0):
@@ -102,6 +105,12 @@ class DistillationLoss(nn.Module):
     def metrics(self) -> dict[str, Tensor]:
         """{name: detached 0-d tensor}: what is logged beside the terms, as of the last forward."""
         return {}
+
+    def settings(self) -> dict[str, Any]:
+        """Its parameters as results name them: `arguments`, with the layers that it really reads."""
+        layers = {"student_layers": self.student_layers, "teacher_layers": self.teacher_layers}
+        read = {key: list(value) for key, value in layers.items() if key in self.arguments}
+        return {**self.arguments, **read, "weight": self.weight}
 
     def logits(self, student: Outputs, teacher: Outputs) -> tuple[Tensor, Tensor]:
         """Student and teacher logits, each (B, C), standardized when the run asks for it."""

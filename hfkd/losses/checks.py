@@ -48,7 +48,8 @@ def did_you_mean(name: str, valid: Collection[str]) -> str:
 
 
 def checked_arguments(method: str, loss_class: type, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments, fit for loss_class's constructor, with numbers that YAML left as strings converted.
+    """Every argument of loss_class's constructor: those given, numbers that YAML left as strings converted, or the
+    defaults.
 
     Only float, int, bool and str annotations are checked here; what is annotated otherwise, the constructor
     checks itself.
@@ -65,9 +66,8 @@ def checked_arguments(method: str, loss_class: type, arguments: Mapping[str, Any
     for key, parameter in parameters.items():
         if parameter.default is parameter.empty and key not in arguments:
             raise ValueError(f"losses.{method} needs the parameter {key!r}. Add losses.{method}.{key}")
-    return {
-        key: _converted(f"losses.{method}.{key}", value, hints.get(key)) for key, value in arguments.items()
-    }
+    given = {key: _converted(f"losses.{method}.{key}", value, hints.get(key)) for key, value in arguments.items()}
+    return {key: given.get(key, parameter.default) for key, parameter in parameters.items()}
 
 
 def _converted(key: str, value: Any, wanted: Any) -> Any:

@@ -168,6 +168,15 @@ class CRDLoss(DistillationLoss):
         ValueError: one of them out of range.
     """
 
+    citation = """
+        @inproceedings{tian2020contrastive,
+            title = {Contrastive Representation Distillation},
+            author = {Tian, Yonglong and Krishnan, Dilip and Isola, Phillip},
+            booktitle = {International Conference on Learning Representations (ICLR)},
+            year = {2020},
+        }
+    """
+
     reads_logits = False
     takes_mixed_labels = False
     student_layers = ["embedding"]

@@ -122,6 +122,16 @@ class CTKDLoss(DistillationLoss):
         ValueError: one of them out of range.
     """
 
+    citation = """
+        @inproceedings{li2023curriculum,
+            title = {Curriculum Temperature for Knowledge Distillation},
+            author = {Li, Zheng and Li, Xiang and Yang, Lingfeng and Zhao, Borui and Song, Renjie and Luo, Lei and Li,
+                Jun and Yang, Jian},
+            booktitle = {Proceedings of the AAAI Conference on Artificial Intelligence},
+            year = {2023},
+        }
+    """
+
     def __init__(
         self,
         instance_wise: bool = False,

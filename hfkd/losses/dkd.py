@@ -85,6 +85,15 @@ class DKDLoss(DistillationLoss):
         ValueError: one of them out of range.
     """
 
+    citation = """
+        @inproceedings{zhao2022decoupled,
+            title = {Decoupled Knowledge Distillation},
+            author = {Zhao, Borui and Cui, Quan and Song, Renjie and Qiu, Yiyu and Liang, Jiajun},
+            booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},
+            year = {2022},
+        }
+    """
+
     def __init__(
         self,
         alpha: float = 1.0,

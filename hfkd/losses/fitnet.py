@@ -68,6 +68,16 @@ class FitNetLoss(MapPairsLoss):
         ValueError: not lists of layers, or not as many of the one as of the other.
     """
 
+    citation = """
+        @inproceedings{romero2015fitnets,
+            title = {{FitNets}: Hints for Thin Deep Nets},
+            author = {Romero, Adriana and Ballas, Nicolas and Kahou, Samira Ebrahimi and Chassang, Antoine and Gatta,
+                Carlo and Bengio, Yoshua},
+            booktitle = {International Conference on Learning Representations (ICLR)},
+            year = {2015},
+        }
+    """
+
     def __init__(self, student_layers: list | None = None, teacher_layers: list | None = None, weight: float = 100.0):
         super().__init__(
             [1] if student_layers is None else student_layers, [1] if teacher_layers is None else teacher_layers, weight

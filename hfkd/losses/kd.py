@@ -46,6 +46,15 @@ class KDLoss(DistillationLoss):
         ValueError: temperature or weight out of range.
     """
 
+    citation = """
+        @article{hinton2015distilling,
+            title = {Distilling the Knowledge in a Neural Network},
+            author = {Hinton, Geoffrey and Vinyals, Oriol and Dean, Jeff},
+            journal = {arXiv preprint arXiv:1503.02531},
+            year = {2015},
+        }
+    """
+
     def __init__(self, temperature: float = 4.0, weight: float = 1.0):
         super().__init__(weight)
         self.temperature = positive("temperature", temperature)

@@ -1,6 +1,7 @@
 """Locality guidance: a transformer's maps follow those of a convolutional network that sees the same image.
 
-Paper: Li, Jin, Chen, Chen and Xu, Locality Guidance for Improving Vision Transformers on Tiny Datasets, ECCV 2022.
+Paper: Li, Yu, Wang, Yuan, Song and Chen, Locality Guidance for Improving Vision Transformers on Tiny Datasets, ECCV
+2022.
 """
 
 from collections.abc import Mapping, Sequence
@@ -57,6 +58,15 @@ class LocalityGuidanceLoss(MapPairsLoss):
 
     Raises:
         ValueError: no layers, or not as many of the one as of the other.
+    """
+
+    citation = """
+        @inproceedings{li2022locality,
+            title = {Locality Guidance for Improving Vision Transformers on Tiny Datasets},
+            author = {Li, Kehan and Yu, Runyi and Wang, Zhennan and Yuan, Li and Song, Guoli and Chen, Jie},
+            booktitle = {Proceedings of the European Conference on Computer Vision (ECCV)},
+            year = {2022},
+        }
     """
 
     def __init__(self, student_layers: list, teacher_layers: list, weight: float = 2.5):

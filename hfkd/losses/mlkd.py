@@ -138,6 +138,15 @@ class MLKDLoss(DistillationLoss):
         ValueError: temperature or weight out of range; in forward, outputs without a strong view.
     """
 
+    citation = """
+        @inproceedings{jin2023multilevel,
+            title = {Multi-level Logit Distillation},
+            author = {Jin, Ying and Wang, Jiaqi and Lin, Dahua},
+            booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},
+            year = {2023},
+        }
+    """
+
     views = 2
     reads_raw_logits = True  # for the correlations, see point 4
 

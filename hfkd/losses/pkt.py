@@ -57,6 +57,15 @@ class PKTLoss(DistillationLoss):
         ValueError: weight out of range.
     """
 
+    citation = """
+        @inproceedings{passalis2018learning,
+            title = {Learning Deep Representations with Probabilistic Knowledge Transfer},
+            author = {Passalis, Nikolaos and Tefas, Anastasios},
+            booktitle = {Proceedings of the European Conference on Computer Vision (ECCV)},
+            year = {2018},
+        }
+    """
+
     reads_logits = False
     student_layers = teacher_layers = ["embedding"]
 

@@ -110,6 +110,16 @@ class SemCKDLoss(MapsLoss):
         ValueError: not lists of layers, or batch_size or weight out of range.
     """
 
+    citation = """
+        @inproceedings{chen2021cross,
+            title = {Cross-Layer Distillation with Semantic Calibration},
+            author = {Chen, Defang and Mei, Jian-Ping and Zhang, Yuan and Wang, Can and Wang, Zhe and Feng, Yan and
+                Chen, Chun},
+            booktitle = {Proceedings of the AAAI Conference on Artificial Intelligence},
+            year = {2021},
+        }
+    """
+
     def __init__(
         self,
         student_layers: list | None = None,

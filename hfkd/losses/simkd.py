@@ -47,6 +47,15 @@ class SimKDLoss(DistillationLoss):
         ValueError: factor or weight out of range, or no such layers.
     """
 
+    citation = """
+        @inproceedings{chen2022knowledge,
+            title = {Knowledge Distillation with the Reused Teacher Classifier},
+            author = {Chen, Defang and Mei, Jian-Ping and Zhang, Hailin and Wang, Can and Feng, Yan and Chen, Chun},
+            booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},
+            year = {2022},
+        }
+    """
+
     reads_logits = False
     student_layers = ["projector"]
 

@@ -59,6 +59,15 @@ class SPLoss(MapPairsLoss):
         ValueError: see `MapPairsLoss`.
     """
 
+    citation = """
+        @inproceedings{tung2019similarity,
+            title = {Similarity-Preserving Knowledge Distillation},
+            author = {Tung, Frederick and Mori, Greg},
+            booktitle = {Proceedings of the IEEE/CVF International Conference on Computer Vision (ICCV)},
+            year = {2019},
+        }
+    """
+
     def __init__(self, student_layers: list | None = None, teacher_layers: list | None = None, weight: float = 3000.0):
         deepest = [-1]
         super().__init__(

@@ -60,6 +60,15 @@ class SRRLLoss(DistillationLoss):
         ValueError: weight out of range.
     """
 
+    citation = """
+        @inproceedings{yang2021knowledge,
+            title = {Knowledge Distillation via Softmax Regression Representation Learning},
+            author = {Yang, Jing and Martinez, Brais and Bulat, Adrian and Tzimiropoulos, Georgios},
+            booktitle = {International Conference on Learning Representations (ICLR)},
+            year = {2021},
+        }
+    """
+
     reads_logits = False
     reads_raw_logits = True
     student_layers = teacher_layers = ["embedding"]

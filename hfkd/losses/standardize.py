@@ -6,6 +6,16 @@ Paper: Sun, Ren, Li, Wang and Cao, Logit Standardization in Knowledge Distillati
 import torch
 from torch import Tensor
 
+# As `DistillationLoss.citation`: of a run with `logit_standardization`.
+CITATION = """
+    @inproceedings{sun2024logit,
+        title = {Logit Standardization in Knowledge Distillation},
+        author = {Sun, Shangquan and Ren, Wenqi and Li, Jingzhi and Wang, Rui and Cao, Xiaochun},
+        booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},
+        year = {2024},
+    }
+"""
+
 
 def at_least_float32(logits: Tensor) -> Tensor:
     """Widen float16 and bfloat16 to float32; leave float32 and float64 as they are."""

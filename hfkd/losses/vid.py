@@ -69,6 +69,15 @@ class VIDLoss(MapPairsLoss):
         ValueError: not lists of layers, or not as many of the one as of the other.
     """
 
+    citation = """
+        @inproceedings{ahn2019variational,
+            title = {Variational Information Distillation for Knowledge Transfer},
+            author = {Ahn, Sungsoo and Hu, Shell Xu and Damianou, Andreas and Lawrence, Neil D. and Dai, Zhenwen},
+            booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},
+            year = {2019},
+        }
+    """
+
     def __init__(self, student_layers: list | None = None, teacher_layers: list | None = None, weight: float = 1.0):
         super().__init__(student_layers, teacher_layers, weight)
 

@@ -32,4 +32,4 @@ def split_of(*cells, labels=None, class_names=("a",)):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(class_names))})
     columns = {"image": cells, "label": labels or [0] * len(cells)}
     rows = datasets.Dataset.from_dict(columns, features=features)
-    return ImageSplit(rows, "pets, split 'train'", "image", "label", list(class_names))
+    return ImageSplit(rows, "pets", "train", "image", "label", list(class_names))

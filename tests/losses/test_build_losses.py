@@ -150,7 +150,12 @@ def test_parameters_a_method_requires_and_their_types():
             super().__init__(weight)
 
     given = {"layer": "stage3", "size": "1e2", "shapes": [1, 2]}
-    assert checked_arguments("layered", Layered, given) == {"layer": "stage3", "size": 100, "shapes": [1, 2]}
+    assert checked_arguments("layered", Layered, given) == {
+        "layer": "stage3",
+        "size": 100,
+        "shapes": [1, 2],
+        "weight": 1.0,
+    }
     with pytest.raises(ValueError, match="losses.layered needs the parameter 'size'"):
         checked_arguments("layered", Layered, {"layer": "stage3"})
     with pytest.raises(ValueError, match=r"losses.layered.size is 2.5 \(float\)"):

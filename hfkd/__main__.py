@@ -1,0 +1,6 @@
+"""`python -m hfkd ...` and `accelerate launch -m hfkd ...`: the command `hfkd`."""
+
+from .cli import main
+
+if __name__ == "__main__":  # not in the processes that a DataLoader spawns
+    main()

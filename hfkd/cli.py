@@ -1,0 +1,86 @@
+"""The command line: `hfkd COMMAND ...`, also as `python -m hfkd ...` and `accelerate launch -m hfkd ...`."""
+
+from __future__ import annotations
+
+import os
+import pkgutil
+import re
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from . import __version__
+from .losses.checks import did_you_mean
+
+# name: the function, which takes the arguments behind it, and what it does; imported when it is called.
+COMMANDS = {
+    "distill": ("hfkd.run:distill", "train the student of a recipe"),
+    "train-teacher": ("hfkd.run:train_teacher", "train the network of a recipe from the labels alone"),
+    "evaluate": ("hfkd.run:evaluate", "measure a trained model"),
+    "push": ("hfkd.hub:push", "upload a trained model, with its card, to the Hub"),
+}
+PACKAGE = Path(__file__).parent
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs one command. What hfkd itself finds wrong is printed as one message; any other error keeps its traceback.
+
+    Raises:
+        SystemExit: with 2 for a wrong command line, recipe or file, 1 for what went wrong later, 130 after Ctrl-C.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    hide_token(sys.argv)
+    name, *rest = argv or [""]
+    if name in ("-h", "--help"):
+        print(help_text())
+        return
+    if name == "--version":
+        print(f"hfkd {__version__}")
+        return
+    if not name:
+        print(help_text(), file=sys.stderr)
+        raise SystemExit(2)
+    if name not in COMMANDS:
+        print(f"hfkd: error: there is no command '{name}'.{did_you_mean(name, COMMANDS)}", file=sys.stderr)
+        raise SystemExit(2)
+    try:
+        pkgutil.resolve_name(COMMANDS[name][0])(rest)
+    except KeyboardInterrupt:
+        print(f"hfkd {name}: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except Exception as error:
+        if not raised_here(error):
+            raise
+        if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+            time.sleep(10)  # where the first process fails alike, the launcher ends this one before it says so again
+        print(f"hfkd {name}: error: {error}", file=sys.stderr)
+        raise SystemExit(2 if isinstance(error, (ValueError, FileNotFoundError)) else 1) from None
+
+
+def help_text() -> str:
+    """Every command with what it does."""
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:{width}}  {description}" for name, (_, description) in COMMANDS.items())
+    return (
+        "usage: hfkd COMMAND ...\n\n"
+        "Teaches a small image classifier with a large one.\n\n"
+        f"commands:\n{commands}\n\n"
+        "`hfkd COMMAND --help` explains every key of a command with its default, `hfkd --version` prints the version.\n"
+        "On several GPUs: `accelerate launch -m hfkd COMMAND ...`."
+    )
+
+
+def raised_here(error: BaseException) -> bool:
+    """Does a `raise` of this package stand at the root of an error? Then its message is written for a person."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return Path(frame.filename).is_relative_to(PACKAGE) and frame.line.startswith("raise ")
+
+
+def hide_token(words: list[str]) -> None:
+    """Replaces the Hub token among the words of a command line: W&B shows `sys.argv` to all who see a run."""
+    for position, word in enumerate(words):
+        if re.match("--hub[_-]token=", word):
+            words[position] = "--hub_token=<HUB_TOKEN>"
+        elif position and re.fullmatch("--hub[_-]token", words[position - 1]):
+            words[position] = "<HUB_TOKEN>"

@@ -1,0 +1,111 @@
+"""SIGTERM, by which clusters end a job: a checkpoint, then the end."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+EXIT_CODE = 128 + signal.SIGTERM
+
+
+class StopOnSigterm(TrainerCallback):
+    """While training, SIGTERM has the step in hand finished, a checkpoint written, and training ended.
+
+    A checkpoint of an epoch's last step, whoever asks for it, waits for what else is due then: a run that is resumed
+    from it begins with the next epoch, and would leave out the log and the evaluation of this one.
+
+    Processes agree on the step: each tells the others after every step whether it has been signalled, and all act on
+    what was said a step before, so that none waits for this.
+
+    Attributes:
+        stopping: whether training ends with the next checkpoint.
+        stopped: whether training was ended so.
+    """
+
+    def __init__(self):
+        self.stopping = self.stopped = False
+        self._signalled = False
+        self._save_after_epoch = False
+        self._group = None
+        self._said: torch.Tensor | None = None
+        self._exchange: torch.distributed.Work | None = None
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Takes SIGTERM for a while; afterwards whoever had it before has it again."""
+        self.stopping = self.stopped = self._signalled = False
+        if threading.current_thread() is not threading.main_thread():  # Python lets no other one handle signals
+            yield
+            return
+        former = signal.signal(signal.SIGTERM, self._on_signal)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL if former is None else former)  # None: it was not Python's
+
+    def _on_signal(self, number, frame):
+        self._signalled = True
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._exchange = None
+        if args.world_size > 1 and self._group is None:
+            self._group = torch.distributed.new_group(backend="gloo")  # whatever the gradients go by: a flag on the CPU
+
+    def on_step_end(self, args, state, control, **kwargs):
+        # DefaultFlowCallback, which comes first, has said what is due after this step.
+        self.stopping = self._agreed(args.world_size)
+        control.should_save = control.should_save or self.stopping
+        if float(state.epoch).is_integer() or state.global_step >= state.max_steps:
+            self._save_after_epoch, control.should_save = control.should_save, False
+        return control
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.stopped:  # in its middle, so what is due at its end is not due yet
+            control.should_log = control.should_evaluate = control.should_save = False
+            return control
+        self.stopping = self.stopping or self._agreed(args.world_size)
+        control.should_save = control.should_save or self._save_after_epoch or self.stopping
+        self._save_after_epoch = False
+        return control
+
+    def on_save(self, args, state, control, **kwargs):
+        # Only now: a checkpoint holds `control`, and a resumed run is not to stop again.
+        if self.stopping:
+            logger.warning(f"SIGTERM: checkpoint-{state.global_step} is written, and training ends here.")
+            self.stopped = control.should_training_stop = True
+        return control
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self._exchange is not None:
+            self._exchange.wait()
+
+    def _agreed(self, world_size: int) -> bool:
+        """Was any process signalled? The same answer in all of them."""
+        if world_size == 1:
+            return self._signalled
+        stop = False
+        if self._exchange is not None:
+            self._exchange.wait()
+            stop = bool(self._said)
+        self._said = torch.tensor(int(self._signalled))
+        self._exchange = torch.distributed.all_reduce(
+            self._said, torch.distributed.ReduceOp.MAX, group=self._group, async_op=True
+        )
+        return stop
+
+
+def ignore_sigterm(former: Callable[[int], None] | None, worker: int) -> None:
+    """Initialises a DataLoader's worker. Clusters signal every process of a job; if a worker ended by it, so would
+    training, before it has written its checkpoint."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if former is not None:
+        former(worker)

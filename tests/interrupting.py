@@ -1,0 +1,133 @@
+"""Processes that are ended in the middle of something, and what a run comes to in the end."""
+
+import functools
+import json
+import os
+import random
+import signal
+import socket
+import sys
+import traceback
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+
+TIMES = {"seconds", "images_per_second"}
+
+
+def start(function) -> int:
+    """Runs a function in a process of its own, forked from this one, which has imported everything; returns its id."""
+    process = os.fork()
+    if process == 0:
+        code = 1
+        try:
+            function()
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    return process
+
+
+def end(process: int) -> int:
+    """Waits for a process; returns its exit code, which is -9 if signal 9 ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def in_child(function) -> int:
+    return end(start(function))
+
+
+def in_two_processes(function) -> list[int]:
+    """Runs a function of the rank in two processes that know each other, as a launcher starts them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def ranked(rank):
+        here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({key: str(value) for key, value in here.items()})
+        function(rank)
+
+    return [end(process) for process in [start(functools.partial(ranked, rank)) for rank in range(2)]]
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def differences(expected, given) -> list[str]:
+    """Where two states differ, to the last bit."""
+    expected, given = dict(_flat(expected)), dict(_flat(given))
+    odd = [f"{key}: only in one" for key in expected.keys() ^ given.keys()]
+    return odd + [key for key in expected.keys() & given.keys() if not _equal(expected[key], given[key])]
+
+
+def end_of(trainer) -> dict:
+    """All that a training came to, but for how long it took."""
+    state = trainer.state
+    return {
+        "student and losses": trainer.distiller.state_dict(),
+        "average": trainer.average.module.state_dict() if trainer.average else None,
+        "optimizer": trainer.optimizer.state_dict(),
+        "schedule": trainer.lr_scheduler.state_dict(),
+        "rows": [_timeless(row) for row in trainer.results.rows],
+        "log": [_timeless(entry) for entry in state.log_history if "train_runtime" not in entry],
+        "best": (state.best_metric, state.best_global_step),
+        "step": (state.global_step, state.epoch),
+        "random": (torch.get_rng_state(), np.random.get_state(), random.getstate()),
+    }
+
+
+def left_in(folder) -> dict:
+    """All that a finished run leaves: its last checkpoint, its export, its results, but for how long it took."""
+    folder = Path(folder)
+    results = json.loads((folder / "results.json").read_text())
+    last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    left = {f"{last.name}/{path.name}": _content(path) for path in last.iterdir() if path.name != "checkpoint.json"}
+    left["student"] = _content(folder / "student" / "model.safetensors")
+    left["rows"] = [_timeless(row) for row in results["epochs"]]
+    left["best"], left["last"] = results["best"], results["last"]
+    return left
+
+
+def _content(path: Path):
+    if path.suffix == ".safetensors":
+        return safetensors.torch.load_file(path)
+    if path.suffix in (".pt", ".pth"):
+        return torch.load(path, weights_only=False)  # written by this test
+    content = json.loads(path.read_text())
+    if path.name == "trainer_state.json":
+        content["log_history"] = [_timeless(entry) for entry in content["log_history"]]
+        content["best_model_checkpoint"] = Path(content["best_model_checkpoint"] or "").name
+    return content
+
+
+def _timeless(row: dict) -> dict:
+    return {key: value for key, value in row.items() if key not in TIMES and not key.endswith(("runtime", "_second"))}
+
+
+def _flat(value, path=""):
+    if isinstance(value, dict):
+        value = value.items()
+    elif isinstance(value, (list, tuple)):
+        value = enumerate(value)
+    else:
+        yield path, value
+        return
+    yield path, None
+    for key, entry in value:
+        yield from _flat(entry, f"{path}/{key}")
+
+
+def _equal(one, other) -> bool:
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    return np.array_equal(one, other)
