@@ -82,8 +82,9 @@ def drop_old(output_dir: str | Path, limit: int | None, keep: list[str]) -> None
     then the oldest."""
     if not limit:
         return
-    folders, kept = checkpoints(output_dir), {Path(path) for path in keep}
-    old = sorted((folder for folder in folders if folder not in kept), key=lambda path: (path / MANIFEST_NAME).exists())
+    folders, kept = checkpoints(output_dir), {Path(path).resolve() for path in keep}
+    old = [folder for folder in folders if folder.resolve() not in kept]
+    old.sort(key=lambda folder: (folder / MANIFEST_NAME).exists())
     for folder in old[: max(0, len(folders) - limit)]:
         shutil.rmtree(folder, ignore_errors=True)
 

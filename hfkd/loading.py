@@ -26,8 +26,8 @@ from .models.checkpoints import load_architecture
 from .sharing import hub_id, public_name
 from .teacher import Teacher, TeacherEnsemble
 
-# Entries of timm's pretrained_cfg that say where it gets weights, perhaps from a path of this machine; a saved model has
-# its own. And entries that speak of an architecture's published weights, which a new student does not have.
+# Entries of timm's pretrained_cfg: where it gets weights, perhaps a path of this machine, while a saved model has its
+# own; and what it says of an architecture's published weights, which a new student does not have.
 WEIGHT_SOURCES = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source"}
 OF_PUBLISHED_WEIGHTS = ("tag", "license", "origin_url", "test_input_size", "test_pool_size", "test_crop_pct")
 

@@ -36,7 +36,7 @@ from .loading import input_spec, load_pretrained, load_student, load_teacher
 from .recipe import ArgumentParser, load_recipe, parse_recipe, to_argv
 from .results import RESULTS_NAME, write_whole
 from .saving import RECIPE_NAME
-from .sharing import PRIVATE_KEYS, hub_id
+from .sharing import PRIVATE_KEYS, hub_id, last_part, public_value
 from .teacher import Teacher
 from .trainer import DistillationTrainer
 
@@ -101,7 +101,8 @@ def train(
     else:
         trainer.export()
     if trainer.is_world_process_zero():
-        print(trainer.results.text(), f"In {trainer.export_folder}: the {trainer.results.facts['exported']}.")
+        weights = "best" if config.load_best_model_at_end else "last"
+        print(f"{trainer.results.text()} {trainer.export_folder} holds the {weights}.")
     return trainer
 
 
@@ -134,7 +135,7 @@ def build_trainer(
         student, teachers or None, config, train_dataset=train_set, eval_dataset=eval_set, processing_class=processor
     )
     trainer.results.facts["dataset"] = {
-        "name": Path(splits[1].source).name,
+        "name": last_part(splits[1].source),
         "hub_id": hub_id(splits[1].source),
         "eval_split": splits[1].split,
         "classes": train_set.num_classes,
@@ -301,5 +302,6 @@ def _differences(path: Path, recipe: dict[str, Any]) -> list[str]:
     return [
         f"{key}: {there.get(key)!r} there, {recipe.get(key)!r} here"
         for key in sorted({*there, *recipe} - without_effect)
-        if there.get(key) != recipe.get(key)
+        # Beside a checkpoint from the Hub lies the public recipe.
+        if there.get(key) not in (recipe.get(key), public_value(key, recipe.get(key)))
     ]

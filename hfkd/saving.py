@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import errno
 import functools
 import json
 import os
@@ -30,6 +32,7 @@ from .hub import ensure_repository, export_files, open_repository, upload
 from .image_trainer import ImageTrainer
 from .loading import exported_state_dict, load_exported
 from .preemption import EXIT_CODE, StopOnSigterm, ignore_sigterm
+from .recipe import NOT_RECORDED
 from .results import RESULTS_NAME, ResultsWriter, write_whole
 from .sharing import public_recipe
 
@@ -39,6 +42,7 @@ RECIPE_NAME = "recipe.yaml"
 LOSSES_NAME = "losses.safetensors"
 TRAINING_WEIGHTS_NAME = "training_weights.safetensors"  # beside model.safetensors, which then holds the average
 UNLOGGED_NAME = "unlogged.json"
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the last: beyond a limit on the size of files
 
 
 class SavingTrainer(ImageTrainer):
@@ -69,6 +73,7 @@ class SavingTrainer(ImageTrainer):
 
         Raises:
             ValueError: if there is no such checkpoint, or it does not fit this run.
+            RuntimeError: if a checkpoint or `results.json` cannot be written; what was written before is whole.
             SystemExit: with code 143 after SIGTERM, once the step in hand is in a checkpoint.
         """
         checkpoint = resume_from_checkpoint or None
@@ -87,10 +92,28 @@ class SavingTrainer(ImageTrainer):
                 raise ValueError(f"{checkpoint} cannot be resumed from: with save_only_model it holds the model alone.")
             self._warn_of_processes(checkpoint)
         with self.stop_on_sigterm.listening():
-            output = super().train(checkpoint, trial, ignore_keys_for_eval)
+            try:
+                output = super().train(checkpoint, trial, ignore_keys_for_eval)
+            except OSError as error:
+                if error.errno not in DISK_IS_FULL:
+                    raise
+                raise self._unwritten(self.args.output_dir, error) from error
         if self.stop_on_sigterm.stopped:
             raise SystemExit(EXIT_CODE)
         return output
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if resume_from_checkpoint is not None:
+            state, best = self.state, Path(resume_from_checkpoint).resolve()
+            if state.global_step != state.best_global_step:  # else it is the best itself, whatever it is called
+                best = best.with_name(f"checkpoint-{state.best_global_step}")
+            # The state names it by the path that the run had then.
+            if best.is_dir() or (state.best_global_step and state.best_model_checkpoint is None):
+                state.best_model_checkpoint = str(best)
+            if self.args.should_save:
+                set_aside_later(self.args.output_dir, state.global_step)
+        return prepared
 
     def _run_epoch(self, **kwargs):
         if self.state.global_step >= self.state.max_steps:  # resumed at the end; Trainer would take a step more
@@ -104,7 +127,8 @@ class SavingTrainer(ImageTrainer):
 
     def _get_dataloader(self, *args, **kwargs):
         loader = super()._get_dataloader(*args, **kwargs)
-        loader.worker_init_fn = functools.partial(ignore_sigterm, loader.worker_init_fn)
+        inner = getattr(loader, "base_dataloader", loader)  # accelerate's wrapper around the one that has the workers
+        inner.worker_init_fn = functools.partial(ignore_sigterm, inner.worker_init_fn)
         return loader
 
     def _warn_of_processes(self, checkpoint: str) -> None:
@@ -136,7 +160,9 @@ class SavingTrainer(ImageTrainer):
             if args.should_save:
                 seal(folder)
         except (OSError, RuntimeError, SafetensorError) as error:
-            self._give_up(folder, error)
+            if args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise self._unwritten(folder, error) from error
         self.accelerator.wait_for_everyone()  # a launcher ends the others when one process ends
         if args.push_to_hub:
             self._push_from_checkpoint(str(folder))
@@ -144,17 +170,16 @@ class SavingTrainer(ImageTrainer):
             keep = [str(folder), self.state.best_model_checkpoint or str(folder)]
             drop_old(run_dir, args.save_total_limit, keep)
 
-    def _give_up(self, folder: Path, error: Exception) -> None:
-        """Removes what was written of a checkpoint, and says where the run stands."""
-        if self.args.should_save:
-            shutil.rmtree(folder, ignore_errors=True)
-        last = last_checkpoint(folder.parent)
-        free = shutil.disk_usage(folder.parent).free / 2**20
+    def _unwritten(self, path: str | Path, error: Exception) -> RuntimeError:
+        """What could not be written, how much room there is, and where the run stands."""
+        output_dir = self.args.output_dir
+        last = last_checkpoint(output_dir)
+        free = shutil.disk_usage(output_dir).free / 2**20
         stands = f"The run stands at {last}: go on from there" if last else "There is no checkpoint yet: start again"
-        raise RuntimeError(
-            f"{folder} could not be written ({error}); {free:,.0f} MiB are free on its disk. {stands} "
+        return RuntimeError(
+            f"{path} could not be written ({error}); {free:,.0f} MiB are free on its disk. {stands} "
             "(resume_from_checkpoint: true) once there is room."
-        ) from error
+        )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         exported = self.model if self.average is None else self.average.module
@@ -187,8 +212,6 @@ class SavingTrainer(ImageTrainer):
                 f"{checkpoint} cannot be loaded into this run ({error}). If its losses, optimizer or ema_decay are not "
                 "those that it was written with: begin anew, in another output_dir."
             ) from error
-        if self.args.should_save:
-            set_aside_later(self.args.output_dir, self.state.global_step)
 
     @contextlib.contextmanager
     def _settings_of_this_recipe(self) -> Iterator[None]:
@@ -242,12 +265,9 @@ class SavingTrainer(ImageTrainer):
     def _finalize_training(self, *args):
         if self.average is not None:  # what was trained becomes what was evaluated
             self.model.load_state_dict(self.average.module.state_dict())
-        state, stopped = self.state, self.stop_on_sigterm.stopped
-        if state.best_global_step and state.best_model_checkpoint is None:  # not where it was: see _load_best_model
-            state.best_model_checkpoint = os.path.join(self.args.output_dir, f"checkpoint-{state.best_global_step}")
         # With a limit of 1 Trainer would remove the last checkpoint where another is the best.
         changes = {"save_total_limit": None}
-        if stopped:
+        if self.stop_on_sigterm.stopped:
             changes["load_best_model_at_end"] = False
         with _changed_for_now(self.args, **changes):
             return super()._finalize_training(*args)
@@ -275,9 +295,12 @@ class SavingTrainer(ImageTrainer):
     def export_folder(self) -> Path:
         return Path(self.args.output_dir, self.export_name)
 
-    def _describe(self, folder: Path, repo_id: str | None, metadata: dict[str, Any]) -> None:
-        """What stands beside the weights of an export."""
-        self.results.write(folder / RESULTS_NAME)
+    def _describe(self, folder: Path, repo_id: str | None, metadata: dict[str, Any], **facts) -> None:
+        """What stands beside the weights of an export; `facts` are what its results.json says otherwise than the
+        run's."""
+        results = copy.copy(self.results)
+        results.facts = results.facts | facts
+        results.write(folder / RESULTS_NAME)
         recipe = _changed(self.args) if self.recipe is None else self.recipe
         write_whole(folder / RECIPE_NAME, yaml.safe_dump(public_recipe(recipe), sort_keys=False))
         write_card(folder, repo_id, **metadata)
@@ -334,13 +357,16 @@ class SavingTrainer(ImageTrainer):
             PushError: if the Hub refuses or cannot be reached. The export is whole, and another call completes it.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self._finish_current_push()
         if self.hub_model_id is None or (revision or self.args.hub_revision) != self.args.hub_revision:
             self._find_repository(ensure_repository, token, private, revision)
-        self._finish_current_push()
         folder = self.export(self.hub_model_id, **metadata)
         if not self.is_world_process_zero():
             return None
-        return self._upload(export_files(folder), commit_message, not blocking, token, revision)
+        pushed = self._upload(export_files(folder), commit_message, not blocking, token, revision)
+        if not blocking:
+            self.push_in_progress = PushInProgress([pushed])  # the next one waits for it, and then replaces its files
+        return pushed
 
     def _upload(self, files, message, background, token=None, revision=None):
         return upload(
@@ -369,7 +395,7 @@ class SavingTrainer(ImageTrainer):
                     shutil.copy2(path, partial)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(partial)
-            self._describe(partial, self.hub_model_id, {})
+            self._describe(partial, self.hub_model_id, {}, exported="last")
         message = f"Training in progress, step {self.state.global_step}"
         jobs = [self._upload(export_files(folder), message, background=True)]
         if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
@@ -423,10 +449,13 @@ def _replacing(folder: Path, writes: bool = True) -> Iterator[Path]:
 
 
 def _changed(args: TrainingArguments) -> dict[str, Any]:
-    """The arguments that are not at their defaults."""
-    default = json.loads(type(args)(output_dir=args.output_dir).to_json_string())
-    given = json.loads(args.to_json_string())
-    return {key: value for key, value in given.items() if value != default[key] and not key.endswith("_token")}
+    """The arguments that are not at their defaults; of a loss that is given as an instance, the name of its class."""
+
+    def plain(args):
+        return json.loads(json.dumps(args.to_dict(), default=lambda loss: type(loss).__name__))
+
+    given, default = plain(args), plain(type(args)(output_dir=args.output_dir))
+    return {key: value for key, value in given.items() if value != default[key] and key not in NOT_RECORDED}
 
 
 def _files_of(folder: Path) -> dict[str, Path]:

@@ -6,9 +6,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+import timm
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.timm_wrapper import TimmWrapperForImageClassification
+
+PATH_KEYS = {"dataset_name", "student_name_or_path", "teacher_name_or_path", "teacher_checkpoint"}
+DIGITS = "digits"  # a data set by its name, whatever lies there
 
 # Where a run writes, and to whom it reports and pushes, says nothing of its student.
 PRIVATE_KEYS = {
@@ -56,12 +60,21 @@ def architecture_of(model: nn.Module) -> str:
 
 def public_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
     """A resolved recipe for others: `path/to/<name>` in place of a local path, nothing of `PRIVATE_KEYS`."""
-    return {key: _public_value(value) for key, value in recipe.items() if key not in PRIVATE_KEYS}
+    return {key: public_value(key, value) for key, value in recipe.items() if key not in PRIVATE_KEYS}
 
 
-def _public_value(value: Any) -> Any:
+def public_value(key: str, value: Any) -> Any:
+    """The value of one key for others."""
     if isinstance(value, dict):
-        return {key: _public_value(entry) for key, entry in value.items()}
+        return {name: public_value(name, entry) for name, entry in value.items()}
     if isinstance(value, list):
-        return [_public_value(entry) for entry in value]
-    return f"path/to/{Path(value).name}" if isinstance(value, str) and is_local(value) else value
+        return [public_value(key, entry) for entry in value]
+    if not isinstance(value, str):
+        return value
+    bare_folder = key in PATH_KEYS and os.path.exists(value) and not timm.is_model(value) and value != DIGITS
+    return f"path/to/{last_part(value)}" if bare_folder or is_local(value) else value
+
+
+def last_part(path: str) -> str:
+    """The last part of a path, also where it is written as `.`."""
+    return Path(path).resolve().name

@@ -72,7 +72,7 @@ def test_a_run_on_photographs():
     trainer = distill([recipe()])
     assert trainer.train_dataset.augmented and not trainer.eval_dataset.augmented
     results = json.loads(Path("runs/recipe/results.json").read_text())
-    assert [row["epoch"] for row in results["epochs"]] == [1, 2] and results["teacher"] == "teacher"
+    assert [row["epoch"] for row in results["epochs"]] == [1, 2] and results["teacher"] == "cifar_resnet8"
     student = AutoModelForImageClassification.from_pretrained("runs/recipe/student")
     assert student.config.pretrained_cfg["crop_pct"] == 0.875 and student.config.id2label[2] == "cat"
     metrics = evaluate(["runs/recipe/student"])  # which finds data and preparation in the run's recipe
@@ -115,7 +115,7 @@ def test_an_ensemble_of_runs():
     members = [member(batch).logits for member in trainer.teacher.members]
     torch.testing.assert_close(trainer.teacher(batch).logits, (members[0] + members[1]) / 2)
     distill(["recipe.yaml", "--max_steps", "1"])
-    assert json.loads(Path("runs/recipe/results.json").read_text())["teacher"] == "teacher + second"
+    assert json.loads(Path("runs/recipe/results.json").read_text())["teacher"] == "cifar_resnet8 + cifar_resnet8"
 
 
 def test_teacher_class_indices():

@@ -126,7 +126,7 @@ def to_square(image: Image.Image, image_size: int) -> Image.Image:
     width, height = image.size
     shorter = min(width, height)
     width, height = width * image_size // shorter, height * image_size // shorter
-    left, top = (width - image_size) // 2, (height - image_size) // 2
+    left, top = round((width - image_size) / 2), round((height - image_size) / 2)  # as timm rounds
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
     return resized.crop((left, top, left + image_size, top + image_size))
 

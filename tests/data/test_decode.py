@@ -5,8 +5,9 @@ import psutil
 import pytest
 from pictures import encoded, pixels, split_of
 from PIL import Image
+from timm.data import create_transform
 
-from hfkd.data.decode import FORMATS, BadImageError, decode_split
+from hfkd.data.decode import FORMATS, BadImageError, decode_split, to_square
 
 
 def decode_one(data, image_size=8):
@@ -114,3 +115,11 @@ def test_too_little_memory_is_found_before_decoding(monkeypatch):
     split = split_of(*[b"never decoded"] * 700)
     with pytest.raises(ValueError, match="700 images of 1024 x 1024 take 2.05 GiB once decoded, and 1.5 GiB"):
         decode_split(split, 1024)
+
+
+@pytest.mark.parametrize("size", [(32, 35), (37, 32), (50, 99)])
+def test_the_crop_is_the_one_of_timm(size):
+    """Whose transform the exported model is prepared by."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+    resize, crop = create_transform((3, 32, 32), crop_pct=1.0, interpolation="bicubic").transforms[:2]
+    assert to_square(image, 32).tobytes() == crop(resize(image)).tobytes()
