@@ -30,7 +30,7 @@ class UpdateAverage(TrainerCallback):
 
 
 class ProgressLines(ProgressCallback):
-    """Trainer's bar, and in place of its dictionaries one line an epoch: what was trained and what was measured then."""
+    """Trainer's bar, and in place of its dictionaries one line an epoch: what was trained, and what measured then."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)

@@ -58,7 +58,8 @@ class ResultsWriter(TrainerCallback):
     def text(self) -> str:
         """The best and the last top-1 in a sentence."""
         best, last = max(self.rows, key=lambda row: row["eval_top1"]), self.rows[-1]
-        return f"Top-1: {best['eval_top1']:.2f} at its best (epoch {best['epoch']:g}), {last['eval_top1']:.2f} in the end."
+        best_top1, last_top1 = best["eval_top1"], last["eval_top1"]
+        return f"Top-1: {best_top1:.2f} at its best (epoch {best['epoch']:g}), {last_top1:.2f} in the end."
 
     def write(self, path: Path) -> None:
         """Writes the file whole or not at all.

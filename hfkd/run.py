@@ -231,7 +231,8 @@ def evaluate(argv: list[str] | None = None) -> dict[str, float]:
     if argv[:1] in (["-h"], ["--help"]):
         parser.parse_args(["--help"])
     if not argv or argv[0].startswith("-"):
-        raise ValueError(f"The first argument must be the model's folder or Hub id, got '{' '.join(argv[:1])}': {usage}.")
+        given = argv[0] if argv else ""
+        raise ValueError(f"The first argument must be the model's folder or Hub id, got '{given}'. Usage: {usage}")
     name, overrides = argv[0], argv[1:]
     recipe_path = Path(name).parent / RECIPE_NAME
     keys = [field.name for field in dataclasses.fields(DataArguments)]

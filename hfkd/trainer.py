@@ -32,8 +32,9 @@ from .losses.standardize import at_least_float32
 from .metrics import compute_metrics
 from .preemption import StopOnSigterm
 from .results import ResultsWriter, environment
+from .resuming import UNLOGGED_NAME
 from .reuse import with_teacher_classifier
-from .saving import UNLOGGED_NAME, SavingTrainer
+from .saving import SavingTrainer
 from .sharing import hub_id, public_name
 from .teacher import Teacher, TeacherEnsemble
 

@@ -1,6 +1,7 @@
 """Processes that are ended in the middle of something, and what a run comes to in the end."""
 
 import functools
+import itertools
 import json
 import os
 import random
@@ -13,8 +14,54 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 import torch
+from helpers import Plain, config, images
+from transformers import TrainerCallback
+
+from hfkd import DistillationTrainer
 
 TIMES = {"seconds", "images_per_second"}
+EVENTS = ("step_begin", "step_end", "prediction_step", "evaluate", "save", "epoch_begin", "epoch_end")
+
+
+class Moments(TrainerCallback):
+    """Counts the moments of a training, and does something at one of them."""
+
+    def __init__(self, at=None, act=lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        self.at, self.act = at, act
+        self.passed = []
+        for event in EVENTS:
+            setattr(self, f"on_{event}", lambda args, state, control, event=event, **kwargs: self.passes(event, state))
+
+    def passes(self, name, state):
+        self.passed.append((name, state.global_step))
+        if len(self.passed) - 1 == self.at:
+            self.act()
+
+
+class MomentsWhileSaving(DistillationTrainer):
+    moments: Moments
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        super()._save_optimizer_and_scheduler(output_dir)
+        self.moments.passes("writing", self.state)
+
+
+def build(output_dir, moments=None, **changes):
+    torch.manual_seed(0)
+    settings = {
+        "losses": {"ctkd": {}},
+        "num_train_epochs": 2,
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "logging_strategy": "epoch",
+        "lr_scheduler_type": "cosine",
+    }
+    args = config(output_dir, **(settings | changes))
+    data = {"train_dataset": images(24), "eval_dataset": images(10, seed=1, augment=False)}
+    moments = moments or Moments()
+    trainer = MomentsWhileSaving(Plain(), Plain(), args, callbacks=[moments], **data)
+    trainer.moments, trainer.settings = moments, changes
+    return trainer
 
 
 def start(function) -> int:
@@ -54,13 +101,28 @@ def in_two_processes(function) -> list[int]:
     def ranked(rank):
         here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update({key: str(value) for key, value in here.items()})
+        signal.alarm(120)  # if they wait for each other
         function(rank)
 
     return [end(process) for process in [start(functools.partial(ranked, rank)) for rank in range(2)]]
 
 
-def kill() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+def kill_at_write(number: int) -> None:
+    """Has this process killed by signal 9 just before it opens, renames or removes a file for the given time."""
+    left = itertools.count(number, -1)
+
+    def hook(event, arguments):
+        opens = event == "open" and arguments[2] is not None and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        if (opens or event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir")) and next(left) == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
 def differences(expected, given) -> list[str]:

@@ -370,5 +370,5 @@ def test_what_was_pushed_is_used_again(hub):
     assert results["student"] == results["teacher"] == "me/x" and results["base_models"] == ["me/x"]
     recipe = yaml.safe_load(files["recipe.yaml"])
     assert recipe["student_name_or_path"] == "me/x" and recipe["teacher_name_or_path"] == ["me/x"]
-    assert recipe["dataset_name"] == "photos" and "hub_model_id" not in recipe
+    assert recipe["dataset_name"] == "path/to/photos" and "hub_model_id" not in recipe
     assert ModelCard(files["README.md"].decode()).data.base_model == ["me/x"]
