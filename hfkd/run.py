@@ -272,6 +272,8 @@ def claim_output_dir(config: DistillationConfig, recipe: dict[str, Any]) -> str 
     checkpoint = None
     if resume == "true":
         checkpoint = last_checkpoint(output_dir)
+        if checkpoint is None:
+            logger.warning(f"There is no whole checkpoint in {output_dir}: training begins anew.")
     elif resume not in ("false", "none"):
         checkpoint = config.resume_from_checkpoint
     for folder in dict.fromkeys([output_dir, Path(checkpoint).parent] if checkpoint else [output_dir]):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import HubStrategy
@@ -54,12 +55,18 @@ class SavingTrainer(ResumableTrainer):
 
         Returns:
             `<output_dir>/student`, or what `export_name` says.
+
+        Raises:
+            RuntimeError: if it cannot be written, on a full disk for one; the export before it is whole.
         """
         folder = self.export_folder
-        with _replacing(folder, self.args.should_save) as partial:
-            self.save_model(str(partial), _internal_call=True)
-            if self.args.should_save:
-                self._describe(partial, repo_id, metadata)
+        try:
+            with _replacing(folder, self.args.should_save) as partial:
+                self.save_model(str(partial), _internal_call=True)
+                if self.args.should_save:
+                    self._describe(partial, repo_id, metadata)
+        except (OSError, SafetensorError) as error:
+            raise self._unwritten(folder, error) from error
         return folder
 
     @property
@@ -191,18 +198,21 @@ class SavingTrainer(ResumableTrainer):
 @contextlib.contextmanager
 def _replacing(folder: Path, writes: bool = True) -> Iterator[Path]:
     """A folder to write to, which takes the other's place once all is written; until then that one stays."""
-    partial = folder.with_name(f"{folder.name}.partial")
+    partial, former = (folder.with_name(f"{folder.name}.{state}") for state in ("partial", "former"))
     if not writes:
         yield partial
         return
-    shutil.rmtree(partial, ignore_errors=True)
+    for path in (partial, former):
+        shutil.rmtree(path, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            folder.rename(former)
         partial.rename(folder)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        for path in (partial, former):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _changed(args: TrainingArguments) -> dict[str, Any]:

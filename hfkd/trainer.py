@@ -273,20 +273,23 @@ class DistillationTrainer(SavingTrainer):
         return logs
 
     def _unlogged(self) -> dict[str, Any]:
-        """What was added up since the last log, a mean over the processes: checkpoints hold it, so that the next log
-        of a resumed run is that of the undisturbed one."""
+        """What each process has added up since the last log: checkpoints hold it, so that the next log of a resumed
+        run is that of the undisturbed one."""
         if not self._term_count:
             return {}
-        loss, *sums = self.accelerator.reduce(torch.stack([self._tr_loss, *self._term_sums]), reduction="mean").tolist()
-        terms = dict(zip(self._term_names, sums, strict=True))
-        return {"since": self._globalstep_last_logged, "count": self._term_count, "loss": loss, "terms": terms}
+        sums = self.accelerator.gather(torch.stack([self._tr_loss, *self._term_sums])[None]).tolist()
+        since, count = self._globalstep_last_logged, self._term_count
+        return {"since": since, "count": count, "terms": self._term_names, "sums": sums}
 
     def _restore_unlogged(self, unlogged: dict[str, Any]) -> None:
-        if unlogged:
-            self._globalstep_last_logged, self._term_count = unlogged["since"], unlogged["count"]
-            self._tr_loss.fill_(unlogged["loss"])
-            self._term_names = list(unlogged["terms"])
-            self._term_sums = torch.tensor(list(unlogged["terms"].values()), device=self.args.device)
+        if not unlogged:
+            return
+        sums = torch.tensor(unlogged["sums"], device=self.args.device)
+        # Of as many processes each takes up its own, of another number all the mean.
+        own = sums[self.args.process_index] if len(sums) == self.args.world_size else sums.mean(dim=0)
+        self._globalstep_last_logged, self._term_count = unlogged["since"], unlogged["count"]
+        self._tr_loss.copy_(own[0])
+        self._term_names, self._term_sums = unlogged["terms"], own[1:].clone()
 
     def _run_epoch(self, **kwargs):
         checkpoint = kwargs["resume_from_checkpoint"]

@@ -96,7 +96,6 @@ def at_any_moment_in_one_of_two(rank):
         "ema_decay": 0.7,
         "save_total_limit": 1,
         "load_best_model_at_end": True,
-        "logging_strategy": "steps",
     }
     whole = build("whole", **settings)
     whole.train()
