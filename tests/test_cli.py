@@ -3,8 +3,6 @@
 import dataclasses
 import importlib
 import inspect
-import json
-import os
 import re
 import signal
 import subprocess
@@ -207,15 +205,3 @@ def test_the_installed_command_and_ctrl_c():
         process.kill()
     assert process.returncode == 130, errors
     assert errors.endswith("hfkd distill: interrupted\n") and "Traceback" not in errors
-
-
-def test_accelerate_launches_it():
-    """In two processes, which is `python -m hfkd` in each."""
-    launch = [BESIDE_PYTHON / "accelerate", "launch", "--multi_gpu", "--num_processes", "2", "-m", "hfkd"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
-    command = [*launch, "distill", recipe(), "--seed", "3"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    results = json.loads(Path("runs/r/results.json").read_text())
-    assert results["devices"] == "2 x cpu" and results["last"]["step"] == 2
-    assert yaml.safe_load(Path("runs/r/recipe.yaml").read_text())["seed"] == 3
