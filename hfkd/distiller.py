@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .features import Outputs, Taps, forward_views, has_two_heads, train_heads_apart
+from .features import Outputs, Taps, forward_views, has_two_heads, logits_of, train_heads_apart
 from .losses.standardize import at_least_float32
 
 
@@ -51,6 +51,10 @@ class Distiller(nn.Module):
         for view in outputs.views():
             view.logits, view.class_logits = at_least_float32(view.logits), at_least_float32(view.class_logits)
         return outputs
+
+    def logits(self, pixel_values: Tensor) -> Tensor:
+        """The student's, (B, C), for evaluation."""
+        return logits_of(self.student, pixel_values)
 
     def forward(self, batch: dict[str, Tensor], teacher: Outputs | None) -> dict[str, Tensor]:
         """Weighted loss terms by name (`loss_ce`, `loss_kd`, `loss_mlkd_class_correlation`, ...), 0-d each.

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import Trainer
@@ -195,7 +196,8 @@ class ImageTrainer(Trainer):
     def get_optimizer_cls_and_kwargs(args, model=None):
         optimizer_class, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
         if optimizer_class is torch.optim.SGD:
-            kwargs["fused"] = True  # one kernel over all parameters in place of three for each
+            # One kernel over all parameters in place of three for each; torch has none for sharded ones.
+            kwargs["fused"] = args.distributed_state.distributed_type != DistributedType.FSDP
         return optimizer_class, kwargs
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):

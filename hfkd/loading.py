@@ -22,6 +22,7 @@ from transformers import (
 from transformers.models.timm_wrapper import TimmWrapperForImageClassification
 
 from .features import InputSpec, timm_model_of
+from .fsdp import gathered
 from .models.checkpoints import load_architecture
 from .sharing import hub_id, public_name
 from .teacher import Teacher, TeacherEnsemble
@@ -302,7 +303,7 @@ def exported_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 
     Contiguous, since safetensors refuses channels_last strides.
     """
-    return {name: value.contiguous() for name, value in timm_model_of(model).state_dict().items()}
+    return {name: value.contiguous() for name, value in gathered(timm_model_of(model).state_dict()).items()}
 
 
 def load_exported(model: nn.Module, state: dict[str, torch.Tensor]) -> None:

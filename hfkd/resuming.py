@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from .checkpointing import defect, drop_old, last_checkpoint, seal, set_aside_later
 from .distiller import Distiller
+from .fsdp import gathered
 from .image_trainer import ImageTrainer
 from .loading import exported_state_dict, load_exported
 from .preemption import EXIT_CODE, StopOnSigterm, ignore_sigterm
@@ -173,12 +174,13 @@ class ResumableTrainer(ImageTrainer):
             os.remove(os.path.join(output_dir or self.args.output_dir, TRAINING_ARGS_NAME))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.args.should_save:
+            self.optimizer.state_dict()  # sharded, it is gathered: see `take_whole_states`
         super()._save_optimizer_and_scheduler(output_dir)
-        unlogged = self._unlogged()
+        unlogged, state = self._unlogged(), gathered(self.distiller.losses.state_dict())
         if not self.args.should_save:
             return
         Path(output_dir, UNLOGGED_NAME).write_text(json.dumps(unlogged))
-        state = self.distiller.losses.state_dict()
         if state:
             safetensors.torch.save_file(state, os.path.join(output_dir, LOSSES_NAME))
         if self.average is not None:

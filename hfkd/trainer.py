@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Mapping, Sequence, Sized
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, ProgressCallback
 from transformers.utils import logging
@@ -25,6 +27,7 @@ from .classes import class_names_of
 from .data import ImageSource, StreamingImageDataset, collate_batch
 from .distiller import Distiller
 from .features import logits_of, remove_taps, settle_layers
+from .fsdp import check_asked_for, prepare_to_shard, take_whole_states, use_fsdp
 from .image_trainer import image_source, training_labels
 from .loading import as_teacher, wrap_timm
 from .losses import DistillationLoss, build_losses
@@ -145,6 +148,16 @@ class DistillationTrainer(SavingTrainer):
             if self.teacher is not None:
                 self.teacher.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
 
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        self.shards = self.is_fsdp_enabled
+        check_asked_for(self.args, self.shards)
+        if self.shards:
+            use_fsdp(self.accelerator, self.args)
+            # In its branches for FSDP Trainer takes `self.model` for what is sharded, which is the distiller, and
+            # writes checkpoints that other runs cannot read. The others do, since accelerate shards in `prepare`.
+            self.is_fsdp_enabled = False
+
     # ---- Before training ---------------------------------------------------------------------------------------
 
     def _facts(self, losses: nn.ModuleDict) -> dict[str, Any]:
@@ -223,15 +236,27 @@ class DistillationTrainer(SavingTrainer):
         # Optimizer, DDP and compile must cover student and losses together: two modules prepared side by side train
         # the losses wrongly. So the distiller stands in for the student while Trainer prepares "the model".
         self.distiller.student = student = self.model
+        first = self.shards and not isinstance(self.distiller, FSDPModule)
+        if first:
+            prepare_to_shard(self.distiller)
         self.model = self.model_wrapped = self.distiller
         try:
             prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         finally:
             self.model = student
+        if first:
+            register_fsdp_forward_method(self.distiller, "logits")
         self.callback_handler.model = student
         self._term_sums, self._term_count, self._images_seen = None, 0, 0
         self._clock = time.perf_counter()
         return prepared
+
+    def create_optimizer(self, model=None):
+        created = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if created and self.shards:
+            take_whole_states(optimizer)
+        return optimizer
 
     # ---- A training step: nothing here may wait for the device ---------------------------------------------------
 
@@ -243,7 +268,8 @@ class DistillationTrainer(SavingTrainer):
             # numpy's generator says how: Trainer's checkpoints hold its state, and no data set of ours touches it.
             batch["pixel_values"], batch["labels"] = self._mixup(batch["pixel_values"], batch["labels"])
         teacher = self.teacher(batch) if self.distiller.losses else None
-        terms = model(batch, teacher)
+        with self.accelerator.autocast():  # with FSDP accelerate leaves it out
+            terms = model(batch, teacher)
         values = torch.stack(list(terms.values()))
         self._count(list(terms), values.detach(), len(inputs["labels"]))
         loss = values.sum()
@@ -334,7 +360,8 @@ class DistillationTrainer(SavingTrainer):
         inputs = self._prepare_inputs(inputs)
         labels = inputs.get("labels")
         with self.accelerator.autocast():
-            logits = at_least_float32(logits_of(model, inputs["pixel_values"]))
+            forward = self.distiller.logits if self.shards else functools.partial(logits_of, model)
+            logits = at_least_float32(forward(inputs["pixel_values"]))
         if prediction_loss_only and labels is not None:
             counting = (labels != ImageSource.IGNORED).sum().clamp(min=1)
             return F.cross_entropy(logits, labels, reduction="sum") / counting, None, None

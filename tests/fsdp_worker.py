@@ -1,0 +1,74 @@
+"""What each process of test_fsdp.py runs: trainings whose networks and losses are shared out, or not."""
+
+import copy
+import sys
+
+import timm
+import torch
+from accelerate.utils import DistributedType
+from helpers import config, images
+
+from hfkd import DistillationTrainer
+from hfkd.fsdp import gathered
+from hfkd.loading import wrap_timm
+
+LOSSES = {"kd": {}, "ctkd": {"instance_wise": True}, "fitnet": {"weight": 0.1}}
+SAVING = {
+    "eval_strategy": "steps",
+    "eval_steps": 3,
+    "save_strategy": "steps",
+    "save_steps": 3,
+    "load_best_model_at_end": True,
+}
+
+
+def vit(seed, width):
+    """Without BatchNorm: a batch may be split."""
+    torch.manual_seed(seed)
+    shape = {"img_size": 32, "patch_size": 8, "embed_dim": width, "depth": 2, "num_heads": 2}
+    overlay = {"input_size": (3, 32, 32)}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=10, pretrained_cfg_overlay=overlay, **shape)
+    return wrap_timm(model, [f"class {index}" for index in range(10)], shape)
+
+
+def build(output_dir, world_size, **changes):
+    settings = {"losses": LOSSES, "per_device_train_batch_size": 8 // world_size, "num_train_epochs": 2}
+    args = config(output_dir, **settings | changes)
+    if world_size > 1:
+        # accelerate has FSDP for accelerators alone and drops it on CPUs, where torch has it as well.
+        args.distributed_state.distributed_type = DistributedType.MULTI_GPU
+    data = {"train_dataset": images(32), "eval_dataset": images(26, seed=1, augment=False)}
+    # Different weights in each process: the first one's count.
+    return DistillationTrainer(vit(args.process_index, 32), vit(5, 48), args, **data)
+
+
+def train(output_dir, world_size, resume_from_checkpoint=None, **changes):
+    trainer = build(output_dir, world_size, **changes)
+    trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    metrics = trainer.evaluate()
+    sharded = [name for name, value in trainer.distiller.named_parameters() if value is not gathered({0: value})[0]]
+    return trainer, {
+        "state": copy.deepcopy(gathered(trainer.distiller.state_dict())),
+        "top1": metrics["eval_top1"],
+        "loss": metrics["eval_loss"],
+        "sharded": len(sharded),
+        "buffers": len(list(trainer.distiller.buffers())),
+    }
+
+
+def main(folder, world_size, other):
+    results = {}
+    trainer, results["whole"] = train(f"{folder}/whole", world_size, **SAVING)
+    results["best"] = trainer.state.best_model_checkpoint
+    trainer.export()
+    checkpoint = "whole/checkpoint-6"
+    _, results["resumed"] = train(f"{folder}/resumed", world_size, f"{folder}/{checkpoint}", **SAVING)
+    _, results["bf16"] = train(f"{folder}/bf16", world_size, bf16=True, max_grad_norm=0.5)
+    if other:  # a run that is not shared out goes on shared out
+        _, results["crossed"] = train(f"{folder}/crossed", world_size, f"{other}/{checkpoint}", **SAVING)
+    rank = trainer.args.process_index
+    torch.save(results, f"{folder}/rank{rank}.pt")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
