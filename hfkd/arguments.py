@@ -43,6 +43,13 @@ class ModelArguments:
             "by default they are matched by name."
         },
     )
+    teacher_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder that `hfkd cache-teacher` wrote: the teacher's logits are read there, and no teacher is "
+            "loaded; one that teacher_name_or_path names must be that of the cache."
+        },
+    )
     drop_path_rate: float | None = field(
         default=None, metadata={"help": "Stochastic depth of the student, for a timm architecture that has it."}
     )

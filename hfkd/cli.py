@@ -17,6 +17,7 @@ from .losses.checks import did_you_mean
 COMMANDS = {
     "distill": ("hfkd.run:distill", "train the student of a recipe"),
     "train-teacher": ("hfkd.run:train_teacher", "train the network of a recipe from the labels alone"),
+    "cache-teacher": ("hfkd.caching:cache_teacher", "store a teacher's logits for many students"),
     "evaluate": ("hfkd.run:evaluate", "measure a trained model"),
     "push": ("hfkd.hub:push", "upload a trained model, with its card, to the Hub"),
 }

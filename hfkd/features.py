@@ -39,6 +39,7 @@ class Outputs:
         features: what the tapped layers gave, under the names they were asked for by.
         classifier: of a teacher whose logits are those of one linear layer over its embedding, that layer, frozen, with
             the student's classes; else None.
+        standardized: of a teacher: the logits are Z-scores already.
         strong: the outputs for the strongly augmented view of the same images, where a loss asked for two views.
     """
 
@@ -46,6 +47,7 @@ class Outputs:
     class_logits: Tensor
     features: dict[Layer, Tensor] = field(default_factory=dict)
     classifier: nn.Linear | None = None
+    standardized: bool = False
     strong: Outputs | None = None
 
     @property

@@ -16,6 +16,7 @@ from transformers import Trainer
 
 from .callbacks import SetEpoch
 from .data import ImageDataset, ImageSource, IndexedImageSource, LazyImageDataset, StreamingImageDataset
+from .data.source import RowCache
 from .features import InputSpec
 from .loading import known_input_spec
 
@@ -74,15 +75,16 @@ class ImageTrainer(Trainer):
                 return InputSpec(source.image_size, source.mean, source.std)
         return known_input_spec(self.model)
 
-    def _place_data(self, views: int) -> None:
-        """Small images live on the training device and are augmented there; the training set gives so many views."""
+    def _place_data(self, views: int, cache: RowCache | None) -> None:
+        """Small images live on the training device and are augmented there; the training set gives so many views, and
+        what the cache holds."""
         for dataset in (image_source(self.train_dataset), image_source(self.eval_dataset)):
             if isinstance(dataset, ImageDataset) and self.args.dataloader_num_workers == 0:
                 dataset.to(self.args.device)
                 self.args.dataloader_pin_memory = False  # the batches are on the device already
         train_images = image_source(self.train_dataset)
         if train_images is not None:
-            train_images.views = views
+            train_images.views, train_images.cache = views, cache
             self.add_callback(SetEpoch(train_images))
 
     def _two_images(self, dataset, source: ImageSource | None) -> dict[str, Tensor] | None:

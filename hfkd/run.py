@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import AutoImageProcessor, set_seed
+from transformers import AutoImageProcessor, PreTrainedModel, set_seed
 from transformers.models.timm_wrapper import TimmWrapperForImageClassification
 from transformers.utils import logging
 
@@ -38,6 +38,7 @@ from .results import RESULTS_NAME, write_whole
 from .saving import RECIPE_NAME
 from .sharing import PRIVATE_KEYS, hub_id, last_part, public_value
 from .teacher import Teacher
+from .teacher_cache import CachedTeacher
 from .trainer import DistillationTrainer
 
 logger = logging.get_logger(__name__)
@@ -71,7 +72,7 @@ def train_teacher(argv: list[str] | None = None) -> DistillationTrainer:
         ValueError: if the recipe names a teacher or losses.
     """
     model_args, data_args, config, recipe = parse_recipe(argv, command="hfkd train-teacher")
-    if model_args.teacher_name_or_path or config.losses:
+    if model_args.teacher_name_or_path or model_args.teacher_cache or config.losses:
         raise ValueError("train-teacher trains from the labels alone: use distill for a recipe with a teacher.")
     return train(model_args, data_args, config, recipe, role="teacher")
 
@@ -116,23 +117,13 @@ def build_trainer(
     """
     set_seed(config.seed)  # the student's initial weights are part of the recipe
     splits = load_splits(data_args)
-    student = load_student(
-        model_args.student_name_or_path,
-        splits[0].class_names,
-        image_size=data_args.image_size,
-        patch_size=model_args.patch_size,
-        drop_path_rate=model_args.drop_path_rate,
-        crop_pct=data_args.crop_pct,
-        interpolation=data_args.interpolation,
-    )
-    teachers = load_teachers(model_args)
-    spec = input_spec(student)
-    seed = config.seed if config.data_seed is None else config.data_seed
-    train_set, eval_set = training_set(splits[0], spec, data_args, seed), evaluation_set(splits[1], spec, data_args)
+    student = build_student(model_args, data_args, splits[0].class_names)
+    teacher = open_cache(model_args) if model_args.teacher_cache else load_teachers(model_args) or None
+    train_set, eval_set = image_sets(splits, input_spec(student), data_args, config)
     wrapped = isinstance(student, TimmWrapperForImageClassification)  # timm's config.json says how to prepare images
     processor = None if wrapped else AutoImageProcessor.from_pretrained(student.name_or_path)
     trainer = DistillationTrainer(
-        student, teachers or None, config, train_dataset=train_set, eval_dataset=eval_set, processing_class=processor
+        student, teacher, config, train_dataset=train_set, eval_dataset=eval_set, processing_class=processor
     )
     trainer.results.facts["dataset"] = {
         "name": last_part(splits[1].source),
@@ -142,6 +133,32 @@ def build_trainer(
         "train_images": train_set.num_rows,
     }
     return trainer
+
+
+def build_student(model_args: ModelArguments, data_args: DataArguments, class_names: list[str]) -> PreTrainedModel:
+    """The student that the arguments name; see `load_student`."""
+    return load_student(
+        model_args.student_name_or_path,
+        class_names,
+        image_size=data_args.image_size,
+        patch_size=model_args.patch_size,
+        drop_path_rate=model_args.drop_path_rate,
+        crop_pct=data_args.crop_pct,
+        interpolation=data_args.interpolation,
+    )
+
+
+def open_cache(model_args: ModelArguments) -> CachedTeacher:
+    """The cache that the arguments name, whose teacher is not loaded.
+
+    Raises:
+        ValueError: see `CachedTeacher`; also if they name another teacher, too.
+    """
+    teacher = CachedTeacher(model_args.teacher_cache)
+    names = model_args.teacher_name_or_path
+    if names:
+        teacher.check_given(names, model_args.teacher_checkpoint, model_args.teacher_class_indices)
+    return teacher
 
 
 def load_teachers(model_args: ModelArguments) -> list[Teacher]:
@@ -171,6 +188,17 @@ def load_splits(
         label_column=data_args.label_column,
         class_names=class_names,
     )
+
+
+def image_sets(
+    splits: tuple[ImageSplit | StreamSplit, ImageSplit | StreamSplit],
+    spec: InputSpec,
+    data_args: DataArguments,
+    config: DistillationConfig,
+) -> tuple[ImageSource, ImageSource]:
+    """What is trained on and what is evaluated."""
+    seed = config.seed if config.data_seed is None else config.data_seed
+    return training_set(splits[0], spec, data_args, seed), evaluation_set(splits[1], spec, data_args)
 
 
 def training_set(

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.timm_wrapper import TimmWrapperForImageClassification
 
-PATH_KEYS = {"dataset_name", "student_name_or_path", "teacher_name_or_path", "teacher_checkpoint"}
+PATH_KEYS = {"dataset_name", "student_name_or_path", "teacher_name_or_path", "teacher_checkpoint", "teacher_cache"}
 DIGITS = "digits"  # a data set by its name, whatever lies there
 
 # Where a run writes, and to whom it reports and pushes, says nothing of its student.

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import DistributedType
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -40,6 +41,7 @@ from .reuse import with_teacher_classifier
 from .saving import SavingTrainer
 from .sharing import hub_id, public_name
 from .teacher import Teacher, TeacherEnsemble
+from .teacher_cache import CachedTeacher
 
 logger = logging.get_logger(__name__)
 
@@ -55,7 +57,7 @@ class DistillationTrainer(SavingTrainer):
         model: the student: a transformers image classifier, a timm model (`trainer.model` is then transformers'
             wrapper around it) or a module that returns logits (B, C).
         teacher: a `Teacher` (see `load_teacher`) or a model, which is frozen in place; a list of them is an ensemble.
-            None: labels alone.
+            A `CachedTeacher` reads what one said before. None: labels alone.
         args: the `DistillationConfig`.
         train_dataset, eval_dataset: a data set of `hfkd.data`, or any other whose batches hold `pixel_values`
             (B, 3, H, W) and `labels` (B,).
@@ -78,7 +80,7 @@ class DistillationTrainer(SavingTrainer):
     def __init__(
         self,
         model: nn.Module,
-        teacher: Teacher | TeacherEnsemble | nn.Module | Sequence[Teacher | nn.Module] | None = None,
+        teacher: Teacher | TeacherEnsemble | CachedTeacher | nn.Module | Sequence[Teacher | nn.Module] | None = None,
         args: DistillationConfig | None = None,
         *,
         train_dataset=None,
@@ -99,6 +101,8 @@ class DistillationTrainer(SavingTrainer):
             names = [*names, *map(str, range(len(names), model.num_classes))][: model.num_classes]
             model = wrap_timm(model, names)
         teacher = as_teacher(teacher, args.logit_standardization)
+        if isinstance(teacher, CachedTeacher):
+            teacher.fit(image_source(train_dataset), losses, args)
         dataset = eval_dataset if train_dataset is None else train_dataset
         model = with_teacher_classifier(model, teacher, losses, image_source(dataset))
         if args.channels_last:
@@ -135,9 +139,10 @@ class DistillationTrainer(SavingTrainer):
         self._clock = time.perf_counter()
         self._keep_logits = False
         self._mixup: Mixup | None = None
-        self._teacher_memories: WeakKeyDictionary[ImageSource, Tensor] = WeakKeyDictionary()
+        self._teacher_memories: WeakKeyDictionary[ImageSource, Tensor | None] = WeakKeyDictionary()
         self._teacher_memory: Tensor | None = None
-        self._place_data(views=max([loss.views for loss in losses.values()], default=1))
+        cache = self.teacher.files if isinstance(self.teacher, CachedTeacher) else None
+        self._place_data(max([loss.views for loss in losses.values()], default=1), cache)
         self._dry_run()
         if isinstance(train_dataset, Sized) and not isinstance(train_dataset, IterableDataset):
             check_last_batch(losses, len(train_dataset), args)
@@ -150,7 +155,7 @@ class DistillationTrainer(SavingTrainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
-        self.shards = self.is_fsdp_enabled
+        self.shards = self.accelerator.distributed_type == DistributedType.FSDP  # not where there is but a plugin
         check_asked_for(self.args, self.shards)
         if self.shards:
             use_fsdp(self.accelerator, self.args)
@@ -165,6 +170,7 @@ class DistillationTrainer(SavingTrainer):
         args, teacher = self.args, self.teacher
         name_or_path = getattr(self.model, "name_or_path", "")  # of a transformers model
         origins = [hub_id(name_or_path), *(member.hub_id for member in (teacher.members if teacher else []))]
+        cached = {"teacher_cache": teacher.settings()} if isinstance(teacher, CachedTeacher) else {}
         return {
             "role": self.export_name,
             "student": public_name(name_or_path, self.model),
@@ -172,6 +178,7 @@ class DistillationTrainer(SavingTrainer):
             "base_models": [origin for origin in dict.fromkeys(origins) if origin],
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "teacher_parameters": teacher.parameter_count() if teacher else None,
+            **cached,
             "losses": {name: loss.settings() for name, loss in losses.items()},
             "logit_standardization": args.logit_standardization,
             "ce_weight": args.ce_weight,
@@ -185,7 +192,8 @@ class DistillationTrainer(SavingTrainer):
     def _prepare_teacher(self, losses: nn.ModuleDict) -> None:
         """Teacher and losses in the precision of the run, and the teacher's layers that the losses read."""
         args = self.args
-        settle_layers(losses.values(), self.model, self.teacher.members[0].model)
+        if not isinstance(self.teacher, CachedTeacher):  # which has no layers
+            settle_layers(losses.values(), self.model, self.teacher.members[0].model)
         autocast_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
         for loss in losses.values():
             loss.autocast_dtype = autocast_dtype
@@ -370,8 +378,8 @@ class DistillationTrainer(SavingTrainer):
         ranked = logits.topk(min(5, logits.shape[1])).indices
         # One loss an image: Trainer's mean over batches would count twice the images that pad a rank's last batch.
         losses = F.cross_entropy(logits, labels, reduction="none")
-        teacher = () if self.teacher is None else (self._teacher_choice(inputs),)
-        return None, (ranked, losses, *teacher), labels
+        choice = None if self.teacher is None else self._teacher_choice(inputs)
+        return None, (ranked, losses) if choice is None else (ranked, losses, choice), labels
 
     def _memory_of(self, dataset) -> Tensor | None:
         """What the teacher chose in earlier evaluations of an unaugmented data set of ours, (N,), -1 where not known.
@@ -382,13 +390,18 @@ class DistillationTrainer(SavingTrainer):
         source = image_source(dataset)
         if source is None or source.augmented:
             return None
-        unknown = torch.full((source.num_rows,), -1, device=self.args.device)
-        return self._teacher_memories.setdefault(source, unknown)
+        if source not in self._teacher_memories:
+            cached = isinstance(self.teacher, CachedTeacher)
+            known = self.teacher.choices(source) if cached else torch.full((source.num_rows,), -1)
+            self._teacher_memories[source] = None if known is None else known.to(self.args.device)
+        return self._teacher_memories[source]
 
-    def _teacher_choice(self, inputs: dict[str, Tensor]) -> Tensor:
-        """The teacher's most probable class for each image, (B,)."""
+    def _teacher_choice(self, inputs: dict[str, Tensor]) -> Tensor | None:
+        """The teacher's most probable class for each image, (B,); None where a cache does not tell."""
         index = inputs.get("index")
         memory = None if index is None else self._teacher_memory
+        if isinstance(self.teacher, CachedTeacher):
+            return None if memory is None else memory[index]
         if memory is not None and (memory[index] >= 0).all():
             return memory[index]
         choice = self.teacher({"pixel_values": inputs["pixel_values"]}).logits.argmax(dim=1)

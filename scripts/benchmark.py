@@ -9,6 +9,8 @@ jpeg       The same from files: JPEGs of 500 x 375, decoded, a random part resiz
 trainer    A step of DistillationTrainer as the recipe runs it, against a loop written by hand: same batches, networks,
            losses, optimizer, precision, memory format and compile setting. So the ratio is what Trainer costs.
 reference  The same against the loop of the published code: float32, contiguous, eager, the loss written out.
+cache      A step of KD with resnet20 that reads the teacher's logits from a cache, all or the largest 16, against one
+           from the labels alone: making the batch, forward, backward and update, nothing else of Trainer.
 methods    A step of each feature method's recipe, resnet32x4 -> resnet8x4, against one of the recipe with KD alone: on
            batches that lie ready, forward, backward and update by the same few lines, nothing else of Trainer.
 
@@ -44,7 +46,9 @@ from torchvision import transforms  # noqa: E402
 from transformers import PrinterCallback, TrainerCallback  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
-from hfkd import DistillationConfig, DistillationTrainer, load_student  # noqa: E402
+from hfkd import DistillationConfig, DistillationTrainer, Teacher, load_student  # noqa: E402
+from hfkd.cache_rows import RowFormat  # noqa: E402
+from hfkd.caching import write_cache  # noqa: E402
 from hfkd.data import (  # noqa: E402
     ImageDataset,
     LazyImageDataset,
@@ -56,6 +60,7 @@ from hfkd.data import (  # noqa: E402
 from hfkd.losses import kd_loss, standardize  # noqa: E402
 from hfkd.models.base import CIFAR_MEAN, CIFAR_STD  # noqa: E402
 from hfkd.recipe import parse_recipe  # noqa: E402
+from hfkd.teacher_cache import CachedTeacher  # noqa: E402
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "cifar100"
 CLASSES = 100
@@ -266,6 +271,49 @@ def reference_rows(args: argparse.Namespace) -> list[Row]:
     return [step_row(args, "reference: resnet32x4 -> resnet8x4, KD + Z-score", recipe, *pair, steps=1, published=True)]
 
 
+# ---- Cached logits ------------------------------------------------------------------------------------------------
+
+
+def data_and_steps(
+    args: argparse.Namespace, teacher: CachedTeacher | None, dataset: ImageDataset, folder: str
+) -> Iterator[None]:
+    """Makes a batch and trains on it, one step for each `next`; without a teacher from the labels alone."""
+    config = recipe_config("resnet56-resnet20/kd_zscore.yaml", args.batch_size, folder)
+    student = load_student("cifar_resnet8" if args.quick else "cifar_resnet20", num_classes=CLASSES)
+    losses = config.losses if teacher else {}
+    trainer = DistillationTrainer(student, teacher, config, train_dataset=dataset, losses=losses)
+    model = trainer.accelerator.prepare_model(trainer.distiller).train()
+    decay = config.weight_decay
+    optimizer = torch.optim.SGD(model.parameters(), config.learning_rate, 0.9, weight_decay=decay, fused=True)
+    for epoch in itertools.count():
+        dataset.set_epoch(epoch)
+        for batch in DataLoader(dataset, args.batch_size, shuffle=True, drop_last=True, collate_fn=collate_batch):
+            trainer.compute_loss(model, batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            yield
+
+
+def cache_rows(args: argparse.Namespace) -> list[Row]:
+    """A small teacher writes the caches: what they hold costs the same."""
+    steps, epochs = (1, 1) if args.quick else (5, 3)
+    datasets = [random_images(1_000 if args.quick else 20_000)]
+    datasets += [copy.copy(datasets[0]) for _ in range(2)]  # each has a cache of its own, or none
+    temperature = recipe_config("resnet56-resnet20/kd_zscore.yaml", 1, "").losses["kd"]["temperature"]
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for (top_k, what), dataset in zip({None: "all logits", 16: "the largest 16"}.items(), datasets, strict=False):
+            row = RowFormat(CLASSES, 1, top_k, (temperature,) if top_k else ())
+            teacher = Teacher(timm.create_model("cifar_resnet8", num_classes=CLASSES))
+            config = DistillationConfig(folder, per_device_eval_batch_size=500, disable_tqdm=True)
+            write_cache(f"{folder}/{top_k}", teacher, dataset, dataset, config, row, epochs=epochs)
+            ours = data_and_steps(args, CachedTeacher(f"{folder}/{top_k}"), dataset, folder)
+            alone = data_and_steps(args, None, datasets[2], folder)
+            meters = alternate(ours, alone, args.pairs + 1, steps, steps * args.batch_size)
+            rows.append(Row(f"cache: resnet20, KD from {what}", meters[0], "labels alone", meters[1], ">= 0.91"))
+    return rows
+
+
 # ---- What a method costs ------------------------------------------------------------------------------------------
 
 
@@ -314,6 +362,7 @@ SECTIONS = {
     "jpeg": jpeg_rows,
     "trainer": trainer_rows,
     "reference": reference_rows,
+    "cache": cache_rows,
     "methods": method_rows,
 }
 

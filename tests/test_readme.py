@@ -48,7 +48,12 @@ IN_PLACE_OF = {
     ],
 }
 # One recipe's second run needs another folder.
-OUTPUT_OF = {"--streaming": "runs/streamed", "--push_to_hub": "runs/pushed", "--nnodes": "runs/two_nodes"}
+OUTPUT_OF = {
+    "--streaming": "runs/streamed",
+    "--push_to_hub": "runs/pushed",
+    "--nnodes": "runs/two_nodes",
+    "--teacher_cache": "runs/cached",
+}
 EVALUATES = ("evaluate", "push", "--help")  # commands that train nothing
 
 
@@ -142,7 +147,7 @@ def test_the_commands(folder, monkeypatch, capsys):
     started = {COMMANDS[0], next(command for command in COMMANDS if "--num_processes" in command)}
     verbs = [re.search(r"hfkd ([\w-]+)|scripts/(\w+)\.py", command).group(1, 2) for command in COMMANDS]
     expected = "train_teacher distill evaluate distill distill distill train-teacher distill train_teacher distill"
-    expected += " distill distill distill distill distill distill benchmark distill push"
+    expected += " distill distill distill distill distill distill cache-teacher distill benchmark distill push"
     assert [verb for pair in verbs for verb in pair if verb] == expected.split()
     with writable_hub(folder / "hub", monkeypatch) as hub:
         for command in COMMANDS:
@@ -164,6 +169,7 @@ def test_the_commands(folder, monkeypatch, capsys):
         assert (runs / "cifar100" / name / role / "model.safetensors").is_file()
         assert json.loads((runs / "cifar100" / name / "results.json").read_text())["role"] == role
     pair = "cifar100/resnet32x4-resnet8x4"
+    assert json.loads((runs / "cached" / "results.json").read_text())["teacher_cache"] == {"epochs": 30, "top_k": 16}
     for name in (f"{pair}/kd_zscore", "two_nodes"):
         assert json.loads((runs / name / "results.json").read_text())["devices"] == "2 x cpu"
     students = ["student", "deit_tiny", "imagenet/resnet34-resnet18/kd_zscore", "streamed"]

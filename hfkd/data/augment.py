@@ -9,11 +9,12 @@ The numbers are drawn on the CPU, a dozen an image, and only pixels are touched 
 So CPU and CUDA agree by construction, and Python can branch on the numbers without waiting for a device.
 
 A transform is a callable `transform(images, bits)`: images (B, C, H, W) uint8 and bits (B, transform.draws)
-uint64 give (B, C, H, W) uint8 on the device of `images`.
+uint64 give (B, C, H, W) uint8 on the device of `images`. Its `settings`, a mapping, tell it from others of its class.
 """
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -148,6 +149,7 @@ class NoAugmentation:
     """Images as they are: evaluation."""
 
     draws = 0
+    settings: dict[str, Any] = {}
 
     def __call__(self, images: Tensor, bits: np.ndarray) -> Tensor:
         return images
@@ -164,6 +166,7 @@ class WeakAugmentation:
 
     def __init__(self, flip: bool = True):
         self.flip = flip
+        self.settings = {"flip": flip, "padding": PADDING}
 
     def parameters(self, bits: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(B, 3) uint64 -> top, left in 0 ... 2 * PADDING and flip in 0, 1: each (B,) int64."""

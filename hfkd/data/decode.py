@@ -96,11 +96,17 @@ def decode_cell(cell: dict | None, where: str, row: int) -> Image.Image:
     if cell is None or (cell["bytes"] is None and not file):
         raise BadImageError(f"{where}, row {row}: there is no image. {way_out}")
     try:
-        data = cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(cell_bytes(cell)), formats=FORMATS) as image:
             return to_rgb(image)
     except Exception as error:  # for damaged files PIL raises OSError, SyntaxError, struct.error and others
         raise BadImageError(f"{where}, row {row}{file}: the image cannot be decoded: {error}. {way_out}") from error
+
+
+def cell_bytes(cell: dict | None) -> bytes:
+    """What stands in a cell, or in the file that it names; nothing of an empty one."""
+    if cell is None or (cell["bytes"] is None and not cell["path"]):
+        return b""
+    return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -107,7 +107,7 @@ class ImageDataset(IndexedImageSource):
 
         Returns:
             pixel_values (B, 3, H, W) float32; with two views pixel_values_strong, the same; labels (B,)
-            int64; index (B,) int64.
+            int64; index (B,) int64; and what `cache` holds of them.
         """
         rows = np.array(indices, dtype=np.int64)
         index = torch.from_numpy(rows).to(self.device, non_blocking=True)
@@ -115,12 +115,19 @@ class ImageDataset(IndexedImageSource):
         batch = {"pixel_values": self._view(images, rows, self.transform, 0)}
         if self.views == 2:
             batch["pixel_values_strong"] = self._view(images, rows, self.strong_transform, 1)
-        return batch | {"labels": self.labels.index_select(0, index), "index": index}
+        batch |= {"labels": self.labels.index_select(0, index), "index": index}
+        if self.cache is None:
+            return batch
+        cached = self.cache.read(self.shown_epoch, rows)
+        return batch | {key: value.to(self.device, non_blocking=True) for key, value in cached.items()}
 
     def _view(self, images, rows, transform, view):
-        bits = random_bits(self.seed, self.epoch, rows, view, transform.draws)
+        bits = random_bits(self.seed, self.shown_epoch, rows, view, transform.draws)
         # Three passes that vectorise: addcmul does not, and takes three times as long.
         return transform(images, bits).float().mul_(self._scale).add_(self._shift)
+
+    def _image_bytes(self, row):
+        return self.images[row].cpu().numpy().tobytes()
 
 
 def _check(images, labels):

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from .columns import ImageSplit
-from .decode import BadImageError, decode_cell
+from .decode import BadImageError, cell_bytes, decode_cell
 from .source import IndexedImageSource
 from .transforms import ImageTransform, make_views
 
@@ -75,8 +75,10 @@ class LazyImageDataset(IndexedImageSource):
         """
         images = self._images(np.array(indices, dtype=np.int64))
         transform, views = self.transform, self.views
-        batch = make_views(images, len(indices), transform, seed=self.seed, epoch=self.epoch, views=views)
+        batch = make_views(images, len(indices), transform, seed=self.seed, epoch=self.shown_epoch, views=views)
         rows = batch["index"]
+        if self.cache is not None:
+            batch |= self.cache.read(self.shown_epoch, rows.numpy())
         labels = self.labels[rows]
         # In training a good row stands in for a bad one.
         return batch | {"labels": labels if self.augmented else labels.masked_fill_(self.bad_rows[rows], self.IGNORED)}
@@ -94,6 +96,12 @@ class LazyImageDataset(IndexedImageSource):
     def _cells(self, rows):
         """Undecoded, {"bytes", "path"}."""
         return self._rows[rows][self._column].to_pylist()
+
+    def _image_bytes(self, row):
+        try:
+            return cell_bytes(self._cells([row])[0])
+        except OSError:  # a bad image like others; reading it for a batch says so
+            return b""
 
     def _in_place_of(self, row, error):
         for _ in range(_MAX_BAD_RUN):

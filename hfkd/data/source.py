@@ -1,11 +1,25 @@
 """What our data sets have in common: what the trainer reads of any of them."""
 
+import hashlib
 import warnings
 from collections.abc import Sequence
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+
+_SAMPLE = 64  # images that stand for all of a data set
+
+
+class RowCache(Protocol):
+    """What is stored for every row and epoch, and comes with the batches."""
+
+    epochs: int  # that are stored; they are replayed from the first one on
+
+    def read(self, epoch: int, rows: np.ndarray) -> dict[str, Tensor]:
+        """Batch entries, on the CPU, for the rows (B,) in an epoch below `epochs`."""
 
 
 class ImageSource:
@@ -13,7 +27,7 @@ class ImageSource:
 
     A batch is a dictionary: pixel_values (B, 3, H, W) float32, normalised; with two views pixel_values_strong, the
     same; labels (B,) int64; index (B,) int64, the rows in the split. A row that does not count in an evaluation has
-    the label IGNORED.
+    the label IGNORED. Where `cache` is set, what that holds for the rows comes with them.
 
     Args:
         class_names: the C names.
@@ -53,6 +67,7 @@ class ImageSource:
         self.seed = seed
         self.views = views
         self.augmented = augmented
+        self.cache: RowCache | None = None
         # In shared memory, so that DataLoader workers see the epoch change: each holds a copy of this object,
         # and a persistent one is never given a new copy.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -65,6 +80,11 @@ class ImageSource:
     @property
     def epoch(self) -> int:
         return int(self._epoch)
+
+    @property
+    def shown_epoch(self) -> int:
+        """Whose augmentation the images have: that of `epoch`, or the one of the cache that is replayed in it."""
+        return self.epoch if self.cache is None else self.epoch % self.cache.epochs
 
     def set_epoch(self, epoch: int) -> None:
         """Change the augmentation. Call it before iterating over a DataLoader, since that may fetch ahead."""
@@ -90,6 +110,7 @@ class IndexedImageSource(Dataset, ImageSource):
     """
 
     labels: Tensor
+    transform: Any
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -110,6 +131,31 @@ class IndexedImageSource(Dataset, ImageSource):
         Args:
             indices: B numbers in 0 ... N - 1.
         """
+        raise NotImplementedError
+
+    def identity(self) -> dict[str, Any]:
+        """What another data set must have in common for the same row of the same epoch to be the same image, in plain
+        values; of the images themselves a sample is looked at."""
+        return {
+            "rows": self.num_rows,
+            "class_names": self.class_names,
+            "labels": hashlib.sha256(self.labels.cpu().numpy().tobytes()).hexdigest(),
+            "images": self._sample_digest(),
+            "image_size": self.image_size,
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "transform": {"name": type(self.transform).__name__, **self.transform.settings},
+            "seed": self.seed if self.augmented else None,
+        }
+
+    def _sample_digest(self) -> str:
+        digest = hashlib.sha256()
+        for row in np.linspace(0, len(self) - 1, min(len(self), _SAMPLE), dtype=np.int64).tolist():
+            digest.update(self._image_bytes(row))
+        return digest.hexdigest()
+
+    def _image_bytes(self, row: int) -> bytes:
+        """What a row holds, decoded or not."""
         raise NotImplementedError
 
 

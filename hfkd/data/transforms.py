@@ -9,6 +9,7 @@ import itertools
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,6 +73,7 @@ class ImageTransform:
     """
 
     augmented: bool
+    settings: dict[str, Any]  # what tells it from others of its class, beside size and normalisation
     draws = NUM_SEEDS + _STRONG.draws  # 64-bit numbers for an image and view
 
     def __init__(self, image_size: int, mean: Sequence[float], std: Sequence[float]):
@@ -129,6 +131,7 @@ class CenterCrop(ImageTransform):
     ):
         super().__init__(image_size, mean, std)
         _check_interpolation(interpolation)
+        self.settings = {"crop_pct": crop_pct, "interpolation": interpolation}
         transform = create_transform(image_size, crop_pct=crop_pct, interpolation=interpolation, normalize=False)
         self._resize_and_crop = transform
 
@@ -167,6 +170,13 @@ class RandomResizedCrop(ImageTransform):
     ):
         super().__init__(image_size, mean, std)
         _check_interpolation(interpolation)
+        self.settings = {
+            "interpolation": interpolation,
+            "flip": flip,
+            "color_jitter": color_jitter,
+            "auto_augment": auto_augment,
+            "random_erasing": random_erasing,
+        }
         try:
             crop, policy, final = create_transform(
                 image_size,

@@ -18,6 +18,7 @@ class Outputs(Protocol):
     features: Mapping[int | str, Tensor]  # what the layers that losses name gave
     embedding: Tensor  # (B, D), what the classifier reads, where a loss names the layer "embedding"
     classifier: nn.Linear | None  # of a teacher, frozen; None unless its logits are those of one linear layer
+    standardized: bool  # of a teacher: its logits are Z-scores already
     strong: "Outputs | None"  # the same images under the strong augmentation, where a loss has views = 2
 
 
@@ -53,6 +54,8 @@ class DistillationLoss(nn.Module):
     views = 1  # 2: `student.strong` and `teacher.strong` are filled
     reads_logits = True  # False: a student's distillation head, where it has one, gets nothing from this loss
     reads_raw_logits = False  # True: other logits than `self.logits()` gives, so also those that are not standardized
+    # The one temperature at which `forward` reads the teacher's logits; None: it reads them at several, or otherwise.
+    teacher_temperature: float | None = None
     takes_mixed_labels = True  # False: `labels` must be classes, which mixup and CutMix do not leave
     # What `features` must hold: stage indices, module paths or "embedding". None: every stage but the first, which the
     # trainer then fills in.
@@ -115,7 +118,7 @@ class DistillationLoss(nn.Module):
     def logits(self, student: Outputs, teacher: Outputs) -> tuple[Tensor, Tensor]:
         """Student and teacher logits, each (B, C), standardized when the run asks for it."""
         if self.logit_standardization:
-            return standardize(student.logits), standardize(teacher.logits)
+            return standardize(student.logits), teacher.logits if teacher.standardized else standardize(teacher.logits)
         return student.logits, teacher.logits
 
 

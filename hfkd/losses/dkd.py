@@ -110,6 +110,10 @@ class DKDLoss(DistillationLoss):
         self.warmup_epochs = not_negative("warmup_epochs", warmup_epochs)
         self.takes_mixed_labels = dominant_label
 
+    @property
+    def teacher_temperature(self) -> float:
+        return self.temperature
+
     def forward(self, student: Outputs, teacher: Outputs, batch: Mapping[str, Tensor]) -> Tensor:
         student_logits, teacher_logits = self.logits(student, teacher)
         labels = batch["labels"].argmax(1) if batch["labels"].ndim == 2 else batch["labels"]

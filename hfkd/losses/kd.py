@@ -59,6 +59,10 @@ class KDLoss(DistillationLoss):
         super().__init__(weight)
         self.temperature = positive("temperature", temperature)
 
+    @property
+    def teacher_temperature(self) -> float:
+        return self.temperature
+
     def forward(self, student: Outputs, teacher: Outputs, batch: Mapping[str, Tensor]) -> Tensor:
         student_logits, teacher_logits = self.logits(student, teacher)
         return kd_loss(student_logits, teacher_logits, self.temperature)

@@ -106,7 +106,7 @@ def make_outputs():
 
         def view():
             logits = 3 * torch.randn(batch_size, classes, generator=generator, dtype=torch.float64)
-            return SimpleNamespace(logits=logits.to(dtype).requires_grad_(), strong=None)
+            return SimpleNamespace(logits=logits.to(dtype).requires_grad_(), standardized=False, strong=None)
 
         weak = view()
         weak.strong = view()

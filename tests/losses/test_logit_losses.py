@@ -79,7 +79,8 @@ EXTREMES = [
 def test_value_and_gradients_stay_finite(method, zscore, dtype, make_batch):
     def outputs(kind):
         views = [extreme_logits(kind).to(dtype).requires_grad_() for _ in range(2)]
-        return SimpleNamespace(logits=views[0], strong=SimpleNamespace(logits=views[1], strong=None))
+        strong = SimpleNamespace(logits=views[1], strong=None)
+        return SimpleNamespace(logits=views[0], standardized=False, strong=strong)
 
     for student_kind in EXTREMES:
         for teacher_kind in EXTREMES:
