@@ -126,21 +126,14 @@ def export_files(folder: Path) -> dict[str, Path]:
     return {path.name: path for path in files if path.name[0] != "." and path.name != TRAINING_ARGS_NAME}
 
 
-def open_repository(
-    repo_id: str,
-    config: Mapping[str, Any] | None,
-    *,
-    private: bool | None = None,
-    token: str | None = None,
-    revision: str | None = None,
-) -> str:
+def open_repository(repo_id: str, config: Mapping[str, Any] | None, **settings: Any) -> str:
     """`ensure_repository`, before anything is trained.
 
     Raises:
         ValueError: where that raises PushError.
     """
     try:
-        return ensure_repository(repo_id, config, private=private, token=token, revision=revision)
+        return ensure_repository(repo_id, config, **settings)
     except PushError as error:
         raise ValueError(
             f"{error} Training has not started. Without push_to_hub it does without the Hub, and `hfkd push` uploads "

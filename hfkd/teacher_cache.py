@@ -15,7 +15,7 @@ from .arguments import DistillationConfig
 from .cache_files import CacheFiles, read_facts
 from .cache_identity import appearance, differences, given_teachers, is_public, looks_alike, with_weights
 from .data import ImageSource, IndexedImageSource
-from .features import InputSpec, Layer, Outputs
+from .features import Outputs
 from .losses import DistillationLoss
 
 logger = logging.get_logger(__name__)
@@ -150,14 +150,7 @@ class CachedTeacher:
 
     # ---- As a teacher ----------------------------------------------------------------------------------------------
 
-    def prepare(
-        self,
-        device: torch.device,
-        autocast_dtype: torch.dtype | None,
-        channels_last: bool,
-        student_input: InputSpec | None = None,
-        layers: Sequence[Layer] = (),
-    ) -> None:
+    def prepare(self, *settings: Any) -> None:
         """Nothing: there is no network, and `fit` has seen to images and layers."""
 
     def align_classes(self, student_names: Sequence[str], batch: dict[str, Tensor]) -> None:

@@ -96,10 +96,7 @@ class DistillationTrainer(SavingTrainer):
         check_roles(model, teacher, losses, args)
         remove_taps(model)  # an earlier trainer's
         if hasattr(model, "pretrained_cfg"):  # a bare timm model
-            source = image_source(train_dataset)
-            names = [] if source is None else source.class_names
-            names = [*names, *map(str, range(len(names), model.num_classes))][: model.num_classes]
-            model = wrap_timm(model, names)
+            model = _wrapped(model, image_source(train_dataset))
         teacher = as_teacher(teacher, args.logit_standardization)
         if isinstance(teacher, CachedTeacher):
             teacher.fit(image_source(train_dataset), losses, args)
@@ -134,9 +131,7 @@ class DistillationTrainer(SavingTrainer):
         self.stop_on_sigterm = StopOnSigterm()
         self.add_callback(self.stop_on_sigterm)
         self._term_names: list[str] = []
-        self._term_sums: Tensor | None = None
-        self._term_count = self._images_seen = 0
-        self._clock = time.perf_counter()
+        self._start_counting()
         self._keep_logits = False
         self._mixup: Mixup | None = None
         self._teacher_memories: WeakKeyDictionary[ImageSource, Tensor | None] = WeakKeyDictionary()
@@ -148,10 +143,7 @@ class DistillationTrainer(SavingTrainer):
             check_last_batch(losses, len(train_dataset), args)
         self.distiller.to(args.device)
         if args.torch_compile:
-            # Else a network's code may be that of an earlier one of its class, compiled with other taps.
-            torch._dynamo.config.skip_nnmodule_hook_guards = False
-            if self.teacher is not None:
-                self.teacher.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+            self._prepare_to_compile()
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -200,6 +192,12 @@ class DistillationTrainer(SavingTrainer):
         layers = [layer for loss in losses.values() for layer in loss.teacher_layers]
         self.teacher.prepare(args.device, autocast_dtype, args.channels_last, self._input_spec(), layers)
         check_ensemble(self.teacher, losses, args)
+
+    def _prepare_to_compile(self) -> None:
+        # Else a network's code may be that of an earlier one of its class, compiled with other taps.
+        torch._dynamo.config.skip_nnmodule_hook_guards = False
+        if self.teacher is not None:
+            self.teacher.compile(backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode)
 
     def _dry_run(self) -> None:
         """One forward of two images: do the classes agree, and which shapes will the losses see?"""
@@ -255,8 +253,7 @@ class DistillationTrainer(SavingTrainer):
         if first:
             register_fsdp_forward_method(self.distiller, "logits")
         self.callback_handler.model = student
-        self._term_sums, self._term_count, self._images_seen = None, 0, 0
-        self._clock = time.perf_counter()
+        self._start_counting()
         return prepared
 
     def create_optimizer(self, model=None):
@@ -283,6 +280,12 @@ class DistillationTrainer(SavingTrainer):
         loss = values.sum()
         return (loss, terms) if return_outputs else loss
 
+    def _start_counting(self) -> None:
+        """What the next log is made of, from now on."""
+        self._term_sums: Tensor | None = None
+        self._term_count = self._images_seen = 0
+        self._clock = time.perf_counter()
+
     def _count(self, names: list[str], values: Tensor, images: int) -> None:
         if self._term_sums is None:
             self._term_names, self._term_sums = names, torch.zeros_like(values)
@@ -301,9 +304,9 @@ class DistillationTrainer(SavingTrainer):
         logs = dict(zip(self._term_names, means.tolist(), strict=True))
         logs |= {name: value.item() for name, value in self.distiller.metrics().items()}
         logs |= self._skipped("skipped_images", self.train_dataset)
-        now = time.perf_counter()
-        logs["images_per_second"] = self._images_seen * self.args.world_size / (now - self._clock)
-        self._term_sums, self._term_count, self._images_seen, self._clock = None, 0, 0, now
+        seconds = time.perf_counter() - self._clock
+        logs["images_per_second"] = self._images_seen * self.args.world_size / seconds
+        self._start_counting()
         return logs
 
     def _unlogged(self) -> dict[str, Any]:
@@ -408,3 +411,9 @@ class DistillationTrainer(SavingTrainer):
         if memory is not None:
             memory[index] = choice
         return choice
+
+
+def _wrapped(model: nn.Module, source: ImageSource | None) -> PreTrainedModel:
+    """A bare timm model in transformers' wrapper, its classes named by the data set as far as that has names."""
+    names = [] if source is None else source.class_names
+    return wrap_timm(model, [*names, *map(str, range(len(names), model.num_classes))][: model.num_classes])

@@ -105,8 +105,12 @@ def test_the_largest_logits_for_other_temperatures(recipe):
 def test_two_views_for_a_loss_that_reads_them():
     save_teacher()
     folder = cache_teacher([written(losses={"mlkd": {}})])
+    assert json.loads(Path(folder, "cache.json").read_text())["row"]["views"] == 2
     distill([written(losses={"mlkd": {}}), "--teacher_cache", str(folder)])
     distill([written(), "--teacher_cache", str(folder), "--output_dir", "one_view"])
+    for run, term in (("runs/digits/kd", "loss_mlkd_kd"), ("one_view", "loss_kd")):
+        results = results_of(run)
+        assert results["teacher_cache"]["top_k"] is None and results["epochs"][0][term] > 0
 
 
 def test_a_large_data_set_gets_larger_shards(recipe, monkeypatch):
