@@ -187,13 +187,17 @@ def _resolve(parser: ArgumentParser, argv: list[str]) -> dict[str, Any]:
     return {key: value for key, value in resolved.items() if key not in NOT_RECORDED}
 
 
-def default_output_dir(path: str | Path) -> str:
-    """`recipes/cifar100/a-b/kd.yaml` runs in `runs/cifar100/a-b/kd`; a recipe from elsewhere in `runs/<its name>`."""
+def recipe_name(path: str | Path) -> str:
+    """`cifar100/a-b/kd` of `recipes/cifar100/a-b/kd.yaml`; of a recipe from elsewhere its file's name alone."""
     parts = Path(path).resolve().with_suffix("").parts
     if "recipes" in parts:
-        below = parts[len(parts) - parts[::-1].index("recipes") :]
-        return str(Path("runs", *below))
-    return str(Path("runs", parts[-1]))
+        return str(Path(*parts[len(parts) - parts[::-1].index("recipes") :]))
+    return parts[-1]
+
+
+def default_output_dir(path: str | Path) -> str:
+    """`recipes/cifar100/a-b/kd.yaml` runs in `runs/cifar100/a-b/kd`; a recipe from elsewhere in `runs/<its name>`."""
+    return str(Path("runs", recipe_name(path)))
 
 
 def _split_loss_overrides(losses: dict, argv: list[str]) -> tuple[dict, list[str]]:

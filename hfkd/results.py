@@ -26,11 +26,13 @@ class ResultsWriter(TrainerCallback):
     Attributes:
         facts: what is known of a run before training: networks, losses, data set, published value, versions.
         rows: what was measured, an evaluation each.
+        planned_steps: how many steps the run takes when nothing stops it.
     """
 
     def __init__(self):
         self.facts: dict[str, Any] = {}
         self.rows: list[dict[str, Any]] = []
+        self.planned_steps = 0
         self._started = time.perf_counter()
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -38,6 +40,7 @@ class ResultsWriter(TrainerCallback):
         if state.global_step > 0 and path.is_file():
             rows = json.loads(path.read_text())["epochs"]
             self.rows = [row for row in rows if row["step"] <= state.global_step]
+        self.planned_steps = state.max_steps
         self._started = time.perf_counter()
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
@@ -67,7 +70,7 @@ class ResultsWriter(TrainerCallback):
         Raises:
             OSError: if it cannot be written; what was there before is as it was.
         """
-        summary = dict(self.facts)
+        summary = self.facts | {"planned_steps": self.planned_steps}
         if self.rows:
             summary |= {
                 "best": _summary(max(self.rows, key=lambda row: row["eval_top1"])),

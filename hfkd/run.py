@@ -33,7 +33,7 @@ from .data import (
 )
 from .features import InputSpec
 from .loading import input_spec, load_pretrained, load_student, load_teacher
-from .recipe import ArgumentParser, load_recipe, parse_recipe, to_argv
+from .recipe import ArgumentParser, load_recipe, parse_recipe, recipe_name, to_argv
 from .results import RESULTS_NAME, write_whole
 from .saving import RECIPE_NAME
 from .sharing import PRIVATE_KEYS, hub_id, last_part, public_value
@@ -62,7 +62,8 @@ class EvaluationArguments:
 
 def distill(argv: list[str] | None = None) -> DistillationTrainer:
     """Trains the student of a recipe; `<output_dir>/student` holds it afterwards."""
-    return train(*parse_recipe(argv), role="student")
+    argv = sys.argv[1:] if argv is None else argv
+    return train(*parse_recipe(argv), role="student", name=recipe_name(argv[0]))
 
 
 def train_teacher(argv: list[str] | None = None) -> DistillationTrainer:
@@ -71,10 +72,11 @@ def train_teacher(argv: list[str] | None = None) -> DistillationTrainer:
     Raises:
         ValueError: if the recipe names a teacher or losses.
     """
+    argv = sys.argv[1:] if argv is None else argv
     model_args, data_args, config, recipe = parse_recipe(argv, command="hfkd train-teacher")
     if model_args.teacher_name_or_path or model_args.teacher_cache or config.losses:
         raise ValueError("train-teacher trains from the labels alone: use distill for a recipe with a teacher.")
-    return train(model_args, data_args, config, recipe, role="teacher")
+    return train(model_args, data_args, config, recipe, role="teacher", name=recipe_name(argv[0]))
 
 
 def train(
@@ -83,14 +85,15 @@ def train(
     config: DistillationConfig,
     recipe: dict[str, Any],
     role: str,
+    name: str,
 ) -> DistillationTrainer:
     """Builds everything, trains, and leaves in `output_dir` the trained model (in a folder named by its role), the
-    resolved recipe, `results.json`, the trainer's state and the best and last checkpoint."""
+    resolved recipe, `results.json` (which calls it by `name`), the trainer's state and the best and last checkpoint."""
     checkpoint = claim_output_dir(config, recipe)
     logging.disable_progress_bar()  # of loading and saving weights: they break the training's own bar
     trainer = build_trainer(model_args, data_args, config)
     trainer.export_name, trainer.recipe = role, recipe
-    trainer.results.facts["role"] = role
+    trainer.results.facts |= {"role": role, "recipe": name}
     if trainer.is_world_process_zero():
         write_whole(Path(config.output_dir, RECIPE_NAME), yaml.safe_dump(recipe, sort_keys=False))
     trainer.train(resume_from_checkpoint=checkpoint)
