@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from .losses.checks import did_you_mean
+from .processes import meeting
 
 
 @dataclass
@@ -43,6 +45,13 @@ class ModelArguments:
             "by default they are matched by name."
         },
     )
+    teacher_device_map: str | None = field(
+        default=None,
+        metadata={
+            "help": "transformers' device_map, for a teacher that one device does not hold: 'auto', or a mapping from "
+            "module to device. For a folder or a Hub id, and one process."
+        },
+    )
     teacher_cache: str | None = field(
         default=None,
         metadata={
@@ -58,6 +67,8 @@ class ModelArguments:
     )
 
     def __post_init__(self):
+        if isinstance(self.teacher_device_map, str) and self.teacher_device_map.startswith("{"):
+            self.teacher_device_map = json.loads(self.teacher_device_map)
         # From code, one name needs no list.
         if isinstance(self.teacher_name_or_path, str):
             self.teacher_name_or_path = [self.teacher_name_or_path]
@@ -163,6 +174,7 @@ class DistillationConfig(TrainingArguments):
 
     Raises:
         ValueError: for a setting that hfkd does not support.
+        TimeoutError: if other processes of the run do not come within `ddp_timeout`.
     """
 
     _argument_group_name = "distillation"
@@ -198,6 +210,9 @@ class DistillationConfig(TrainingArguments):
     ema_decay: float | None = field(
         default=None,
         metadata={"help": "Decay a step of the student's moving average, which is then evaluated and exported."},
+    )
+    shard_teacher: bool = field(
+        default=False, metadata={"help": "With FSDP: share out the teacher among the processes, as the student is."}
     )
     channels_last: bool = field(
         default=True, metadata={"help": "Keep student and teacher in the channels_last memory format."}
@@ -247,7 +262,8 @@ class DistillationConfig(TrainingArguments):
             self.use_cpu = True  # else TrainingArguments refuses bf16, which CPUs have too
         elif self.accelerator_config is None:
             self.accelerator_config = {"non_blocking": True}  # else every batch that is sent waits for the device
-        super().__post_init__()
+        with meeting(self):
+            super().__post_init__()
         check_trackers(self.report_to)
         self.losses = self.losses or {}
         if not isinstance(self.losses, dict):

@@ -24,6 +24,7 @@ from .arguments import DistillationConfig
 from .cache_files import CACHE_NAME, CHOICE, EVALUATION_NAME, CacheFiles, is_whole, read_facts, write_rows
 from .cache_identity import appearance, describe_teacher, differences, given_teachers, looks_alike
 from .cache_rows import RowFormat
+from .checks import check_placement
 from .data import ImageDataset, IndexedImageSource, collate_batch
 from .features import InputSpec
 from .loading import as_teacher, input_spec
@@ -98,6 +99,8 @@ def cache_teacher(argv: list[str] | None = None) -> Path:
     folder = Path(cache_args.cache_dir or Path("runs", "cache", *Path(default_output_dir(argv[0])).parts[1:]))
     if not model_args.teacher_name_or_path:
         raise ValueError(f"{argv[0]} names no teacher to cache: set teacher_name_or_path.")
+    if config.shard_teacher:
+        raise ValueError("Each process caches a part of the images with a teacher of its own: leave shard_teacher out.")
     if data_args.streaming:
         raise ValueError("A teacher cache knows images by their row, and a stream does not: set streaming: false.")
     files = _write_from_arguments(folder, cache_args, model_args, data_args, config)
@@ -246,6 +249,7 @@ def _make_ready(teacher, train_set, eval_set, config, views) -> None:
             dataset.to(config.device)
     train_set.views, train_set.cache = views, None
     spec = InputSpec(train_set.image_size, train_set.mean, train_set.std)
+    check_placement(teacher, config)
     teacher.prepare(config.device, _autocast_dtype(config), config.channels_last, spec)
     (pair,) = _batches(train_set, [range(0, len(train_set), max(1, len(train_set) - 1))], config)
     teacher.align_classes(train_set.class_names, pair)

@@ -23,6 +23,19 @@ def check_ensemble(teacher: Teacher | TeacherEnsemble, losses: nn.ModuleDict, ar
             )
 
 
+def check_placement(teacher: Teacher | TeacherEnsemble, args: DistillationConfig) -> None:
+    """Raises ValueError where a teacher that accelerate's hooks spread over devices cannot be used."""
+    if not any(member.dispatched for member in teacher.members):
+        return
+    if args.world_size > 1:
+        raise ValueError(
+            f"{teacher.name} is spread over devices by a device_map, and {args.world_size} processes would each do so: "
+            "start one process, or share out the teacher by FSDP (recipes/accelerate/fsdp.yaml, shard_teacher: true)."
+        )
+    if args.torch_compile:
+        raise ValueError("torch_compile was not tried with a device_map: leave one of them out.")
+
+
 def check_roles(model: nn.Module, teacher, losses: nn.ModuleDict, args: DistillationConfig) -> None:
     """Raises ValueError where teacher, student and losses cannot work together."""
     if losses and teacher is None:
@@ -46,11 +59,17 @@ def check_roles(model: nn.Module, teacher, losses: nn.ModuleDict, args: Distilla
 
 
 def check_last_batch(losses: nn.ModuleDict, rows: int, args: DistillationConfig) -> None:
-    """Raises ValueError for a loss that cannot take the last batch of an epoch of so many images.
+    """Raises ValueError where an epoch of so many images has no whole batch and others are left out, or for a loss that
+    cannot take its last batch.
 
     Several processes fill it up.
     """
     images = args.per_device_train_batch_size
+    if args.dataloader_drop_last and rows < images * args.world_size:
+        raise ValueError(
+            f"{rows:,} training images do not fill a batch of {images} for each of {args.world_size} process(es): set "
+            "a smaller per_device_train_batch_size, fewer processes, or dataloader_drop_last: false."
+        )
     if args.world_size > 1 or args.dataloader_drop_last or rows % images == 0:
         return
     for name, loss in losses.items():

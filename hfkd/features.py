@@ -13,6 +13,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import DeiTForImageClassificationWithTeacher
 from transformers.models.timm_wrapper import TimmWrapperForImageClassification
 
+from .recomputation import recomputing
+
 # A stage index into timm's `feature_info` (negative: from the end), a module path, or EMBEDDING.
 Layer = int | str
 
@@ -83,9 +85,15 @@ class Taps:
     def _tap(self, model: nn.Module, layer: Layer) -> RemovableHandle:
         if layer == EMBEDDING:
             return find_classifier(model).register_forward_pre_hook(self._record_embedding)
-        return find_layer(model, layer).register_forward_hook(functools.partial(self._record, layer))
+        module = find_layer(model, layer)
+        # timm's gradient checkpointing calls the blocks of a stage by themselves.
+        while type(module) is nn.Sequential and len(module):
+            module = module[-1]
+        return module.register_forward_hook(functools.partial(self._record, layer))
 
     def _record(self, layer: Layer, module: nn.Module, arguments, output) -> None:
+        if recomputing():  # nobody would take it
+            return
         output = output[0] if isinstance(output, tuple) else output  # transformers' blocks, PiT's stages
         if not isinstance(output, Tensor):
             raise ValueError(f"The layer {layer!r} gives {type(output).__name__}, not a tensor: name another one.")

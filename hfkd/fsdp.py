@@ -11,6 +11,7 @@ import os
 import torch.distributed
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
@@ -59,11 +60,29 @@ def use_fsdp(accelerator: Accelerator, args: DistillationConfig) -> None:
 
 def prepare_to_shard(module: nn.Module) -> None:
     """What FSDP2 needs of a module, once, and what makes its `load_state_dict` take whole tensors from then on."""
-    module.to(memory_format=torch.contiguous_format)  # it refuses channels_last
-    for tensor in module.state_dict().values():  # it shards what each process has; DDP takes the first one's
-        torch.distributed.broadcast(tensor, 0)
+    make_alike(module)
     for part in module.modules():
         part.register_load_state_dict_pre_hook(_shard_parameters)
+
+
+def make_alike(module: nn.Module) -> None:
+    """Gives every process the first one's tensors, as DDP does, in the layout that FSDP and DeepSpeed ask for."""
+    module.to(memory_format=torch.contiguous_format)
+    for tensor in module.state_dict().values():
+        torch.distributed.broadcast(tensor, 0)
+
+
+def share_out(model: nn.Module) -> None:
+    """Shares out a network that only predicts, and moves this process's part of it to its device.
+
+    What the model's lists of modules hold (blocks, stages) is gathered for its own forward and given up again, so that
+    little more than one block is whole at a time.
+    """
+    lists = [module for module in model.modules() if isinstance(module, (nn.ModuleList, nn.Sequential))]
+    parts = [part for parts in lists for part in parts if not isinstance(part, nn.ModuleList)]
+    parts = [part for part in dict.fromkeys(parts) if any(True for _ in part.parameters())]
+    for part in [*reversed(parts), model]:  # FSDP2 asks for the inner ones first
+        fully_shard(part, reshard_after_forward=True)
 
 
 def take_whole_states(optimizer: torch.optim.Optimizer) -> None:

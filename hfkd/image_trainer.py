@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import os
 import re
 from collections.abc import Callable
 
+import accelerate.optimizer
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
@@ -24,6 +26,10 @@ from .loading import known_input_spec
 UNDECAYED = re.compile(
     r"(^|\.)(cls_token|dist\w*_token|pos_embed\w*|position_embeddings?|relative_position_bias\w*)($|\.)"
 )
+
+# Twice in every update accelerate looks through all of sys.path for an optimizer's package, lomo_optim: more than a
+# third of what Trainer adds to a step. Once is enough.
+accelerate.optimizer.is_lomo_available = functools.cache(accelerate.optimizer.is_lomo_available)
 
 
 def image_source(dataset) -> ImageSource | None:

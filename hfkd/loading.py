@@ -134,7 +134,10 @@ def _wake_zero_heads(model: nn.Module) -> None:
 
 
 def load_teacher(
-    name_or_path: str, checkpoint: str | None = None, class_indices: Sequence[int] | None = None
+    name_or_path: str,
+    checkpoint: str | None = None,
+    class_indices: Sequence[int] | None = None,
+    device_map: str | dict[str, Any] | None = None,
 ) -> Teacher:
     """A frozen teacher, which sees the student's images at its own size and normalisation.
 
@@ -143,18 +146,25 @@ def load_teacher(
             architecture, which takes its weights from `checkpoint` or else timm's pretrained ones.
         checkpoint: `.safetensors`, or a published `.pth` holding `{"model": state_dict}`, for an architecture.
         class_indices: for each of the student's classes, the teacher's; by default they are matched by name.
+        device_map: transformers', for one that a device does not hold; for a folder or a Hub id.
 
     Raises:
-        ValueError: for an unknown name, weights that do not fit, or an architecture without any weights.
+        ValueError: for an unknown name, weights that do not fit, or an architecture without any weights, or with a
+            device_map.
     """
     origin = None
+    if device_map is not None and _is_architecture(name_or_path):
+        raise ValueError(
+            f"teacher_device_map is transformers', and {name_or_path} is an architecture of timm's: name a folder or a "
+            "Hub id."
+        )
     if not _is_architecture(name_or_path):
         if checkpoint is not None:
             raise ValueError(
                 f"teacher_checkpoint={checkpoint} goes with a timm architecture, but teacher_name_or_path="
                 f"{name_or_path} holds its own weights. Name an architecture such as cifar_resnet56, or drop it."
             )
-        model, origin = load_pretrained(name_or_path), hub_id(name_or_path)
+        model, origin = load_pretrained(name_or_path, device_map=device_map), hub_id(name_or_path)
     elif checkpoint is not None:
         model = load_architecture(name_or_path, checkpoint)
     elif timm.get_pretrained_cfg(name_or_path).has_weights:
@@ -168,22 +178,32 @@ def load_teacher(
     return Teacher(model, public_name(name_or_path, model), input_spec(model), class_indices, origin)
 
 
-def load_pretrained(name_or_path: str, class_names: list[str] | None = None) -> PreTrainedModel:
+def load_pretrained(
+    name_or_path: str, class_names: list[str] | None = None, device_map: str | dict[str, Any] | None = None
+) -> PreTrainedModel:
     """A transformers image classifier from a folder or the Hub, in float32 whatever it is stored in.
 
     Args:
         class_names: the classes that it is to have, with a new classifier where they are more or fewer; by default
             its own.
+        device_map: transformers'.
     """
     classes = {}
     if class_names is not None:
         label2id = {name: index for index, name in enumerate(class_names)}
         classes = {"num_labels": len(class_names), "id2label": dict(enumerate(class_names)), "label2id": label2id}
     config = AutoConfig.from_pretrained(name_or_path, **classes)
-    if isinstance(config, TimmWrapperConfig) and config.model_args:
-        config.model_args.pop("num_classes", None)  # timm's own push_to_hf_hub writes it; transformers would refuse it
+    if isinstance(config, TimmWrapperConfig):
+        if config.model_args:
+            config.model_args.pop("num_classes", None)  # timm's push_to_hf_hub writes it; transformers refuses it
+        if class_names is not None:
+            config.label_names = list(class_names)  # else timm's own key keeps those of the folder, and is what is saved
     return AutoModelForImageClassification.from_pretrained(
-        name_or_path, config=config, dtype=torch.float32, ignore_mismatched_sizes=class_names is not None
+        name_or_path,
+        config=config,
+        dtype=torch.float32,
+        ignore_mismatched_sizes=class_names is not None,
+        device_map=device_map,
     )
 
 

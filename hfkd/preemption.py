@@ -6,6 +6,7 @@ import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 
 import torch
 import torch.distributed
@@ -58,7 +59,8 @@ class StopOnSigterm(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self._exchange = None
         if args.world_size > 1 and self._group is None:
-            self._group = torch.distributed.new_group(backend="gloo")  # whatever the gradients go by: a flag on the CPU
+            # Whatever the gradients go by: a flag on the CPU.
+            self._group = torch.distributed.new_group(timeout=timedelta(seconds=args.ddp_timeout), backend="gloo")
 
     def on_step_end(self, args, state, control, **kwargs):
         # DefaultFlowCallback, which comes first, has said what is due after this step.

@@ -19,14 +19,17 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 from transformers import TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from .checkpointing import defect, drop_old, last_checkpoint, seal, set_aside_later
+from .data import StreamingImageDataset
 from .distiller import Distiller
 from .fsdp import gathered
-from .image_trainer import ImageTrainer
+from .image_trainer import ImageTrainer, image_source
 from .loading import exported_state_dict, load_exported
 from .preemption import EXIT_CODE, StopOnSigterm, ignore_sigterm
+from .processes import check_same_checkpoint, check_same_steps
 
 logger = logging.get_logger(__name__)
 
@@ -76,7 +79,7 @@ class ResumableTrainer(ImageTrainer):
                 )
             if not Path(checkpoint, UNLOGGED_NAME).is_file():
                 raise ValueError(f"{checkpoint} cannot be resumed from: with save_only_model it holds the model alone.")
-            self._warn_of_processes(checkpoint)
+        check_same_checkpoint(checkpoint, self.args.output_dir)
         with self.stop_on_sigterm.listening():
             try:
                 output = super().train(checkpoint, trial, ignore_keys_for_eval)
@@ -91,6 +94,7 @@ class ResumableTrainer(ImageTrainer):
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if resume_from_checkpoint is not None:
+            self._check_position(resume_from_checkpoint, max_steps, train_dataloader)
             state, best = self.state, Path(resume_from_checkpoint).resolve()
             if state.global_step != state.best_global_step:  # else it is the best itself, whatever it is called
                 best = best.with_name(f"checkpoint-{state.best_global_step}")
@@ -117,14 +121,12 @@ class ResumableTrainer(ImageTrainer):
         inner.worker_init_fn = functools.partial(ignore_sigterm, inner.worker_init_fn)
         return loader
 
-    def _warn_of_processes(self, checkpoint: str) -> None:
-        before = len(list(Path(checkpoint).glob("rng_state_*.pth"))) or 1  # a single process's has no number
-        if before != self.args.world_size:
-            logger.warning(
-                f"{checkpoint} was written by {before} processes, and this run has {self.args.world_size}: unless "
-                "per_device_train_batch_size makes up for it, a step has another number of images and an epoch "
-                "another number of steps; random numbers differ in any case."
-            )
+    def _check_position(self, checkpoint: str, max_steps: int, loader) -> None:
+        within_epoch = not float(self.state.epoch).is_integer()
+        if within_epoch and isinstance(image_source(self.train_dataset), StreamingImageDataset):
+            self._check_processes(checkpoint)  # there no other batch size helps
+        batches = len(loader) if has_length(loader) else max_steps * self.args.gradient_accumulation_steps
+        check_same_steps(checkpoint, self.state, batches, self.args)
 
     # ---- Checkpoints -----------------------------------------------------------------------------------------------
 

@@ -173,10 +173,13 @@ def _teacher_outputs(
     A copy of it is asked: it cannot be prepared twice.
 
     Raises:
-        ValueError: for an ensemble, or a teacher whose logits are not those of one linear layer.
+        ValueError: for an ensemble, a teacher spread over devices, or one whose logits are not those of one linear
+            layer.
     """
     if isinstance(teacher, TeacherEnsemble):
         raise ValueError(f"an ensemble ({teacher.name}) has no classifier of its own to reuse: give one teacher")
+    if teacher.dispatched or teacher.shared_out:
+        raise ValueError(f"it copies the teacher, and {teacher.name} is spread over devices: give one that fits one")
     if wanted.teacher_layer != EMBEDDING:
         _check_layer("teacher_layer", teacher.model, wanted.teacher_layer)
     probe = copy.deepcopy(teacher)

@@ -32,6 +32,7 @@ from .data import (
     open_streams,
 )
 from .features import InputSpec
+from .finished_runs import read_run
 from .loading import input_spec, load_pretrained, load_student, load_teacher
 from .recipe import ArgumentParser, load_recipe, parse_recipe, recipe_name, to_argv
 from .results import RESULTS_NAME, write_whole
@@ -44,7 +45,10 @@ from .trainer import DistillationTrainer
 logger = logging.get_logger(__name__)
 
 # On what is trained.
-WITHOUT_EFFECT = PRIVATE_KEYS | {"disable_tqdm", "report_to", "dataloader_num_workers", "per_device_eval_batch_size"}
+WITHOUT_EFFECT = PRIVATE_KEYS | {
+    *("disable_tqdm", "report_to", "dataloader_num_workers", "per_device_eval_batch_size"),
+    *("teacher_device_map", "shard_teacher"),
+}
 
 
 @dataclass
@@ -175,7 +179,10 @@ def load_teachers(model_args: ModelArguments) -> list[Teacher]:
     if indices is not None and len(names) != 1:
         raise ValueError(f"teacher_class_indices goes with one teacher, and teacher_name_or_path names {len(names)}.")
     checkpoints = model_args.teacher_checkpoint or [None] * len(names)
-    return [load_teacher(name, checkpoint, indices) for name, checkpoint in zip(names, checkpoints, strict=True)]
+    device_map = model_args.teacher_device_map
+    return [
+        load_teacher(name, checkpoint, indices, device_map) for name, checkpoint in zip(names, checkpoints, strict=True)
+    ]
 
 
 def load_splits(
@@ -257,35 +264,61 @@ def evaluate(argv: list[str] | None = None) -> dict[str, float]:
         ValueError: without a data set, or for a key that is unknown.
     """
     argv = sys.argv[1:] if argv is None else argv
-    usage = "hfkd evaluate MODEL [--key value ...]"
-    parser = ArgumentParser((DataArguments, EvaluationArguments), usage=usage)
+    name, data_args, args = parse_model(argv, "hfkd evaluate MODEL [--key value ...]")
+    model, eval_set = load_evaluation(name, data_args)
+    with tempfile.TemporaryDirectory() as folder:
+        metrics = evaluating_trainer(model, eval_set, args, folder).evaluate()
+    for key in ("eval_top1", "eval_top5", "eval_loss"):
+        print(f"{key.removeprefix('eval_')}: {metrics[key]:.4f}")
+    return metrics
+
+
+def parse_model(argv: list[str], usage: str, *argument_classes: type) -> tuple:
+    """Parses `MODEL [--key value ...]`: what is not said of the data comes from the recipe of the run that MODEL, a
+    folder or a Hub id, lies in. A run's folder stands for the model in it.
+
+    Returns:
+        The model's name, its DataArguments, the EvaluationArguments, and one object for each of `argument_classes`.
+
+    Raises:
+        ValueError: without a model or a data set, or for a key that is unknown.
+    """
+    parser = ArgumentParser((DataArguments, EvaluationArguments, *argument_classes), usage=usage)
     if argv[:1] in (["-h"], ["--help"]):
         parser.parse_args(["--help"])
     if not argv or argv[0].startswith("-"):
         given = argv[0] if argv else ""
         raise ValueError(f"The first argument must be the model's folder or Hub id, got '{given}'. Usage: {usage}")
     name, overrides = argv[0], argv[1:]
+    if (Path(name) / RESULTS_NAME).is_file():
+        name = str(read_run(name).export or name)
     recipe_path = Path(name).parent / RECIPE_NAME
     keys = [field.name for field in dataclasses.fields(DataArguments)]
     recipe = load_recipe(recipe_path) if recipe_path.is_file() else {}
     defaults = to_argv({key: value for key, value in recipe.items() if key in keys}, parser)
-    data_args, args = parser.parse(defaults + overrides)
+    return name, *parser.parse(defaults + overrides)
+
+
+def load_evaluation(name: str, data_args: DataArguments) -> tuple[PreTrainedModel, ImageSource]:
+    """A saved model and the split that it is evaluated on."""
     model = load_pretrained(name)
     data_args.train_split = None
     _, split = load_splits(data_args, class_names_of(model))
-    eval_set = evaluation_set(split, input_spec(model), data_args)
-    with tempfile.TemporaryDirectory() as folder:
-        config = DistillationConfig(
-            output_dir=folder,
-            per_device_eval_batch_size=args.batch_size,
-            dataloader_num_workers=args.num_workers,
-            bf16=args.bf16,
-            report_to="none",
-        )
-        metrics = DistillationTrainer(model, None, config, eval_dataset=eval_set).evaluate()
-    for key in ("eval_top1", "eval_top5", "eval_loss"):
-        print(f"{key.removeprefix('eval_')}: {metrics[key]:.4f}")
-    return metrics
+    return model, evaluation_set(split, input_spec(model), data_args)
+
+
+def evaluating_trainer(
+    model: PreTrainedModel, eval_set: ImageSource, args: EvaluationArguments, folder: str
+) -> DistillationTrainer:
+    """A trainer that trains nothing; into the folder it writes nothing that is kept."""
+    config = DistillationConfig(
+        output_dir=folder,
+        per_device_eval_batch_size=args.batch_size,
+        dataloader_num_workers=args.num_workers,
+        bf16=args.bf16,
+        report_to="none",
+    )
+    return DistillationTrainer(model, None, config, eval_dataset=eval_set)
 
 
 def claim_output_dir(config: DistillationConfig, recipe: dict[str, Any]) -> str | None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from .classes import check_class_indices, match_classes
 from .features import EMBEDDING, InputSpec, Layer, Outputs, Taps, find_classifier, forward_views, remove_taps
+from .fsdp import share_out
 from .losses.standardize import at_least_float32, standardize
 from .sharing import architecture_of
 
@@ -68,6 +70,16 @@ class Teacher:
         """Itself: an ensemble has several."""
         return [self]
 
+    @property
+    def dispatched(self) -> bool:
+        """Do accelerate's hooks say where each part of it is, as with `device_map`?"""
+        return hasattr(self.model, "_hf_hook")
+
+    @property
+    def shared_out(self) -> bool:
+        """Does each process hold a part of it? Then all must call it equally often."""
+        return isinstance(self.model, FSDPModule)
+
     def prepare(
         self,
         device: torch.device,
@@ -75,6 +87,7 @@ class Teacher:
         channels_last: bool,
         student_input: InputSpec | None = None,
         layers: Sequence[Layer] = (),
+        share: bool = False,
     ) -> None:
         """Moves the teacher to a device and into the precision and layout of the run.
 
@@ -85,9 +98,11 @@ class Teacher:
         Args:
             student_input: what the images are normalised for; None: for this teacher.
             layers: whose outputs `features` holds.
+            share: shares it out among the processes (FSDP); it must be the same in each.
 
         Raises:
-            ValueError: if the weights were converted to another type before, or a layer does not exist.
+            ValueError: if the weights were converted to another type before, or a layer does not exist, or the teacher
+                is spread over devices and to be shared out as well.
         """
         weights = [module for module in self.model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
         half = {module.weight.dtype for module in weights} & {torch.float16, torch.bfloat16}
@@ -96,16 +111,21 @@ class Teacher:
                 f"This teacher's weights are in {half.pop()}, from an earlier trainer or its own checkpoint, and the "
                 f"run's precision is {autocast_dtype or torch.float32}: load the teacher again, in float32."
             )
-        self.model.to(device)
+        if self.dispatched and share:
+            raise ValueError("A teacher with a device_map is spread already: leave it out, or shard_teacher.")
+        self._autocast_dtype = autocast_dtype
+        if not self.shared_out:  # else it stays as an earlier trainer, or the caller, has shared it out
+            for module in weights if autocast_dtype is not None else ():
+                module.to(autocast_dtype)
+            if share:
+                share_out(self.model)
+            elif not self.dispatched:
+                self.model.to(device)
+                if channels_last:
+                    self.model.to(memory_format=torch.channels_last)
         self._classifier = self._original_classifier if EMBEDDING in layers else None
         if self._classifier is not None:
             self._classifier.to(device)
-        self._autocast_dtype = autocast_dtype
-        if autocast_dtype is not None:
-            for module in weights:
-                module.to(autocast_dtype)
-        if channels_last:
-            self.model.to(memory_format=torch.channels_last)
         self._taps = Taps(self.model, layers) if layers else None
         self._rescale = self._renormalisation(student_input, device)
 
@@ -159,13 +179,14 @@ class Teacher:
     def __call__(self, batch: dict[str, Tensor]) -> Outputs:
         """Outputs for every view in `batch` (`pixel_values` and maybe `pixel_values_strong`), in float32."""
         images = {view: self.convert(batch[view]) for view in VIEWS if view in batch}
-        device_type = batch["pixel_values"].device.type
-        with torch.autocast(device_type, self._autocast_dtype, enabled=self._autocast_dtype is not None):
+        device = batch["pixel_values"].device
+        with torch.autocast(device.type, self._autocast_dtype, enabled=self._autocast_dtype is not None):
             outputs = forward_views(self.model, images, self._taps)
-        outputs.features = {layer: at_least_float32(feature) for layer, feature in outputs.features.items()}
+        # Both may be elsewhere with a `device_map`.
+        outputs.features = {layer: at_least_float32(value).to(device) for layer, value in outputs.features.items()}
         outputs.classifier = self._classifier
         for view in outputs.views():
-            logits = at_least_float32(view.logits)
+            logits = at_least_float32(view.logits).to(device)
             view.logits = logits if self._columns is None else logits.index_select(1, self._columns)
         return outputs
 
@@ -191,11 +212,13 @@ def _copy_of_classifier(model: nn.Module) -> nn.Linear | None:
         return None
     if not isinstance(classifier, nn.Linear):
         return None
-    return copy.deepcopy(classifier).to(at_least_float32(classifier.weight).dtype)
+    with align_module_device(classifier):  # a dispatched one's weights may be elsewhere
+        all_classes = torch.arange(classifier.out_features, device=classifier.weight.device)
+        return _select_classes(classifier, all_classes).to(at_least_float32(classifier.weight).dtype)
 
 
 def _select_classes(classifier: nn.Linear, columns: Tensor) -> nn.Linear:
-    """The classifier of some of the classes, in another order."""
+    """A copy of the classifier for some of the classes, in another order."""
     selected = nn.utils.skip_init(nn.Linear, classifier.in_features, len(columns), bias=classifier.bias is not None)
     selected.weight = nn.Parameter(classifier.weight[columns], requires_grad=False)
     if classifier.bias is not None:
@@ -224,6 +247,7 @@ class TeacherEnsemble:
         channels_last: bool,
         student_input: InputSpec | None = None,
         layers: Sequence[Layer] = (),
+        share: bool = False,
     ) -> None:
         """`Teacher.prepare` for each.
 
@@ -236,7 +260,7 @@ class TeacherEnsemble:
                 "give one teacher, or only losses that read logits."
             )
         for member in self.members:
-            member.prepare(device, autocast_dtype, channels_last, student_input)
+            member.prepare(device, autocast_dtype, channels_last, student_input, share=share)
 
     def align_classes(self, student_names: Sequence[str], batch: dict[str, Tensor]) -> None:
         """`Teacher.align_classes` for each."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import time
@@ -21,9 +22,10 @@ from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, ProgressCallback
 from transformers.utils import logging
 
+from . import zero
 from .arguments import DistillationConfig
 from .callbacks import ProgressLines, UpdateAverage
-from .checks import check_ensemble, check_last_batch, check_roles
+from .checks import check_ensemble, check_last_batch, check_placement, check_roles
 from .classes import class_names_of
 from .data import ImageSource, StreamingImageDataset, collate_batch
 from .distiller import Distiller
@@ -35,6 +37,7 @@ from .losses import DistillationLoss, build_losses
 from .losses.standardize import at_least_float32
 from .metrics import compute_metrics
 from .preemption import StopOnSigterm
+from .recomputation import use_gradient_checkpointing
 from .results import ResultsWriter, environment
 from .resuming import UNLOGGED_NAME
 from .reuse import with_teacher_classifier
@@ -121,6 +124,7 @@ class DistillationTrainer(SavingTrainer):
         self.average = None if args.ema_decay is None else ModelEmaV3(self.model, args.ema_decay)
         if self.average is not None:
             self.add_callback(UpdateAverage(self.average, self.model))
+        use_gradient_checkpointing(self.model, args)
         self.teacher = teacher
         if self.teacher is not None:
             self._prepare_teacher(losses)
@@ -154,6 +158,15 @@ class DistillationTrainer(SavingTrainer):
             # In its branches for FSDP Trainer takes `self.model` for what is sharded, which is the distiller, and
             # writes checkpoints that other runs cannot read. The others do, since accelerate shards in `prepare`.
             self.is_fsdp_enabled = False
+        elif self.args.shard_teacher:
+            raise ValueError(
+                "shard_teacher goes with FSDP: start with --config_file recipes/accelerate/fsdp.yaml, or leave it out."
+            )
+        self.zero = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        zero.check_asked_for(self.args, self.zero)
+        if self.zero:
+            zero.use_zero(self.accelerator, self.args)
+            self.is_deepspeed_enabled = False  # likewise: accelerate hands over to DeepSpeed in `prepare`
 
     # ---- Before training ---------------------------------------------------------------------------------------
 
@@ -165,6 +178,7 @@ class DistillationTrainer(SavingTrainer):
         cached = {"teacher_cache": teacher.settings()} if isinstance(teacher, CachedTeacher) else {}
         return {
             "role": self.export_name,
+            "recipe": None,
             "student": public_name(name_or_path, self.model),
             "teacher": teacher.name if teacher else None,
             "base_models": [origin for origin in dict.fromkeys(origins) if origin],
@@ -178,24 +192,30 @@ class DistillationTrainer(SavingTrainer):
             "published_top1": args.published_top1,
             "exported": "best" if args.load_best_model_at_end else "last",
             "devices": f"{args.world_size} x {args.device.type}",
+            "seed": args.seed,
             **environment(),
         }
 
     def _prepare_teacher(self, losses: nn.ModuleDict) -> None:
         """Teacher and losses in the precision of the run, and the teacher's layers that the losses read."""
         args = self.args
-        if not isinstance(self.teacher, CachedTeacher):  # which has no layers
+        if not isinstance(self.teacher, CachedTeacher):  # which has no network
+            check_placement(self.teacher, args)
             settle_layers(losses.values(), self.model, self.teacher.members[0].model)
         autocast_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
         for loss in losses.values():
             loss.autocast_dtype = autocast_dtype
         layers = [layer for loss in losses.values() for layer in loss.teacher_layers]
-        self.teacher.prepare(args.device, autocast_dtype, args.channels_last, self._input_spec(), layers)
+        self.teacher.prepare(
+            args.device, autocast_dtype, args.channels_last, self._input_spec(), layers, args.shard_teacher
+        )
         check_ensemble(self.teacher, losses, args)
 
     def _prepare_to_compile(self) -> None:
         # Else a network's code may be that of an earlier one of its class, compiled with other taps.
         torch._dynamo.config.skip_nnmodule_hook_guards = False
+        # What taps record is not recorded again where gradient checkpointing runs a layer again: see `recomputing`.
+        torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
         if self.teacher is not None:
             self.teacher.compile(backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode)
 
@@ -208,7 +228,7 @@ class DistillationTrainer(SavingTrainer):
             return
         was_training = self.model.training
         self.model.eval()
-        with torch.no_grad(), self.accelerator.autocast():
+        with torch.no_grad(), self._autocast():
             student = self.distiller.predict(batch)
         self.model.train(was_training)
         classes = student.logits.shape[1]
@@ -245,6 +265,8 @@ class DistillationTrainer(SavingTrainer):
         first = self.shards and not isinstance(self.distiller, FSDPModule)
         if first:
             prepare_to_shard(self.distiller)
+        if self.zero:
+            zero.prepare_for_zero(self.distiller, self.accelerator)
         self.model = self.model_wrapped = self.distiller
         try:
             prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
@@ -259,9 +281,24 @@ class DistillationTrainer(SavingTrainer):
     def create_optimizer(self, model=None):
         created = self.optimizer is None
         optimizer = super().create_optimizer(model)
+        if created:
+            # DeepSpeed drops empty groups, and schedules count them: checkpoints are to fit either way.
+            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         if created and self.shards:
             take_whole_states(optimizer)
+        if created and self.zero:
+            self._parameter_groups = [list(group["params"]) for group in optimizer.param_groups]
         return optimizer
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        if self.zero:  # called first where all else of the optimizer is settled
+            self.optimizer = zero.ZeroOptimizer(self.optimizer.optimizer, self._parameter_groups)
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.zero:
+            self.optimizer.take_weights()
 
     # ---- A training step: nothing here may wait for the device ---------------------------------------------------
 
@@ -273,12 +310,18 @@ class DistillationTrainer(SavingTrainer):
             # numpy's generator says how: Trainer's checkpoints hold its state, and no data set of ours touches it.
             batch["pixel_values"], batch["labels"] = self._mixup(batch["pixel_values"], batch["labels"])
         teacher = self.teacher(batch) if self.distiller.losses else None
-        with self.accelerator.autocast():  # with FSDP accelerate leaves it out
+        with self._autocast():
             terms = model(batch, teacher)
         values = torch.stack(list(terms.values()))
         self._count(list(terms), values.detach(), len(inputs["labels"]))
         loss = values.sum()
         return (loss, terms) if return_outputs else loss
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        """In `prepare` accelerate leaves it out with FSDP and DeepSpeed, and with the latter it has none at all."""
+        if self.zero:
+            return torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16)
+        return self.accelerator.autocast()
 
     def _start_counting(self) -> None:
         """What the next log is made of, from now on."""
@@ -370,7 +413,7 @@ class DistillationTrainer(SavingTrainer):
         and teacher, so that ImageNet's logits need not be gathered."""
         inputs = self._prepare_inputs(inputs)
         labels = inputs.get("labels")
-        with self.accelerator.autocast():
+        with self._autocast():
             forward = self.distiller.logits if self.shards else functools.partial(logits_of, model)
             logits = at_least_float32(forward(inputs["pixel_values"]))
         if prediction_loss_only and labels is not None:
@@ -405,12 +448,19 @@ class DistillationTrainer(SavingTrainer):
         memory = None if index is None else self._teacher_memory
         if isinstance(self.teacher, CachedTeacher):
             return None if memory is None else memory[index]
-        if memory is not None and (memory[index] >= 0).all():
+        if memory is not None and self._everywhere((memory[index] >= 0).all()):
             return memory[index]
         choice = self.teacher({"pixel_values": inputs["pixel_values"]}).logits.argmax(dim=1)
         if memory is not None:
             memory[index] = choice
         return choice
+
+    def _everywhere(self, known: Tensor) -> bool:
+        """Is it so in this process; where they must all ask the teacher, or none, in all of them?"""
+        if any(member.shared_out for member in self.teacher.members):
+            known = known.int()
+            torch.distributed.all_reduce(known, torch.distributed.ReduceOp.MIN)
+        return bool(known)
 
 
 def _wrapped(model: nn.Module, source: ImageSource | None) -> PreTrainedModel:

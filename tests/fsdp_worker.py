@@ -9,7 +9,7 @@ from accelerate.utils import DistributedType
 from helpers import config, images
 from torch.distributed.tensor import DTensor
 
-from hfkd import DistillationTrainer
+from hfkd import DistillationTrainer, Teacher
 from hfkd.fsdp import gathered
 from hfkd.loading import wrap_timm
 
@@ -56,6 +56,30 @@ def train(output_dir, world_size, resume_from_checkpoint=None, **changes):
     }
 
 
+def part_of(model):
+    """How many of a network's parameters lie in this process."""
+    local = [value.to_local() if isinstance(value, DTensor) else value for value in model.parameters()]
+    return sum(value.numel() for value in local)
+
+
+def share_out_the_teacher(folder, world_size):
+    """A training whose teacher is shared out where there are several processes."""
+    teachers = {dtype: Teacher(vit(5, 48)) for dtype in (None, torch.bfloat16)}
+    pixels = images(8).__getitems__(list(range(8)))["pixel_values"]
+    logits = {}
+    for dtype, teacher in teachers.items():
+        teacher.prepare(torch.device("cpu"), dtype, True, share=world_size > 1)
+        logits[dtype] = teacher({"pixel_values": pixels}).logits
+    trainer, results = train(f"{folder}/taught", world_size, shard_teacher=world_size > 1, **SAVING)
+    before = trainer.evaluate()
+    if trainer.args.process_index == 1:  # it has forgotten what the teacher said, and the other has not
+        trainer._teacher_memory.fill_(-1)
+    forgetful = trainer.evaluate()
+    measured = [{key: entry[key] for key in ("eval_agreement", "eval_teacher_top1")} for entry in (before, forgetful)]
+    held, whole = part_of(trainer.teacher.model), trainer.teacher.parameter_count()
+    return results | {"logits": logits, "measured": measured, "held": held, "whole": whole}
+
+
 def main(folder, world_size, other):
     results = {}
     trainer, results["whole"] = train(f"{folder}/whole", world_size, **SAVING)
@@ -64,6 +88,7 @@ def main(folder, world_size, other):
     checkpoint = "whole/checkpoint-6"
     _, results["resumed"] = train(f"{folder}/resumed", world_size, f"{folder}/{checkpoint}", **SAVING)
     _, results["bf16"] = train(f"{folder}/bf16", world_size, bf16=True, max_grad_norm=0.5)
+    results["taught"] = share_out_the_teacher(folder, world_size)
     if other:  # a run that is not shared out goes on shared out
         _, results["crossed"] = train(f"{folder}/crossed", world_size, f"{other}/{checkpoint}", **SAVING)
     rank = trainer.args.process_index

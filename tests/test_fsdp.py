@@ -37,7 +37,7 @@ def runs(tmp_path_factory):
     return load(one / "rank0.pt"), load(two / "rank0.pt"), load(two / "rank1.pt"), one, two
 
 
-@pytest.mark.parametrize("run, tolerance", [("whole", 1e-5), ("resumed", 1e-5), ("bf16", 1e-2)])
+@pytest.mark.parametrize("run, tolerance", [("whole", 1e-5), ("resumed", 1e-5), ("bf16", 1e-2), ("taught", 1e-5)])
 def test_as_one_process(runs, run, tolerance):
     one, first, second = (results[run] for results in runs[:3])
     assert one["sharded"] == 0 and first["sharded"] == second["sharded"] == first["parameters"]
@@ -71,6 +71,21 @@ def test_the_export_is_the_best(runs):
     assert set(names[1]) - set(names[0]) == {"rng_state_0.pth", "rng_state_1.pth"}
     model = timm.create_model(f"local-dir:{folder}/student", pretrained=True, img_size=32)
     assert torch.equal(model.head.weight, best["head.weight"])
+
+
+def test_a_teacher_shared_out(runs):
+    one, first, second = (results["taught"] for results in runs[:3])
+    assert first["held"] + second["held"] == one["held"] == one["whole"] == first["whole"]
+    assert first["held"] == pytest.approx(one["whole"] / 2, rel=0.05)
+    for results in (first, second):
+        for dtype, expected in one["logits"].items():
+            torch.testing.assert_close(results["logits"][dtype], expected, rtol=0, atol=0)
+        assert results["measured"] == one["measured"], "also where one process asks it and the other need not"
+
+
+def test_shard_teacher_without_fsdp():
+    with pytest.raises(ValueError, match="shard_teacher goes with FSDP.*fsdp.yaml"):
+        DistillationTrainer(Plain(), Plain(), config(losses={"kd": {}}, shard_teacher=True))
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,6 @@
+import json
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -55,6 +58,14 @@ def test_a_student_from_weights_gets_a_new_classifier():
     assert torch.equal(second.timm_model.conv1.weight, first.timm_model.conv1.weight)
     with pytest.raises(ValueError, match="image_size=64 goes with a timm architecture"):
         load_student("first", num_classes=5, image_size=64)
+
+
+def test_a_student_from_weights_is_saved_with_its_own_class_names():
+    load_student("cifar_resnet8", class_names=["ant", "bee"]).save_pretrained("first")
+    load_student("first", class_names=["cat", "dog", "eel"]).save_pretrained("second")
+    second = AutoModelForImageClassification.from_pretrained("second")
+    assert list(second.config.id2label.values()) == ["cat", "dog", "eel"]
+    assert json.loads(Path("second/config.json").read_text())["label_names"] == ["cat", "dog", "eel"]
 
 
 def test_a_transformers_model_from_a_folder():

@@ -44,6 +44,10 @@ class DistillationLoss(nn.Module):
     constructor, each annotated, and passes `weight` on. It may own parameters and buffers: they are trained,
     synchronised and checkpointed with the student, and not shipped with it.
 
+    In several processes each computes its terms over its own images, and gradients are averaged. For a term that is a
+    mean over the batch that comes to the mean over all images. A term that compares images with one another compares
+    those of one process, as in the released code, which computes the losses on each GPU.
+
     Args:
         weight: what the training loop multiplies every term by; `forward` returns them without it.
 

@@ -154,7 +154,11 @@ class CRDLoss(DistillationLoss):
     Each step compares a batch with the whole memories, which takes batch x images floats a few times: 13 MB for 64 of
     CIFAR-100, 1.3 GB for 256 of ImageNet.
 
-    All processes hold the same memories after a step, and must have batches of one size, which Trainer sees to.
+    In several processes all hold the same memories: they start from the same ones, and every forward moves the rows of
+    the images of all. The normalizers, too, are those of the first batch of all. So the loss is that of one process
+    with all their images in its batch, but for the negatives, which each process draws for its own images, and from the
+    same numbers as the others, since Trainer seeds all alike. Batches must have one size in all, which Trainer sees to.
+    Where gradients are accumulated, the memories move with every batch, before the step.
 
     Args:
         negatives: K, a sample.

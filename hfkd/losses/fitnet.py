@@ -57,7 +57,8 @@ def regressor(student_map: Tensor, teacher_map: Tensor) -> nn.Sequential:
 
 
 class FitNetLoss(MapPairsLoss):
-    """`fitnet_loss` as a method of a recipe, with one `regressor` a pair.
+    """`fitnet_loss` as a method of a recipe, with one `regressor` a pair, whose BatchNorm takes its statistics over the
+    images of one process.
 
     Args:
         student_layers: stage indices or module paths, shallow to deep; None: [1], the published choice.

@@ -40,7 +40,8 @@ def mlkd_loss(
     3. Both correlations are taken on the weak view only.
     4. Logit standardization reaches the divergences only.
 
-    The correlations are sums over pairs, so they grow with the batch.
+    The correlations are sums over pairs, so they grow with the batch. They, the medians and the shares are taken over
+    the images of one process.
 
     Args:
         student_logits: (B, C), weak view.

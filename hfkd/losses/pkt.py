@@ -48,7 +48,7 @@ def _neighbour_probs(embedding: Tensor) -> Tensor:
 
 
 class PKTLoss(DistillationLoss):
-    """`pkt_loss` as a method of a recipe.
+    """`pkt_loss` as a method of a recipe. Neighbours are sought among the images of one process.
 
     Args:
         weight: see `DistillationLoss`; the default is the one of the RepDistiller benchmark.

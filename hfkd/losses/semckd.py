@@ -98,7 +98,8 @@ def _projector(student_map: Tensor, teacher_map: Tensor) -> nn.Sequential:
 class SemCKDLoss(MapsLoss):
     """`semckd_loss` as a method of a recipe: a projector for every pair, a query a student map, a key a teacher map.
 
-    Batches may have any size, see `similarity_rows`; at `batch_size` it is the published method.
+    Batches may have any size, see `similarity_rows`; at `batch_size` it is the published method. Similarities, and the
+    statistics of the projectors' BatchNorm, are taken over the images of one process.
 
     Args:
         student_layers: stage indices or module paths; None: every stage but the first.

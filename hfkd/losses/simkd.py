@@ -31,7 +31,8 @@ def simkd_loss(projected: Tensor, teacher_map: Tensor) -> Tensor:
 
 
 class SimKDLoss(DistillationLoss):
-    """`simkd_loss` as a method of a recipe. It changes the student: see `hfkd.models.simkd`.
+    """`simkd_loss` as a method of a recipe. It changes the student: see `hfkd.models.simkd`. The projector's BatchNorm
+    takes its statistics over the images of one process.
 
     Published alone, with `ce_weight` 0 and no loss that reads logits: the classifier is the teacher's and does not
     learn.

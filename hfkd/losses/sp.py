@@ -49,7 +49,7 @@ def _similarities(feature_map: Tensor) -> Tensor:
 
 
 class SPLoss(MapPairsLoss):
-    """`sp_loss` as a method of a recipe.
+    """`sp_loss` as a method of a recipe. Similarities are taken over the images of one process.
 
     Args:
         student_layers, teacher_layers: see `MapPairsLoss`, but None: the deepest stage.

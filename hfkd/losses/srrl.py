@@ -48,7 +48,8 @@ def srrl_loss(
 
 
 class SRRLLoss(DistillationLoss):
-    """`srrl_loss` as a method of a recipe, with a learnt projector: 1x1 convolution, BatchNorm and ReLU.
+    """`srrl_loss` as a method of a recipe, with a learnt projector: 1x1 convolution, BatchNorm, whose statistics are
+    taken over the images of one process, and ReLU.
 
     It compares raw logits as published, also in a run with `logit_standardization`: they are the teacher's classifier's
     on both sides.

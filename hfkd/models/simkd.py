@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageClassification
 
 from ..losses.feature_maps import as_map
+from .base import CifarModel
+from .tokens import TokenClassifier
 
 
 class SimKDStudent(nn.Module):
@@ -73,6 +75,18 @@ class SimKDStudent(nn.Module):
         """Put in a fresh classifier; `num_classes=0` removes it."""
         self.num_classes = num_classes
         self.classifier = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade time for memory: recompute the trunk's stages or blocks in the backward pass.
+
+        Raises:
+            ValueError: a trunk that is not of this package; half of timm's families keep everything where they give
+                the map of a stage.
+        """
+        if enable and not isinstance(self.backbone, (CifarModel, TokenClassifier)):
+            raise ValueError(f"gradient checkpointing: a {type(self.backbone).__name__} gives its map without")
+        if isinstance(self.backbone, (CifarModel, TokenClassifier)):
+            self.backbone.set_grad_checkpointing(enable)
 
     @property
     def extra_parameters(self) -> int:
