@@ -4,11 +4,13 @@ from . import models  # noqa: F401  (registers the cifar_* architectures with ti
 from .arguments import DataArguments, DistillationConfig, ModelArguments
 from .loading import load_student, load_teacher
 from .teacher import Teacher
+from .teacher_cache import CachedTeacher
 from .trainer import DistillationTrainer
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CachedTeacher",
     "DataArguments",
     "DistillationConfig",
     "DistillationTrainer",

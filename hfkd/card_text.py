@@ -153,6 +153,8 @@ def method_section(results: dict[str, Any]) -> str:
         others = [code(f"{key}: {json.dumps(value)}") for key, value in settings.items() if key != "weight"]
         rows.append([code(name), f"{settings['weight']:g}", ", ".join(others)])
     parts = ["## Method", table(["loss", "weight", "settings"], rows)]
+    if "teacher_cache" in results:
+        parts.append(_cache(results["teacher_cache"]))
     citations = [LOSSES[name].citation for name in results["losses"] if name in LOSSES]
     if results["logit_standardization"]:
         parts.append("Z-score: the logits of student and teacher are standardized before they are compared.")
@@ -160,6 +162,13 @@ def method_section(results: dict[str, Any]) -> str:
     if citations:
         parts.append(fenced("bibtex", "\n\n".join(map(inspect.cleandoc, citations))))
     return "\n\n".join(parts)
+
+
+def _cache(cache: dict[str, Any]) -> str:
+    epochs, top_k = cache["epochs"], cache["top_k"]
+    stored = "in float16" if top_k is None else f"the largest {top_k} of an image and what the others come to"
+    number = "one epoch" if epochs == 1 else f"{epochs:,} epochs"
+    return f"The teacher's logits were read from a cache of {number} ({stored}), which longer training repeats."
 
 
 def training_section(results: dict[str, Any], recipe: str | None) -> str:

@@ -4,39 +4,124 @@ import sys
 
 import torch
 from helpers import Plain, config, images, train_logs
+from torch import nn
 
 from hfkd import DistillationTrainer, load_student
 from hfkd.data import CenterCrop, RandomResizedCrop, StreamingImageDataset, open_streams
+from hfkd.losses import CRDLoss
 from hfkd.models.base import CIFAR_MEAN, CIFAR_STD
+
+
+class DrawnByRow(CRDLoss):
+    """Each image has the same negatives in every step, whichever process sees it."""
+
+    def draw(self, index):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return super().draw(torch.arange(len(self.places)))[index]
+
+
+MAPS = {"student_layers": ["conv", "deep"], "teacher_layers": ["conv", "deep"], "weight": 1.0}  # of `Deeper`
 
 MEANS = {  # losses that are means over the batch: splitting the batch over processes must not change them
     "kd": {"kd": {}},
     "dkd": {"dkd": {"warmup_epochs": 2}},
     "ctkd": {"ctkd": {"weight": 0.9}},
     "ctkd_instance": {"ctkd": {"instance_wise": True}},
+    "locality_guidance": {"locality_guidance": MAPS},
+    "fitnet": {"fitnet": MAPS},
+    "at": {"at": MAPS | {"weight": 100.0}},
+    "vid": {"vid": MAPS},
+    "crd": {"crd": DrawnByRow(negatives=20, dimension=4)},
+    "srrl": {"srrl": {}},
+    "simkd": {"simkd": {}},
+}
+READ_LOGITS = ("kd", "dkd", "ctkd", "ctkd_instance", "mlkd")  # so that logit_standardization makes others of them
+
+COUPLED = {  # losses that compare the images of a batch with one another: each process compares its own
+    "mlkd": {"mlkd": {}},
+    "sp": {"sp": MAPS | {"weight": 100.0}},
+    "pkt": {"pkt": {"weight": 100.0}},
+    "semckd": {"semckd": MAPS | {"batch_size": 8}},
 }
 
 LEARNT = {  # losses with parts that learn, or that change the student: every one must get a gradient in every step
     "features": {"kd": {}, **{name: {} for name in ("fitnet", "vid", "semckd", "srrl", "at", "sp", "pkt")}},
-    "simkd": {"kd": {}, "simkd": {}},
+    "learnt_simkd": {"kd": {}, "simkd": {}},
 }
 
 
-def train(losses, world_size, student, teacher, output_dir, **changes):
-    args = config(
-        output_dir,
-        losses=losses,
-        per_device_train_batch_size=8 // world_size,
-        num_train_epochs=2,
-        save_strategy="epoch",
-        **changes,
-    )
-    train_set, eval_set = images(32), images(26, seed=1, augment=False)
-    trainer = DistillationTrainer(student, teacher, args, train_dataset=train_set, eval_dataset=eval_set)
+class Deeper(Plain):
+    """With maps of two layers."""
+
+    def __init__(self, width):
+        super().__init__(width=width)
+        self.deep = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, pixel_values):
+        return self.fc(self.deep(self.conv(pixel_values).relu()).relu().mean(dim=(2, 3)))
+
+
+def networks_in_float64(name):
+    """A student and a teacher for a run of `MEANS` or `COUPLED`."""
+    torch.manual_seed(0)
+    if name == "simkd":  # it cuts students of timm
+        return resnets()
+    student, teacher = Deeper(8), Deeper(12)
+    if name == "batch_norm":
+        student.deep = nn.Sequential(student.deep, nn.BatchNorm2d(8))
+    teacher.fc.weight.data *= 20  # else all images look alike to it
+    return student, teacher
+
+
+def resnets():
+    return load_student("cifar_resnet8", num_classes=10), load_student("cifar_resnet14", num_classes=10)
+
+
+class Exact(DistillationTrainer):
+    """In float64, since float32 rounds small KL terms in the third digit. Unless told otherwise BatchNorm, in students
+    and projectors, uses its running statistics, so that a batch can be split."""
+
+    normalizes_by_batch = False
+
+    def _prepare_inputs(self, inputs):
+        inputs = super()._prepare_inputs(inputs)
+        return {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
+
+    def compute_loss(self, model, *args, **kwargs):
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.train(self.normalizes_by_batch)
+        return super().compute_loss(model, *args, **kwargs)
+
+
+def trainer_of(kind, losses, world_size, student, teacher, output_dir, **changes):
+    """With batches of eight images, over all processes and accumulated steps."""
+    accumulated = changes.get("gradient_accumulation_steps", 1)
+    args = config(output_dir, per_device_train_batch_size=8 // world_size // accumulated, num_train_epochs=2, **changes)
+    data = {"train_dataset": images(32), "eval_dataset": images(26, seed=1, augment=False)}
+    return kind(student, teacher, args, losses=losses, **data)
+
+
+def result_of(trainer):
     trainer.train()
     metrics = trainer.evaluate()
     result = {"state": trainer.distiller.state_dict(), "logs": train_logs(trainer), "metrics": metrics}
-    return {"rank": args.process_index, **result}
+    return {"rank": trainer.args.process_index, **result}
+
+
+def train(losses, world_size, student, teacher, output_dir, **changes):
+    return result_of(trainer_of(DistillationTrainer, losses, world_size, student, teacher, output_dir, **changes))
+
+
+def train_in_float64(name, losses, world_size, output_dir, **changes):
+    torch.set_default_dtype(torch.float64)  # of projectors and memories
+    try:
+        trainer = trainer_of(Exact, losses, world_size, *networks_in_float64(name), output_dir, **changes)
+        trainer.normalizes_by_batch = name == "batch_norm"
+        return result_of(trainer)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 class Recorder(DistillationTrainer):
@@ -77,21 +162,20 @@ def main(folder, world_size, data):
     results = {"stream": stream(data, world_size, f"{folder}/stream")}
     middle = f"{folder}/stream/checkpoint-{5 // world_size + 1}"
     results["resumed"] = stream(data, world_size, f"{folder}/resumed", resume_from_checkpoint=middle)
-    for name, losses in MEANS.items():
-        for zscore in (False, True):
-            torch.manual_seed(0)
-            key = f"{name}_zscore" if zscore else name
-            output_dir = f"{folder}/{key}"
-            networks = Plain().double(), Plain().double()  # float32 rounds small KL terms in the third digit
-            results[key] = train(losses, world_size, *networks, output_dir, logit_standardization=zscore)
+    for name, losses in (MEANS | COUPLED).items():
+        for zscore in (False, True)[: 1 + (name in READ_LOGITS)]:
+            key, settings = name + "_zscore" * zscore, {"logit_standardization": zscore}
+            results[key] = train_in_float64(name, losses, world_size, f"{folder}/{key}", **settings)
+            if name in COUPLED and world_size == 1:
+                settings |= {"gradient_accumulation_steps": 2}
+                results[f"{key}_accumulated"] = train_in_float64(name, losses, 1, f"{folder}/{key}", **settings)
+    accumulated = {"gradient_accumulation_steps": 3 - world_size}
+    results["batch_norm"] = train_in_float64("batch_norm", {"mlkd": {}}, world_size, f"{folder}/bn", **accumulated)
     torch.manual_seed(0)
-    networks = load_student("cifar_resnet8", num_classes=10), load_student("cifar_resnet14", num_classes=10)
-    results["mlkd"] = train({"mlkd": {}}, world_size, *networks, f"{folder}/mlkd")
     crd = {"crd": {"negatives": 20, "dimension": 4}}
-    results["crd"] = train(crd, world_size, Plain(), Plain(), f"{folder}/crd")
+    results["memories"] = train(crd, world_size, Plain(), Plain(), f"{folder}/memories")
     for name, losses in LEARNT.items():
-        networks = load_student("cifar_resnet8", num_classes=10), load_student("cifar_resnet14", num_classes=10)
-        results[name] = train(losses, world_size, *networks, f"{folder}/{name}")
+        results[name] = train(losses, world_size, *resnets(), f"{folder}/{name}", save_strategy="epoch")
     torch.save(results, f"{folder}/rank{results['kd']['rank']}.pt")
 
 

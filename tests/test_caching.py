@@ -165,23 +165,31 @@ def test_killed_and_continued(recipe, monkeypatch):
     assert all(path.stat().st_mtime_ns == age for path, age in ages.items())
 
 
-def test_a_disk_that_is_full(recipe):
-    """A quota, to which the kernel says 'File too large'."""
+def test_a_disk_that_fills_up(recipe, monkeypatch):
+    """A quota, to which the kernel says 'File too large'. What was written before is neither lost nor written again."""
     expected = files_of(cache_teacher([recipe, "--cache_dir", "whole"]))
-    largest = max(map(len, expected.values()))
+    rename, left = os.replace, itertools.count(4, -1)  # cache.json, evaluation.bin and two shards
+
+    def limit(size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    def replace(source, target):
+        rename(source, target)
+        if next(left) == 1:
+            limit(100)
 
     def run():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 1, resource.RLIM_INFINITY))
-        message = r"shard-00000.bin could not be written \(.*File too large.*MiB are free"
+        monkeypatch.setattr(hfkd.cache_files.os, "replace", replace)
+        message = r"shard-00002.bin could not be written \(.*File too large.*MiB are free.*the same command goes on"
         with pytest.raises(RuntimeError, match=message):
             cache_teacher([recipe, "--cache_dir", "full"])
-        assert set(files_of("full")) == {"evaluation.bin"}
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        limit(resource.RLIM_INFINITY)
+        before = {path: path.stat().st_mtime_ns for path in Path("full").rglob("*.bin")}
+        assert sorted(path.name for path in before) == ["evaluation.bin", "shard-00000.bin", "shard-00001.bin"]
         cache_teacher([recipe, "--cache_dir", "full"])
         assert files_of("full") == expected
+        assert all(path.stat().st_mtime_ns == age for path, age in before.items())
 
-    Path("full").mkdir()
-    Path("full/cache.json").write_text(Path("whole/cache.json").read_text())  # which is larger than a shard
     assert in_child(run) == 0
 
 

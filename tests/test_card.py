@@ -127,6 +127,19 @@ def test_results_method_and_training():
     assert yaml.safe_load(blocks(text, "yaml")[0]) == RECIPE
 
 
+@pytest.mark.parametrize(
+    "cache, stored",
+    [
+        ({"epochs": 30, "top_k": None}, "30 epochs (in float16)"),
+        ({"epochs": 1, "top_k": 16}, "one epoch (the largest 16 of an image and what the others come to)"),
+    ],
+)
+def test_logits_from_a_cache(cache, stored):
+    text = written("export", RESULTS | {"teacher_cache": cache}).text
+    assert f"The teacher's logits were read from a cache of {stored}, which longer training repeats." in text
+    assert "cache" not in written("export", RESULTS).text
+
+
 def test_a_teacher_and_runs_of_which_less_is_known():
     alone = {"teacher": None, "teacher_parameters": None, "losses": {}, "logit_standardization": False}
     alone |= {"role": "teacher", "ce_weight": 1.0, "published_top1": None, "devices": "1 x cpu"}

@@ -1,4 +1,4 @@
-"""Two CPU processes give the update of one process with the same global batch."""
+"""Two CPU processes give the update of one process with the same global batch, or that of their two batches."""
 
 import os
 import re
@@ -13,7 +13,7 @@ import torch
 from helpers import ROOT
 from PIL import Image
 
-from hfkd.losses.crd import CRDLoss
+from hfkd.losses import LOSSES, CRDLoss
 
 
 @pytest.fixture(scope="module")
@@ -44,36 +44,68 @@ def runs(tmp_path_factory):
     return load(one / "rank0.pt"), load(two / "rank0.pt"), load(two / "rank1.pt"), two
 
 
-@pytest.mark.parametrize("zscore", ["", "_zscore"])
-@pytest.mark.parametrize("method", distributed_worker.MEANS)
-def test_same_update(runs, method, zscore):
-    one, first, second, _ = (run[method + zscore] if isinstance(run, dict) else run for run in runs)
-    assert one["state"].keys() == first["state"].keys()
-    for name, expected in one["state"].items():
-        torch.testing.assert_close(first["state"][name], expected, rtol=1e-9, atol=1e-12, msg=name)
+def named(runs):
+    """With those of the methods whose logits are standardized."""
+    return [*runs, *(f"{name}_zscore" for name in runs if name in distributed_worker.READ_LOGITS)]
+
+
+def largest_difference(one, other, names):
+    return max((one[name] - other[name]).abs().max().item() for name in names)
+
+
+def assert_same_update(expected, first, second):
+    """In both processes, to what float64 rounds."""
+    assert expected["state"].keys() == first["state"].keys()
+    for name, value in expected["state"].items():
+        torch.testing.assert_close(first["state"][name], value, rtol=1e-9, atol=1e-12, msg=name)
         torch.testing.assert_close(second["state"][name], first["state"][name], rtol=0, atol=0)
-    for expected, given in zip(one["logs"], first["logs"], strict=True):
-        for key in (key for key in expected if key.startswith("loss_")):
-            assert given[key] == pytest.approx(expected[key], rel=1e-6), key
+    for wanted, given in zip(expected["logs"], first["logs"], strict=True):
+        for key in (key for key in wanted if key.startswith("loss_")):
+            assert given[key] == pytest.approx(wanted[key], rel=1e-6), key
+
+
+def test_every_method_is_a_mean_or_coupled():
+    means, coupled = (
+        {method for losses in runs.values() for method in losses}
+        for runs in (distributed_worker.MEANS, distributed_worker.COUPLED)
+    )
+    assert means | coupled == set(LOSSES), "say of a new method what several processes make of it"
+    assert not means & coupled
+
+
+@pytest.mark.parametrize("name", named(distributed_worker.MEANS))
+def test_a_mean_is_that_of_one_process(runs, name):
+    one, first, second = (run[name] for run in runs[:3])
+    assert_same_update(one, first, second)
+
+
+@pytest.mark.parametrize("name", named(distributed_worker.COUPLED))
+def test_a_coupled_loss_compares_the_images_of_one_process(runs, name):
+    """As one process does that accumulates the gradients of two batches; in one batch each has more to compare with."""
+    one, first, second = (run[name] for run in runs[:3])
+    assert_same_update(runs[0][f"{name}_accumulated"], first, second)
+    assert largest_difference(one["state"], first["state"], one["state"]) > 1e-5
+
+
+def test_batch_norm_sees_the_images_of_one_process(runs):
+    """As above, in both views of MLKD. Of the running statistics, which are the first process's, no update is made."""
+    accumulated, first, second = (run["batch_norm"] for run in runs[:3])
+    weights = [name for name in first["state"] if not re.search("running_|num_batches", name)]
+    assert largest_difference(accumulated["state"], first["state"], weights) < 1e-9
+    assert set(weights) < set(first["state"])
+    assert largest_difference(first["state"], second["state"], first["state"]) == 0
+    assert first["metrics"]["eval_top1"] == second["metrics"]["eval_top1"]
 
 
 def test_evaluation_sees_every_image_once(runs):
-    one, first, second, _ = (run["kd"] if isinstance(run, dict) else run for run in runs)
+    one, first, second = (run["kd"] for run in runs[:3])
     for key in ("eval_loss", "eval_top1", "eval_top5", "eval_agreement", "eval_teacher_top1"):
         assert first["metrics"][key] == second["metrics"][key] == pytest.approx(one["metrics"][key])
 
 
-def test_two_views_with_batchnorm(runs):
-    """MLKD: two forwards a step through BatchNorm. All ranks hold the same weights, and evaluate as one."""
-    _, first, second, _ = (run["mlkd"] if isinstance(run, dict) else run for run in runs)
-    for name, value in first["state"].items():
-        torch.testing.assert_close(second["state"][name], value, rtol=0, atol=0, msg=name)
-    assert first["metrics"]["eval_top1"] == second["metrics"]["eval_top1"]
-
-
 def test_all_processes_hold_the_same_memories(runs):
     """CRD: every row has moved in both, each of which has seen half of the images of an epoch."""
-    _, first, second, _ = (run["crd"] if isinstance(run, dict) else run for run in runs)
+    _, first, second, _ = (run["memories"] if isinstance(run, dict) else run for run in runs)
     for name, value in first["state"].items():
         torch.testing.assert_close(second["state"][name], value, rtol=0, atol=0, msg=name)
     untrained = CRDLoss(dimension=4)
@@ -88,14 +120,14 @@ def test_learnt_parts_are_the_same_in_both(runs, name):
     """DDP sums their gradients as the student's, and would wait for ever for one that does not come."""
     _, first, second, _ = (run[name] if isinstance(run, dict) else run for run in runs)
     parameters = [key for key in first["state"] if not re.search("running_|num_batches", key)]
-    assert any(key.startswith("losses.") for key in parameters) or name == "simkd"
+    assert any(key.startswith("losses.") for key in parameters) or name == "learnt_simkd"
     for key in parameters:
         torch.testing.assert_close(second["state"][key], first["state"][key], rtol=0, atol=0, msg=key)
 
 
 def test_the_checkpoint_is_written_once(runs):
     folder = runs[3]
-    files = sorted(path.name for path in (folder / "ctkd").glob("checkpoint-8/*"))
+    files = sorted(path.name for path in (folder / "features").glob("checkpoint-8/*"))
     assert files.count("model.safetensors") == files.count("losses.safetensors") == 1
     assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt"} <= set(files)
 

@@ -13,8 +13,8 @@ from interrupting import in_two_processes
 from PIL import Image
 from torch.utils.data import DataLoader, Subset
 
-from hfkd import DistillationTrainer, Teacher
-from hfkd.cache_files import CacheFiles, read_facts
+from hfkd import CachedTeacher, DistillationTrainer, Teacher
+from hfkd.cache_files import CacheFiles, read_facts, write_rows
 from hfkd.cache_rows import RowFormat
 from hfkd.caching import write_cache
 from hfkd.data import (
@@ -30,7 +30,6 @@ from hfkd.data.augment import crop_flip
 from hfkd.losses import KDLoss, standardize
 from hfkd.models.base import CIFAR_MEAN, CIFAR_STD
 from hfkd.teacher import TeacherEnsemble
-from hfkd.teacher_cache import CachedTeacher
 
 KD = {"kd": {"temperature": 2.0}}
 
@@ -404,6 +403,29 @@ def test_the_rows_are_not_loaded():
     moved = copy.deepcopy(files)
     assert not moved._open and torch.equal(moved.read(1, rows)["teacher_logits"], expected)
     assert all(not array.flags.owndata for array in files._open.values())
+
+
+def memory_kib():
+    """Of this process, without the pages of files, which the kernel takes back when it needs them."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0])
+
+
+def test_rows_stay_on_the_disk():
+    """Of a cache of 64 MiB a process takes up what it reads."""
+    row = RowFormat(1024, 1)
+    shard = np.zeros(8192, row.dtype)
+    facts = {"epochs": 4, "rows_a_shard": len(shard), "train": {"rows": len(shard)}, "row": row.facts()}
+    files = CacheFiles("large", facts)
+    for epoch in range(4):
+        shard["teacher_logits"] = epoch
+        write_rows(files.path(epoch, 0), shard)
+    files.read(0, np.arange(4))
+    before = memory_kib()
+    for epoch in range(4):
+        batch = files.read(epoch, np.arange(0, len(shard), 100))
+        assert batch["teacher_logits"].unique().tolist() == [epoch]
+    assert memory_kib() - before < 4 * 2**10
 
 
 def test_few_shards_are_open_at_a_time(monkeypatch):
