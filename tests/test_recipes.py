@@ -11,6 +11,7 @@ import torch
 import yaml
 from helpers import GOLDEN, ROOT, images
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import get_scheduler
 
 from hfkd import DistillationTrainer, load_student
@@ -326,3 +327,24 @@ def test_imagenet_from_a_folder(tmp_path):
     assert train_log["loss_kd"] > 0 and train_log["learning_rate"] == 0.2
     assert trainer.state.global_step == 1 and evaluation["eval_top1"] in (0, 25, 50, 75, 100)
     assert trainer.model.config.id2label == {0: "n01440764", 1: "n02123045"}
+
+
+def test_imagenet_on_paper(capsys):
+    """The README's program prints its tables, and the networks have the sizes that it says."""
+    text = (FOLDER / "imagenet" / "README.md").read_text()
+    program = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    exec(program, {})
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 16 and rows == [line for line in text.splitlines() if re.search(r"\| \d+ x \d+ \|", line)]
+    sizes = re.findall(r"\(`(\w+)`\) \| ([\d,]+) \| ([\d.]+e9) \| ([\d.]+e9) \|", text)
+    assert {architecture for architecture, *_ in sizes} == {
+        name.removeprefix("timm/").removesuffix(".tv_in1k") for pair in HUB.values() for name in pair
+    }
+    for architecture, parameters, multiply_adds, flops in sizes:
+        with torch.device("meta"):
+            model, image = timm.create_model(architecture), torch.empty(1, 3, 224, 224)
+        with FlopCounterMode(display=False) as counter:
+            model(image)
+        assert f"{sum(parameter.numel() for parameter in model.parameters()):,}" == parameters
+        assert (multiply_adds, flops) == tuple(f"{counter.get_total_flops() / each:.3f}e9" for each in (2e9, 1e9))
+        assert flops in program
