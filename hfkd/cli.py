@@ -19,6 +19,9 @@ COMMANDS = {
     "train-teacher": ("hfkd.run:train_teacher", "train the network of a recipe from the labels alone"),
     "cache-teacher": ("hfkd.caching:cache_teacher", "store a teacher's logits for many students"),
     "evaluate": ("hfkd.run:evaluate", "measure a trained model"),
+    "compare": ("hfkd.compare:compare", "set runs side by side: a table, a figure, what was gained"),
+    "visualize": ("hfkd.visualize:visualize", "draw a student beside its teacher"),
+    "export": ("hfkd.exporting:export", "write a trained model as one file, ONNX or torch.export"),
     "push": ("hfkd.hub:push", "upload a trained model, with its card, to the Hub"),
 }
 PACKAGE = Path(__file__).parent

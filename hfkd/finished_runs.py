@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,9 @@ import yaml
 
 from .results import RESULTS_NAME
 from .saving import RECIPE_NAME
+
+ROLES = ("student", "teacher")
+FACTS = ("role", "recipe", "seed", "planned_steps")  # what readers of runs rely on; others may be missing
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,7 @@ def read_run(folder: str | Path) -> FinishedRun:
 
     Raises:
         FileNotFoundError: if the folder holds no run, or one that was not evaluated yet.
+        ValueError: if its files are damaged, or those of an earlier hfkd, which say less.
     """
     folder = Path(folder)
     path = folder / RESULTS_NAME
@@ -62,9 +69,77 @@ def read_run(folder: str | Path) -> FinishedRun:
         raise FileNotFoundError(
             f"{folder} holds no {RESULTS_NAME}: give the folder of a run, which has one after its first evaluation."
         )
+    try:
+        results = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    missing = [name for name in FACTS if name not in results]
+    if missing:
+        raise ValueError(f"{path} is that of another program or an earlier hfkd: it lacks {', '.join(missing)}.")
     recipe = folder / RECIPE_NAME
-    return FinishedRun(folder, json.loads(path.read_text()), _read_recipe(recipe) if recipe.is_file() else {})
+    return FinishedRun(folder, results, _read_recipe(recipe) if recipe.is_file() else {})
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:
-    return yaml.safe_load(path.read_text())
+    try:
+        return yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def find_runs(paths: Sequence[str | Path]) -> tuple[list[FinishedRun], list[str]]:
+    """The evaluated runs that paths name or that lie below them, each once, in this order.
+
+    A run's `student/` or `teacher/` stands for the run. Below a run's folder no others are looked for.
+
+    Returns:
+        The runs, and a sentence on each folder that holds none that can be shown.
+
+    Raises:
+        FileNotFoundError: if a path does not exist, or there is no run at all; it names runs that there are.
+    """
+    runs: dict[Path, FinishedRun] = {}
+    left_out = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise FileNotFoundError(f"There is no folder {path}.{_runs_nearby(path)}")
+        folders = _run_folders(path)
+        if not folders:
+            left_out.append(f"{path} holds no run.")
+        for folder in folders:
+            try:
+                run = read_run(folder)
+            except (FileNotFoundError, ValueError) as error:
+                left_out.append(str(error))
+                continue
+            if run.results.get("epochs"):
+                runs[folder.resolve()] = run
+            else:
+                left_out.append(f"{folder} was not evaluated yet.")
+    if not runs:
+        reasons = "\n  ".join(left_out)
+        raise FileNotFoundError(f"There is no run to read:\n  {reasons}{_runs_nearby(Path(paths[0]))}")
+    return list(runs.values()), left_out
+
+
+def _run_folders(path: Path) -> list[Path]:
+    """The folders of runs, evaluated or not, at a path or below it."""
+    if path.name in ROLES and (path.parent / RESULTS_NAME).is_file():
+        return [path.parent]
+    found = []
+    for folder, below, files in os.walk(path):
+        if RESULTS_NAME in files or RECIPE_NAME in files:
+            found.append(Path(folder))
+            below.clear()
+        below.sort()
+    return found
+
+
+def _runs_nearby(path: Path) -> str:
+    """A sentence that names runs beside a path or, where there are none, in `runs`; the most alike first."""
+    for place in (path.parent, Path("runs")):
+        found = [str(folder) for folder in _run_folders(place) if (folder / RESULTS_NAME).is_file()]
+        if found and place.exists():
+            nearest = difflib.get_close_matches(str(path), found, n=4, cutoff=0.0)
+            return f"\nRuns that there are: {', '.join(nearest)}{', ...' if len(found) > 4 else ''}."
+    return " Train one with `hfkd distill recipe.yaml`; its folder then holds a results.json."

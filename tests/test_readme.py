@@ -54,7 +54,7 @@ OUTPUT_OF = {
     "--nnodes": "runs/two_nodes",
     "--teacher_cache": "runs/cached",
 }
-EVALUATES = ("evaluate", "push", "--help")  # commands that train nothing
+EVALUATES = ("evaluate", "compare", "visualize", "export", "push", "--help")  # commands that train nothing
 
 
 def start(command, folder):
@@ -147,7 +147,8 @@ def test_the_commands(folder, monkeypatch, capsys):
     started = {COMMANDS[0], next(command for command in COMMANDS if "--num_processes" in command)}
     verbs = [re.search(r"hfkd ([\w-]+)|scripts/(\w+)\.py", command).group(1, 2) for command in COMMANDS]
     expected = "train_teacher distill evaluate distill distill distill train-teacher distill train_teacher distill"
-    expected += " distill distill distill distill distill distill cache-teacher distill benchmark distill push"
+    expected += " distill distill distill distill distill distill cache-teacher distill benchmark compare"
+    expected += " visualize distill push"
     assert [verb for pair in verbs for verb in pair if verb] == expected.split()
     with writable_hub(folder / "hub", monkeypatch) as hub:
         for command in COMMANDS:
