@@ -1,0 +1,99 @@
+"""How far student and teacher differ in what they say of pairs of classes.
+
+As Figures 3 and 5 of Sun et al., Logit Standardization in Knowledge Distillation, CVPR 2024, whose released code calls
+the matrix of `class_means` (of logits, or of Z-scores) a correlation matrix; beside it the correlation proper.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ..losses.standardize import standardize
+from .observations import Observations
+from .sheet import new_sheet
+from .tables import LeftOutError, Table, rows_where
+
+LOGITS, SCORES, CORRELATION = "mean logits", "mean Z-scores", "correlations"
+NAMED_CLASSES = 20  # up to so many, the axes name each
+
+
+def class_means(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """(C, C), row i the mean over the images of class i; NaN where there is none.
+
+    Args:
+        logits: (N, C), or their Z-scores.
+        labels: (N,), in 0 ... C - 1.
+    """
+    classes = logits.shape[1]
+    sums = np.zeros((classes, classes))
+    np.add.at(sums, labels, logits)
+    counts = np.bincount(labels, minlength=classes)[:, None]
+    return np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
+
+
+def class_correlations(logits: np.ndarray) -> np.ndarray:
+    """(C, C), Pearson's correlation of each two classes' logits (N, C) over the images; NaN for a class whose logit is
+    always the same."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.corrcoef(logits, rowvar=False)
+
+
+def absolute_difference(student: np.ndarray, teacher: np.ndarray) -> np.ndarray:
+    """(C, C) of two (C, C), with a diagonal of 0 as in the released code: it is the relation of two classes that is
+    looked at."""
+    difference = np.abs(student - teacher)
+    np.fill_diagonal(difference, 0)
+    return difference
+
+
+def measure(observed: Observations) -> Table:
+    """Columns `matrix`, `class` and one a class, all with index and name: the rows of the absolute differences, matrix
+    after matrix.
+
+    Raises:
+        LeftOutError: without a teacher.
+    """
+    if not {"student", "teacher"} <= observed.networks.keys():
+        raise LeftOutError("there is no teacher to set the student's matrices beside")
+    pair = [observed.networks[role].logits for role in ("student", "teacher")]
+    labels = observed.labels
+    differences = {
+        LOGITS: [class_means(logits, labels) for logits in pair],
+        SCORES: [class_means(standardize(torch.from_numpy(logits)).numpy(), labels) for logits in pair],
+        CORRELATION: [class_correlations(logits) for logits in pair],
+    }
+    rows = np.concatenate([absolute_difference(*matrices) for matrices in differences.values()])
+    # ImageNet has two cranes.
+    names = [f"{index} {name}" for index, name in enumerate(observed.class_names)]
+    table = {"matrix": np.repeat(list(differences), len(names)), "class": np.array(names * len(differences))}
+    return table | {name: rows[:, index] for index, name in enumerate(names)}
+
+
+def matrices_of(table: Table) -> dict[str, np.ndarray]:
+    """The (C, C) differences of a table, by name."""
+    matrices = {}
+    for name in dict.fromkeys(table["matrix"].tolist()):
+        columns = list(rows_where(table, "matrix", name).values())[2:]
+        matrices[name] = np.stack(columns, axis=1)
+    return matrices
+
+
+def draw(table: Table):
+    """A heat map each, the darker the larger the difference; what cannot be told is grey."""
+    import matplotlib
+
+    figure = new_sheet(14, 5)
+    colours = matplotlib.colormaps["Reds"].with_extremes(bad="lightgrey")
+    names = list(table)[2:]
+    for axes, (matrix, values) in zip(figure.subplots(1, 3), matrices_of(table).items(), strict=True):
+        image = axes.imshow(values, cmap=colours, vmin=0, interpolation="nearest")
+        figure.colorbar(image, ax=axes, shrink=0.75, label="|student - teacher|")
+        axes.set_title(f"{matrix}\ndifference: mean {np.nanmean(values):.3f}, max {np.nanmax(values):.3f}")
+        pairs = matrix == CORRELATION
+        axes.set_xlabel("class" if pairs else "logit of class" if matrix == LOGITS else "Z-score of class")
+        axes.set_ylabel("class" if pairs else "images of class")
+        if len(names) <= NAMED_CLASSES:
+            axes.set_xticks(range(len(names)), names, rotation=90)
+            axes.set_yticks(range(len(names)), names)
+    return figure

@@ -1,0 +1,86 @@
+"""Where the networks put the images of a few classes: t-SNE of their embeddings.
+
+As Figure 4 of Sun et al., Logit Standardization in Knowledge Distillation, CVPR 2024, which shows all classes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..curves import BLACK, BLUE, GREEN, VERMILION
+from .observations import Observations
+from .sheet import new_sheet
+from .tables import LeftOutError, Table
+
+COLOURS = (BLUE, VERMILION, GREEN, BLACK, "#CC79A7", "#E69F00", "#56B4E9")  # of Okabe and Ito
+MARKERS = "osD^vP*X<>"
+SEED = 0
+
+
+def project(embeddings: np.ndarray, perplexity: float) -> np.ndarray:
+    """(N, D) -> (N, 2) by t-SNE, from the first two principal components on; the same every time.
+
+    Raises:
+        LeftOutError: for no more images than the perplexity, which is about how many neighbours one image has.
+    """
+    from sklearn.manifold import TSNE
+
+    if len(embeddings) <= perplexity:
+        raise LeftOutError(
+            f"t-SNE with a perplexity of {perplexity:g} needs more images than that, and there are {len(embeddings)}: "
+            "give more classes or images, or a smaller --tsne_perplexity"
+        )
+    # float64: the components of almost equal embeddings are lost otherwise.
+    return TSNE(init="pca", perplexity=perplexity, random_state=SEED).fit_transform(embeddings.astype(np.float64))
+
+
+def choose(labels: np.ndarray, classes: int, images: int) -> np.ndarray:
+    """Which of N labels (N,) to show: those of the first classes, and of them so many at most, drawn at random."""
+    rows = np.flatnonzero(labels < classes)
+    if len(rows) <= images:
+        return rows
+    return np.sort(np.random.default_rng(SEED).choice(rows, images, replace=False))
+
+
+def measure(observed: Observations, classes: int = 10, images: int = 2000, perplexity: float = 30.0) -> Table:
+    """Columns `image` (its row in the split), `label`, `class`, and for each network that has embeddings
+    `<role>_x`, `<role>_y`.
+
+    Raises:
+        LeftOutError: see `project`.
+    """
+    chosen = choose(observed.labels, classes, images)
+    labels = observed.labels[chosen]
+    table = {"image": observed.rows[chosen], "label": labels, "class": np.array(observed.class_names)[labels]}
+    for role, network in observed.networks.items():
+        if network.embeddings is not None:
+            points = project(network.embeddings[chosen], perplexity)
+            table |= {f"{role}_x": points[:, 0], f"{role}_y": points[:, 1]}
+    return table
+
+
+def draw(table: Table):
+    """A panel each; a colour and a marker a class, hollow where the colours begin again."""
+    roles = [name.removesuffix("_x") for name in table if name.endswith("_x")]
+    figure = new_sheet(1 + 5.5 * len(roles), 6.5)
+    panels = figure.subplots(1, len(roles), squeeze=False)[0]
+    classes = dict(sorted(zip(table["label"].tolist(), table["class"].tolist(), strict=True)))
+    for axes, role in zip(panels, roles, strict=True):
+        for index, label in enumerate(classes):
+            colour, hollow = COLOURS[index % len(COLOURS)], index // len(COLOURS) % 2
+            style = {"facecolors": "none" if hollow else colour, "edgecolors": colour, "linewidths": 0.8 * hollow}
+            rows = table["label"] == label
+            marker = MARKERS[index % len(MARKERS)]
+            axes.scatter(table[f"{role}_x"][rows], table[f"{role}_y"][rows], s=18, marker=marker, **style)
+        axes.set_title(f"{role}: t-SNE of {len(table['image']):,} embeddings")
+        axes.set(xticks=[], yticks=[], aspect="equal")  # its axes have no unit
+    columns = min(5, len(classes))
+    figure.legend(
+        panels[0].collections,
+        classes.values(),
+        loc="outside lower center",
+        ncols=columns,
+        markerscale=1.8,
+        frameon=False,
+    )
+    return figure

@@ -1,0 +1,60 @@
+"""CTKD's temperature over training, with the published one behind it."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+
+from ..curves import BLUE, GREEN, MARKED_ROWS
+from ..finished_runs import FinishedRun
+from ..published import published_runs
+from .sheet import new_sheet, tidy
+from .tables import LeftOutError, Table, rows_where
+
+METRIC = "ctkd_temperature"
+STATE_NAME = "trainer_state.json"  # Trainer's
+
+
+def measure(run: FinishedRun | None) -> Table:
+    """Columns `curve` ("measured" or "published"), `epoch`, `temperature`, of as many epochs as the run has.
+
+    Every logged value (trainer_state.json), or where that file is missing one an evaluation (results.json). The
+    published ones are those after each epoch.
+
+    Raises:
+        LeftOutError: for a run without CTKD, or one that logged nothing yet.
+    """
+    if run is None or "ctkd" not in run.results["losses"]:
+        raise LeftOutError("the temperature is learnt by CTKD alone, which this model was not trained with")
+    state = run.folder / STATE_NAME
+    entries = json.loads(state.read_text())["log_history"] if state.is_file() else run.results["epochs"]
+    measured = [(entry["epoch"], entry[METRIC]) for entry in entries if METRIC in entry]
+    if not measured:
+        raise LeftOutError(f"{run.folder} holds no {METRIC}: was it logged (logging_strategy)?")
+    published = published_runs()[run.name].temperature if run.name in published_runs() else ()
+    shown = list(enumerate(published[: math.ceil(measured[-1][0])], start=1))
+    epochs, temperatures = zip(*measured, *shown, strict=True)
+    return {
+        "curve": np.array(["measured"] * len(measured) + ["published"] * len(shown)),
+        "epoch": np.array(epochs, dtype=float),
+        "temperature": np.array(temperatures, dtype=float),
+    }
+
+
+def draw(table: Table):
+    """Both curves over the epochs, the published one dotted."""
+    figure = new_sheet(8, 4)
+    axes = figure.subplots()
+    for curve, style in (("measured", {"color": BLUE}), ("published", {"color": GREEN, "linestyle": ":"})):
+        rows = rows_where(table, "curve", curve)
+        marker = "o" if len(rows["epoch"]) <= MARKED_ROWS else ""
+        if len(rows["epoch"]):
+            axes.plot(rows["epoch"], rows["temperature"], label=curve, marker=marker, markersize=4, **style)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("temperature of CTKD")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    tidy(axes)
+    return figure
