@@ -1,9 +1,10 @@
 """What scripts/benchmark.py measures with, and the tables that it prints."""
 
+import functools
 import itertools
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +40,48 @@ class Meter:
     @property
     def measured(self) -> np.ndarray:
         return np.array(self.rates[1:])
+
+
+class StepClock:
+    """Seconds that each part of a step takes; while one runs inside another, the outer one's clock stands still.
+
+    Args:
+        rest: what to call the time in which no part runs.
+    """
+
+    def __init__(self, rest: str):
+        self._running = [rest]
+        self._seconds: dict[str, float] = {rest: 0.0}
+        self._since = time.perf_counter()
+
+    def timed(self, part: str, function: Callable) -> Callable:
+        """The function, whose calls count for the part."""
+        self._seconds[part] = 0.0
+
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            self._book()
+            self._running.append(part)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._book()
+                self._running.pop()
+
+        return call
+
+    def take(self) -> dict[str, float]:
+        """The seconds since the last call, by part."""
+        self._book()
+        seconds, self._seconds = self._seconds, dict.fromkeys(self._seconds, 0.0)
+        return seconds
+
+    def _book(self) -> None:
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self._seconds[self._running[-1]] += now - self._since
+        self._since = now
 
 
 class LiveTensors(TorchDispatchMode):
@@ -127,15 +170,35 @@ class MethodRow:
     method: Meter
     alone: Meter
     batch_size: int
-    more_bytes: int
+    step_bytes: int
+    alone_bytes: int
 
-    header = ("method", "ms a step", "KD alone", "times as long", "quartiles", "MiB over KD alone")
-    numbers = {1, 2, 3, 5}
+    header = ("method", "ms a step", "KD alone", "times as long", "quartiles", "peak MiB of a step", "over KD")
+    numbers = {1, 2, 3, 5, 6}
 
     def cells(self) -> tuple[str, ...]:
         method, alone = (self.batch_size / meter.measured for meter in (self.method, self.alone))
         times = (f"{1000 * np.median(seconds):,.1f}" for seconds in (method, alone))
-        return (self.name, *times, *_quartiles(method / alone), f"{self.more_bytes / 2**20:,.1f}")
+        memory = (f"{size / 2**20:,.1f}" for size in (self.step_bytes, self.step_bytes - self.alone_bytes))
+        return (self.name, *times, *_quartiles(method / alone), *memory)
+
+
+@dataclass
+class ShareRow:
+    """One line of the third table: a part of a step, and its share (0 to 1) of each step's time."""
+
+    name: str
+    shares: Sequence[float]
+
+    header = ("part of a step", "share in %", "quartiles")
+    numbers = {1}
+
+    def median(self) -> float:
+        return float(np.median(self.shares))
+
+    def cells(self) -> tuple[str, ...]:
+        low, middle, high = 100 * np.quantile(self.shares, (0.25, 0.5, 0.75))
+        return (self.name, f"{middle:.1f}", f"{low:.1f} .. {high:.1f}")
 
 
 def _quartiles(ratios: np.ndarray) -> tuple[str, str]:
@@ -143,7 +206,7 @@ def _quartiles(ratios: np.ndarray) -> tuple[str, str]:
     return f"{middle:.2f}", f"{low:.2f} .. {high:.2f}"
 
 
-def print_table(rows: Sequence[Row] | Sequence[MethodRow]) -> None:
+def print_table(rows: Sequence[Row] | Sequence[MethodRow] | Sequence[ShareRow]) -> None:
     lines = [rows[0].header, *(row.cells() for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     numbers = rows[0].numbers

@@ -1,4 +1,4 @@
-"""The benchmark runs and prints whole tables, and counts a step's tensors rightly."""
+"""The benchmark runs and prints whole tables, and counts a step's tensors and seconds rightly."""
 
 import importlib.util
 import math
@@ -23,22 +23,33 @@ SPEED_ROWS = {
     "cache: resnet20, KD from all logits",
     "cache: resnet20, KD from the largest 16",
 }
-METHODS = ("fitnet", "at", "sp", "vid", "pkt", "crd", "srrl", "semckd")
+LOGIT_METHODS = ["kd", "kd_zscore", "dkd", "mlkd", "ctkd"]
+FEATURE_METHODS = [f"kd + {method}" for method in ("fitnet", "at", "sp", "vid", "pkt", "crd", "srrl", "semckd")]
+PARTS = {
+    "data",
+    "teacher, forward",
+    "student, forward",
+    "losses",
+    "backward",
+    "optimizer",
+    "Trainer, accelerate, the rest",
+}
 
 
 @pytest.fixture(scope="module")
 def tables():
-    """The cells of both tables, without header and rule. One run: half of it would be its imports."""
+    """The cells of the three tables, without header and rule. One run: half of it would be its imports."""
     command = [sys.executable, str(SCRIPTS / "benchmark.py"), "--quick", "--threads", "1"]
-    command += ["--only", "methods", "data", "jpeg", "trainer", "reference", "cache"]
+    command += ["--only", "methods", "data", "jpeg", "trainer", "reference", "cache", "profile"]
     run = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ), timeout=300)
     assert run.returncode == 0, run.stderr
     assert re.search(r"1 threads, batch \d+, 2 rounds$", run.stdout.splitlines()[0])
     lines = [line.strip("|").split("|") for line in run.stdout.splitlines() if line.startswith("|")]
     rows = [[cell.strip() for cell in cells] for cells in lines]
-    first, second = (number for number, cells in enumerate(rows) if set("".join(cells)) == set("-:"))  # the rules
-    tables = rows[: second - 1], rows[second - 1 :]
-    assert first == 1 and [{len(cells) for cells in table} for table in tables] == [{6}, {8}]
+    rules = [number for number, cells in enumerate(rows) if set("".join(cells)) == set("-:")]
+    headers = [number - 1 for number in rules]
+    tables = [rows[start:end] for start, end in zip(headers, [*headers[1:], None], strict=True)]
+    assert headers[0] == 0 and [{len(cells) for cells in table} for table in tables] == [{7}, {8}, {3}]
     return [table[2:] for table in tables]
 
 
@@ -49,20 +60,31 @@ def check_numbers(name, ours, theirs, ratio, quartiles):
 
 
 def test_prints_every_speed_with_its_numbers(tables):
-    _, rows = tables
+    _, rows, _ = tables
     assert {cells[0] for cells in rows} == SPEED_ROWS
     for name, ours, _, theirs, ratio, quartiles, _, _ in rows:
         check_numbers(name, ours, theirs, ratio, quartiles)
 
 
 def test_prints_what_every_method_costs(tables):
-    rows, _ = tables  # the sections come in the order given
-    memory = {name: float(mebibytes.replace(",", "")) for name, *_, mebibytes in rows}
-    assert list(memory) == [f"kd + {method}" for method in METHODS] + ["simkd"]
-    for name, ours, theirs, ratio, quartiles, _ in rows:
+    rows, _, _ = tables  # the sections come in the order given
+    peak, more = ({cells[0]: float(cells[column].replace(",", "")) for cells in rows} for column in (5, 6))
+    assert list(peak) == [*LOGIT_METHODS, *FEATURE_METHODS, "simkd"]
+    for name, ours, theirs, ratio, quartiles, _, _ in rows:
         check_numbers(name, ours, theirs, ratio, quartiles)
-    assert memory["kd + crd"] > 2, "two memories of 1,000 images, and 8 x 16,385 rows drawn of them"
-    assert abs(memory["kd + pkt"]) < 0.1, "8 x 8 probabilities"
+        assert peak[name] - more[name] == pytest.approx(peak["kd"] - more["kd"], abs=0.11), "KD alone, rounded"
+    assert more["kd + crd"] > 2, "two memories of 1,000 images, and 8 x 16,385 rows drawn of them"
+    assert abs(more["kd + pkt"]) < 0.1, "8 x 8 probabilities"
+    assert more["mlkd"] > 0.5 * peak["kd"], "what the backward pass needs, of two views"
+
+
+def test_prints_where_the_time_goes(tables):
+    _, _, rows = tables
+    assert {name for name, _, _ in rows} == PARTS
+    shares = {name: float(share) for name, share, _ in rows}
+    assert list(shares.values()) == sorted(shares.values(), reverse=True)
+    assert 90 < sum(shares.values()) < 110, "medians of two steps"
+    assert min(shares["backward"], shares["teacher, forward"]) > shares["data"]
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +133,26 @@ def test_step_bytes_counts_what_is_touched_after_the_peak(meters):
             yield
 
     assert meters.step_bytes(steps(torch.zeros(500))) == 4000 + 2000
+
+
+def test_a_part_within_another_is_taken_out_of_it(meters, monkeypatch):
+    now = 0
+
+    def work(seconds):
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(meters.time, "perf_counter", lambda: now)
+    clock = meters.StepClock("rest")
+    inner = clock.timed("inner", work)
+
+    def outer():
+        work(1)
+        inner(10)
+        work(2)
+
+    clock.timed("outer", outer)()
+    work(5)
+    assert clock.take() == {"rest": 5, "inner": 10, "outer": 3}
+    inner(4)
+    assert clock.take() == {"rest": 0, "inner": 4, "outer": 0}, "counted from the last call"

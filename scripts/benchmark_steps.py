@@ -1,0 +1,272 @@
+"""The sections of scripts/benchmark.py that train."""
+
+import argparse
+import copy
+import itertools
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from benchmark_data import CLASSES, random_images
+from benchmark_meters import DEVICE, Meter, MethodRow, Row, ShareRow, StepClock, alternate, step_bytes
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, TrainerCallback
+
+from hfkd import DistillationConfig, DistillationTrainer, Teacher, load_student
+from hfkd.cache_rows import RowFormat
+from hfkd.caching import write_cache
+from hfkd.data import ImageDataset, collate_batch
+from hfkd.losses import kd_loss, standardize
+from hfkd.recipe import parse_recipe
+from hfkd.teacher_cache import CachedTeacher
+
+RECIPES = Path(__file__).parents[1] / "recipes" / "cifar100"
+LOGIT_METHODS = ("kd", "kd_zscore", "dkd", "mlkd", "ctkd")
+FEATURE_METHODS = ("fitnet", "at", "sp", "vid", "pkt", "crd", "srrl", "semckd", "simkd")
+
+
+# ---- A training step ---------------------------------------------------------------------------------------------
+
+
+class Alternate(TrainerCallback):
+    """Cuts a Trainer's run into rounds, from the end of one step to that of the `steps`-th after it, so that all that
+    Trainer does in between counts; each is followed by a round of the other loop."""
+
+    def __init__(self, other: Iterator[None], steps: int, batch_size: int):
+        self.other, self.steps, self.images = other, steps, steps * batch_size
+        self.ours, self.theirs = Meter(), Meter()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.ours.start()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % self.steps:
+            return
+        self.ours.stop(self.images)
+        self.theirs.start()
+        for _ in itertools.islice(self.other, self.steps):
+            pass
+        self.theirs.stop(self.images)
+        self.ours.start()
+
+
+def loop_by_hand(
+    student: nn.Module, teacher: nn.Module | None, config: DistillationConfig, published: bool, batches: DataLoader
+) -> Iterator[None]:
+    """Trains, one step for each `next`."""
+    bf16, kd = (False, published_kd) if published else (config.bf16, library_kd)
+    fused = None if published else True  # None: what torch chooses for the device
+    decay = config.weight_decay
+    optimizer = torch.optim.SGD(student.parameters(), config.learning_rate, 0.9, weight_decay=decay, fused=fused)
+    student.train()
+    for batch in batches:
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):
+            logits = student(batch["pixel_values"]).float()
+        loss = config.ce_weight * F.cross_entropy(logits, batch["labels"])
+        if teacher is not None:
+            with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):
+                teacher_logits = teacher(batch["pixel_values"]).float()
+            loss = loss + config.losses["kd"]["weight"] * kd(logits, teacher_logits, config.losses["kd"]["temperature"])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        yield
+
+
+def published_kd(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """KD on Z-scores, written out; logits (B, C)."""
+    student, teacher = (
+        (logits - logits.mean(dim=1, keepdim=True)) / (1e-7 + logits.std(dim=1, keepdim=True)) / temperature
+        for logits in (student_logits, teacher_logits)
+    )
+    divergence = F.kl_div(F.log_softmax(student, dim=1), F.softmax(teacher, dim=1), reduction="none")
+    return divergence.sum(1).mean() * temperature**2
+
+
+def library_kd(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    return kd_loss(standardize(student_logits), standardize(teacher_logits), temperature)
+
+
+def recipe_config(recipe: str, batch_size: int, folder: str) -> DistillationConfig:
+    """The recipe's settings, for a run of one epoch that neither evaluates, nor saves, nor logs a step."""
+    changes = {"output_dir": folder, "num_train_epochs": 1, "per_device_train_batch_size": batch_size}
+    changes |= {"eval_strategy": "no", "save_strategy": "no", "logging_strategy": "no"}
+    changes |= {"load_best_model_at_end": False, "report_to": "none", "disable_tqdm": True}
+    changes |= {"use_cpu": DEVICE.type == "cpu"}
+    overrides = [token for key, value in changes.items() for token in (f"--{key}", str(value))]
+    return parse_recipe([str(RECIPES / recipe), *overrides])[2]
+
+
+def step_row(
+    args: argparse.Namespace, title: str, recipe: str, student: str, teacher: str | None, steps: int, published=False
+) -> Row:
+    """The trainer of a recipe in rounds of `steps` steps, against the published loop or its own equal by hand."""
+    steps = 1 if args.quick else steps if DEVICE.type == "cpu" else 50
+    dataset = random_images(args.batch_size * steps * (args.pairs + 1))
+    student_model = load_student(student, num_classes=CLASSES)
+    student_by_hand = copy.deepcopy(student_model.timm_model).to(DEVICE)
+    teacher_model = teacher and timm.create_model(teacher, num_classes=CLASSES)
+    teacher_by_hand = copy.deepcopy(teacher_model).requires_grad_(False).eval().to(DEVICE) if published else None
+    with tempfile.TemporaryDirectory() as folder:
+        config = recipe_config(recipe, args.batch_size, folder)
+        losses = config.losses if teacher else {}
+        trainer = DistillationTrainer(student_model, teacher_model, config, train_dataset=dataset, losses=losses)
+        if not published:
+            teacher_by_hand = teacher and trainer.teacher.model  # in the precision and layout of the run
+            if config.channels_last:
+                student_by_hand.to(memory_format=torch.channels_last)
+            if config.torch_compile:
+                student_by_hand.compile()
+        loader = DataLoader(dataset, args.batch_size, shuffle=True, collate_fn=collate_batch)
+        loop = loop_by_hand(student_by_hand, teacher_by_hand, config, published, loader)
+        rounds = Alternate(loop, steps, args.batch_size)
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(rounds)
+        trainer.train()
+    against, target = ("published loop", ">= 4 with AMX") if published else ("loop by hand", ">= 0.95")
+    return Row(title, rounds.ours, against, rounds.theirs, target)
+
+
+def trainer_rows(args: argparse.Namespace) -> list[Row]:
+    recipe, student, teacher = "resnet56-resnet20/kd_zscore.yaml", "cifar_resnet20", "cifar_resnet56"
+    return [
+        step_row(args, "trainer: resnet20, labels alone", recipe, student, None, steps=5),
+        step_row(args, "trainer: resnet56 -> resnet20, KD + Z-score", recipe, student, teacher, steps=3),
+    ]
+
+
+def reference_rows(args: argparse.Namespace) -> list[Row]:
+    recipe, pair = "resnet32x4-resnet8x4/kd_zscore.yaml", ("cifar_resnet8x4", "cifar_resnet32x4")
+    return [step_row(args, "reference: resnet32x4 -> resnet8x4, KD + Z-score", recipe, *pair, steps=1, published=True)]
+
+
+# ---- Cached logits ------------------------------------------------------------------------------------------------
+
+
+def data_and_steps(
+    args: argparse.Namespace, teacher: CachedTeacher | None, dataset: ImageDataset, folder: str
+) -> Iterator[None]:
+    """Makes a batch and trains on it, one step for each `next`; without a teacher from the labels alone."""
+    config = recipe_config("resnet56-resnet20/kd_zscore.yaml", args.batch_size, folder)
+    student = load_student("cifar_resnet8" if args.quick else "cifar_resnet20", num_classes=CLASSES)
+    losses = config.losses if teacher else {}
+    trainer = DistillationTrainer(student, teacher, config, train_dataset=dataset, losses=losses)
+    model = trainer.accelerator.prepare_model(trainer.distiller).train()
+    decay = config.weight_decay
+    optimizer = torch.optim.SGD(model.parameters(), config.learning_rate, 0.9, weight_decay=decay, fused=True)
+    for epoch in itertools.count():
+        dataset.set_epoch(epoch)
+        for batch in DataLoader(dataset, args.batch_size, shuffle=True, drop_last=True, collate_fn=collate_batch):
+            trainer.compute_loss(model, batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            yield
+
+
+def cache_rows(args: argparse.Namespace) -> list[Row]:
+    """A small teacher writes the caches: what they hold costs the same."""
+    steps, epochs = (1, 1) if args.quick else (5, 3)
+    datasets = [random_images(1_000 if args.quick else 20_000)]
+    datasets += [copy.copy(datasets[0]) for _ in range(2)]  # each has a cache of its own, or none
+    temperature = recipe_config("resnet56-resnet20/kd_zscore.yaml", 1, "").losses["kd"]["temperature"]
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for (top_k, what), dataset in zip({None: "all logits", 16: "the largest 16"}.items(), datasets, strict=False):
+            row = RowFormat(CLASSES, 1, top_k, (temperature,) if top_k else ())
+            teacher = Teacher(timm.create_model("cifar_resnet8", num_classes=CLASSES))
+            config = DistillationConfig(folder, per_device_eval_batch_size=500, disable_tqdm=True)
+            write_cache(f"{folder}/{top_k}", teacher, dataset, dataset, config, row, epochs=epochs)
+            ours = data_and_steps(args, CachedTeacher(f"{folder}/{top_k}"), dataset, folder)
+            alone = data_and_steps(args, None, datasets[2], folder)
+            meters = alternate(ours, alone, args.pairs + 1, steps, steps * args.batch_size)
+            rows.append(Row(f"cache: resnet20, KD from {what}", meters[0], "labels alone", meters[1], ">= 0.91"))
+    return rows
+
+
+# ---- What a method costs ------------------------------------------------------------------------------------------
+
+
+def small_trainer(args: argparse.Namespace, recipe: str, dataset: ImageDataset, folder: str) -> DistillationTrainer:
+    """Of a recipe resnet32x4 -> resnet8x4; in quick mode with smaller networks."""
+    student, teacher = ("cifar_resnet8", "cifar_resnet14") if args.quick else ("cifar_resnet8x4", "cifar_resnet32x4")
+    config = recipe_config(f"resnet32x4-resnet8x4/{recipe}.yaml", args.batch_size, folder)
+    networks = load_student(student, num_classes=CLASSES), timm.create_model(teacher, num_classes=CLASSES)
+    return DistillationTrainer(*networks, config, train_dataset=dataset)
+
+
+def training_steps(args: argparse.Namespace, method: str, dataset: ImageDataset, folder: str) -> Iterator[None]:
+    """Trains as the method's recipe says, one step for each `next`, on batches of as many views as it reads."""
+    trainer = small_trainer(args, method, dataset, folder)
+    loader = DataLoader(dataset, args.batch_size, shuffle=True, collate_fn=collate_batch)
+    batches = list(itertools.islice(loader, 8))
+    model = trainer.accelerator.prepare_model(trainer.distiller).train()
+    rate, decay = trainer.args.learning_rate, trainer.args.weight_decay
+    optimizer = torch.optim.SGD(model.parameters(), rate, 0.9, weight_decay=decay, fused=True)
+    for batch in itertools.cycle(batches):
+        trainer.compute_loss(model, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        yield
+
+
+def method_rows(args: argparse.Namespace) -> list[MethodRow]:
+    """KD alone goes on beside every method; on a CPU a round is one step."""
+    steps = 50 if DEVICE.type == "cuda" and not args.quick else 1
+    dataset = random_images(1_000 if args.quick else 50_000)  # CRD remembers every image
+    dataset.to(DEVICE)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        alone = training_steps(args, "kd_ce1", dataset, folder)
+        next(alone)
+        alone_bytes = step_bytes(alone)
+        for method in (*LOGIT_METHODS, *FEATURE_METHODS):
+            ours = training_steps(args, method, dataset, folder)
+            meters = alternate(ours, alone, args.pairs + 1, steps, steps * args.batch_size)
+            name = f"kd + {method}" if method in FEATURE_METHODS and method != "simkd" else method
+            rows.append(MethodRow(name, *meters, args.batch_size, step_bytes(ours), alone_bytes))
+    return rows
+
+
+# ---- Where a step's time goes --------------------------------------------------------------------------------------
+
+
+class ClockedSteps(TrainerCallback):
+    """Clocks the parts of a trainer's steps, the first and the last left out; what belongs to none is Trainer's."""
+
+    def __init__(self, trainer: DistillationTrainer):
+        self.clock, self.shares = StepClock("Trainer, accelerate, the rest"), []
+        parts = {
+            "data": (trainer.train_dataset, "__getitems__"),
+            "teacher, forward": (trainer.teacher.model, "forward"),
+            "losses": (trainer.distiller, "forward"),
+            "student, forward": (trainer.distiller, "predict"),  # inside the former, from which it is taken out
+            "backward": (trainer.accelerator, "backward"),
+        }
+        for part, (owner, method) in parts.items():
+            setattr(owner, method, self.clock.timed(part, getattr(owner, method)))
+
+    def on_train_begin(self, args, state, control, optimizer, **kwargs):
+        optimizer.step = self.clock.timed("optimizer", optimizer.step)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        seconds = self.clock.take()
+        # The first one fetches two batches and the last one none: accelerate is one ahead.
+        if 1 < state.global_step < state.max_steps:
+            self.shares.append({part: value / sum(seconds.values()) for part, value in seconds.items()})
+
+
+def profile_rows(args: argparse.Namespace) -> list[ShareRow]:
+    """Eager, whatever is asked for: compiled, a forward is one call of which nothing can be said."""
+    dataset = random_images(args.batch_size * (args.pairs + 2))
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = small_trainer(args, "kd_zscore", dataset, folder)
+        trainer.remove_callback(PrinterCallback)
+        steps = ClockedSteps(trainer)
+        trainer.add_callback(steps)
+        trainer.train()
+    rows = [ShareRow(part, [shares[part] for shares in steps.shares]) for part in steps.shares[0]]
+    return sorted(rows, key=ShareRow.median, reverse=True)
