@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-import os
 import re
 from collections.abc import Callable
 
@@ -146,22 +145,8 @@ class ImageTrainer(Trainer):
         source = image_source(self.train_dataset)
         resumed = kwargs["resume_from_checkpoint"] is not None and kwargs["epoch"] == kwargs["epochs_trained"]
         if isinstance(source, StreamingImageDataset) and resumed and not self.args.ignore_data_skip:
-            skipped = kwargs["steps_trained_in_current_epoch"]
-            if skipped:
-                self._check_processes(kwargs["resume_from_checkpoint"])
-            source.skip_batches(skipped)
+            source.skip_batches(kwargs["steps_trained_in_current_epoch"])
         return super()._run_epoch(**kwargs)
-
-    def _check_processes(self, checkpoint: str) -> None:
-        """A stream's rows are shared out among the processes: in the middle of an epoch they cannot become others."""
-        states = [name for name in os.listdir(checkpoint) if re.fullmatch(r"rng_state_\d+\.pth", name)]
-        before = len(states) or 1  # Trainer writes one a process, and a single process's without a number
-        if before != self.args.world_size:
-            raise ValueError(
-                f"{checkpoint} was written by {before} processes in the middle of an epoch, and this run has "
-                f"{self.args.world_size}: with another number the rest of a streamed epoch would repeat some images "
-                "and miss others. Start as many, or resume from a checkpoint at the end of an epoch."
-            )
 
     def _prepare_input(self, data):
         if isinstance(data, Tensor):

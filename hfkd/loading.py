@@ -197,7 +197,7 @@ def load_pretrained(
         if config.model_args:
             config.model_args.pop("num_classes", None)  # timm's push_to_hf_hub writes it; transformers refuses it
         if class_names is not None:
-            config.label_names = list(class_names)  # else timm's own key keeps those of the folder, and is what is saved
+            config.label_names = list(class_names)  # else timm's own key keeps the folder's, and is what is saved
     return AutoModelForImageClassification.from_pretrained(
         name_or_path,
         config=config,

@@ -56,6 +56,21 @@ def check_same_checkpoint(checkpoint: str | Path | None, output_dir: str) -> Non
             )
 
 
+def check_same_stream(checkpoint: str | Path, processes: int) -> None:
+    """A stream's rows are shared out among the processes: in the middle of an epoch they cannot become others.
+
+    Raises:
+        ValueError: if another number of processes wrote the checkpoint.
+    """
+    before = _processes_of(checkpoint)
+    if before != processes:
+        raise ValueError(
+            f"{checkpoint} was written by {before} processes in the middle of an epoch, and this run has {processes}: "
+            "with another number the rest of a streamed epoch would repeat some images and miss others. Start as many, "
+            "or resume from a checkpoint at the end of an epoch."
+        )
+
+
 def check_same_steps(checkpoint: str | Path, state: TrainerState, batches: int, args: DistillationConfig) -> None:
     """Trainer counts a checkpoint's steps in epochs of the run that goes on: are they those that it was written after?
 
@@ -66,7 +81,7 @@ def check_same_steps(checkpoint: str | Path, state: TrainerState, batches: int, 
     Raises:
         ValueError: if not, unless the recipe may change.
     """
-    before = len(list(Path(checkpoint).glob("rng_state_*.pth"))) or 1  # a single process's has no number
+    before = _processes_of(checkpoint)
     processes = f"{checkpoint} was written by {before} processes, and this run has {args.world_size}"
     accumulated = args.gradient_accumulation_steps
     epochs, steps = divmod(state.global_step, -(-batches // accumulated))
@@ -83,6 +98,11 @@ def check_same_steps(checkpoint: str | Path, state: TrainerState, batches: int, 
         logger.warning(text)
         return
     raise ValueError(f"{text}. {_way_out(before * state.train_batch_size, args)}")
+
+
+def _processes_of(checkpoint: str | Path) -> int:
+    """How many wrote it: Trainer stores a state of random numbers for each, a single process's without a number."""
+    return len(list(Path(checkpoint).glob("rng_state_*.pth"))) or 1
 
 
 def _way_out(images: int, args: DistillationConfig) -> str:
