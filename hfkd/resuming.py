@@ -29,7 +29,7 @@ from .fsdp import gathered
 from .image_trainer import ImageTrainer, image_source
 from .loading import exported_state_dict, load_exported
 from .preemption import EXIT_CODE, StopOnSigterm, ignore_sigterm
-from .processes import check_same_checkpoint, check_same_steps
+from .processes import check_same_checkpoint, check_same_steps, check_same_stream
 
 logger = logging.get_logger(__name__)
 
@@ -80,7 +80,8 @@ class ResumableTrainer(ImageTrainer):
             if not Path(checkpoint, UNLOGGED_NAME).is_file():
                 raise ValueError(f"{checkpoint} cannot be resumed from: with save_only_model it holds the model alone.")
         check_same_checkpoint(checkpoint, self.args.output_dir)
-        with self.stop_on_sigterm.listening():
+        # A trial of a search leaves no checkpoint: SIGTERM ends it at once, and the search begins it again.
+        with self.stop_on_sigterm.listening() if trial is None else contextlib.nullcontext():
             try:
                 output = super().train(checkpoint, trial, ignore_keys_for_eval)
             except OSError as error:
@@ -124,7 +125,7 @@ class ResumableTrainer(ImageTrainer):
     def _check_position(self, checkpoint: str, max_steps: int, loader) -> None:
         within_epoch = not float(self.state.epoch).is_integer()
         if within_epoch and isinstance(image_source(self.train_dataset), StreamingImageDataset):
-            self._check_processes(checkpoint)  # there no other batch size helps
+            check_same_stream(checkpoint, self.args.world_size)  # there no other batch size helps
         batches = len(loader) if has_length(loader) else max_steps * self.args.gradient_accumulation_steps
         check_same_steps(checkpoint, self.state, batches, self.args)
 
