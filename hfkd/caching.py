@@ -29,7 +29,7 @@ from .data import ImageDataset, IndexedImageSource, collate_batch
 from .features import InputSpec
 from .loading import as_teacher, input_spec
 from .losses import DistillationLoss, build_losses
-from .recipe import ARGUMENT_CLASSES, ArgumentParser, default_output_dir, parse_recipe
+from .recipe import ARGUMENT_CLASSES, ArgumentParser, parse_recipe, recipe_name
 from .results import environment, write_whole
 from .run import build_student, image_sets, load_splits, load_teachers
 from .teacher import Teacher, TeacherEnsemble
@@ -96,7 +96,9 @@ def cache_teacher(argv: list[str] | None = None) -> Path:
         argv[1:], return_remaining_strings=True, look_for_args_file=False
     )
     model_args, data_args, config, _ = parse_recipe([*argv[:1], *rest], command="hfkd cache-teacher")
-    folder = Path(cache_args.cache_dir or Path("runs", "cache", *Path(default_output_dir(argv[0])).parts[1:]))
+    if any(token.partition("=")[0] == "--output_dir" for token in rest):
+        raise ValueError("--output_dir is a run's: --cache_dir says where the cache goes.")
+    folder = Path(cache_args.cache_dir or Path("runs", "cache", recipe_name(argv[0])))
     if not model_args.teacher_name_or_path:
         raise ValueError(f"{argv[0]} names no teacher to cache: set teacher_name_or_path.")
     if config.shard_teacher:

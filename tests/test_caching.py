@@ -218,6 +218,8 @@ def test_unfinished(recipe):
         ({"mixup": 0.8, "dataloader_drop_last": True}, [], "leave mixup and cutmix at 0"),
         ({"streaming": True, "augmentation": "random_resized_crop"}, [], "set streaming: false"),
         ({}, ["--top_kk", "2"], "Unknown key 'top_kk'"),
+        ({}, ["--output_dir", "here"], "--cache_dir says where"),
+        ({"shard_teacher": True}, [], "leave shard_teacher out"),
     ],
 )
 def test_what_cannot_be_cached(changes, arguments, message):
