@@ -55,7 +55,7 @@ class ResultsWriter(TrainerCallback):
         names = ("loss", "top1", "top5", "agreement", "teacher_top1")
         row |= {f"eval_{name}": metrics[f"eval_{name}"] for name in names if f"eval_{name}" in metrics}
         self.rows = [other for other in self.rows if other["step"] != row["step"]] + [row]
-        if args.should_save:
+        if args.should_save and not state.is_hyper_param_search:  # a search keeps the values of its trials itself
             self.write(Path(args.output_dir, RESULTS_NAME))
 
     def text(self) -> str:

@@ -2,46 +2,37 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import json
 import time
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
-from accelerate.utils import DistributedType
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.utils.data import IterableDataset
-from transformers import PreTrainedModel, ProgressCallback
+from transformers import PreTrainedModel, ProgressCallback, set_seed
 from transformers.utils import logging
 
-from . import zero
 from .arguments import DistillationConfig
-from .callbacks import ProgressLines, UpdateAverage
+from .callbacks import ProgressLines, SetEpoch, UpdateAverage
 from .checks import check_ensemble, check_last_batch, check_placement, check_roles
 from .classes import class_names_of
 from .data import ImageSource, StreamingImageDataset, collate_batch
 from .distiller import Distiller
-from .features import logits_of, remove_taps, settle_layers
-from .fsdp import check_asked_for, prepare_to_shard, take_whole_states, use_fsdp
+from .evaluating import EvaluatingTrainer
+from .features import remove_taps, settle_layers
 from .image_trainer import image_source, training_labels
 from .loading import as_teacher, wrap_timm
 from .losses import DistillationLoss, build_losses
-from .losses.standardize import at_least_float32
 from .metrics import compute_metrics
 from .preemption import StopOnSigterm
 from .recomputation import use_gradient_checkpointing
 from .results import ResultsWriter, environment
 from .resuming import UNLOGGED_NAME
 from .reuse import with_teacher_classifier
-from .saving import SavingTrainer
 from .sharing import hub_id, public_name
 from .teacher import Teacher, TeacherEnsemble
 from .teacher_cache import CachedTeacher
@@ -49,7 +40,7 @@ from .teacher_cache import CachedTeacher
 logger = logging.get_logger(__name__)
 
 
-class DistillationTrainer(SavingTrainer):
+class DistillationTrainer(EvaluatingTrainer):
     """Trains a student on the labels and on what a teacher says of the same images.
 
     `model` stays the student, so that saving, loading the best checkpoint, pushing and callbacks see a plain
@@ -65,6 +56,9 @@ class DistillationTrainer(SavingTrainer):
         train_dataset, eval_dataset: a data set of `hfkd.data`, or any other whose batches hold `pixel_values`
             (B, 3, H, W) and `labels` (B,).
         losses: in place of `args.losses`; values may also be `DistillationLoss` instances.
+        model_init: in place of `model`, a function that makes a student, which `hyperparameter_search` needs: every
+            trial, and every `train()`, begins with a fresh student and fresh losses, of `args.losses` as the trial has
+            set them. The teacher stays.
         **kwargs: everything else that `Trainer` takes.
 
     `evaluate()` gives `eval_loss` (cross-entropy), `eval_top1`, `eval_top5` and, with a teacher, `eval_agreement`
@@ -82,91 +76,111 @@ class DistillationTrainer(SavingTrainer):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | None = None,
         teacher: Teacher | TeacherEnsemble | CachedTeacher | nn.Module | Sequence[Teacher | nn.Module] | None = None,
         args: DistillationConfig | None = None,
         *,
         train_dataset=None,
         eval_dataset=None,
         losses: Mapping[str, dict[str, Any] | DistillationLoss] | None = None,
+        model_init: Callable[..., nn.Module] | None = None,
         **kwargs,
     ):
         args = args or DistillationConfig(output_dir="trainer_output")
         if args.n_gpu > 1:
             logger.warning("Several GPUs are visible and this process uses one: `accelerate launch` uses all of them.")
             args._n_gpu = 1
+        self.model_init = model_init
+        if (model is None) == (model_init is None):
+            raise ValueError("Give a model, or model_init, which makes one: one of the two.")
+        if model_init is not None:
+            model = self._first_student(losses, args.seed)
         losses = build_losses(args.losses if losses is None else losses, args.logit_standardization)
         check_roles(model, teacher, losses, args)
-        remove_taps(model)  # an earlier trainer's
-        if hasattr(model, "pretrained_cfg"):  # a bare timm model
-            model = _wrapped(model, image_source(train_dataset))
-        teacher = as_teacher(teacher, args.logit_standardization)
-        if isinstance(teacher, CachedTeacher):
-            teacher.fit(image_source(train_dataset), losses, args)
-        dataset = eval_dataset if train_dataset is None else train_dataset
-        model = with_teacher_classifier(model, teacher, losses, image_source(dataset))
-        if args.channels_last:
-            model = model.to(memory_format=torch.channels_last)
+        self.teacher = as_teacher(teacher, args.logit_standardization)
+        model = self._fitted(model, losses, args, train_dataset, eval_dataset)
         if isinstance(train_dataset, StreamingImageDataset):  # Trainer asks for its length at once
             train_dataset.shard(args.process_index, args.world_size, args.train_batch_size, args.dataloader_drop_last)
         kwargs.setdefault("data_collator", collate_batch)
         kwargs.setdefault("compute_metrics", compute_metrics)
         super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
 
+        if model_init is not None:  # Trainer takes one or the other
+            self.model_init = model_init
+            self._validate_args()
         if self.pop_callback(ProgressCallback):
             self.add_callback(ProgressLines)
+        self.results = ResultsWriter()
+        self.results.facts = {"recipe": None, "dataset": None}  # which `run` knows
+        self.add_callback(self.results)
+        self.stop_on_sigterm = StopOnSigterm()
+        self.add_callback(self.stop_on_sigterm)
+        self._begin(losses)
+
+    # ---- One run: the only one, or a trial of a search -----------------------------------------------------------
+
+    def _first_student(self, losses, seed: int) -> nn.Module:
+        if losses is not None:
+            raise ValueError("With model_init every training builds its own losses: give them as args.losses.")
+        set_seed(seed)
+        return self.call_model_init()
+
+    def _fitted(self, model: nn.Module, losses: nn.ModuleDict, args, train_dataset, eval_dataset) -> nn.Module:
+        """The student that losses and data ask for, of the one given."""
+        remove_taps(model)  # an earlier trainer's
+        source = image_source(train_dataset)
+        if hasattr(model, "pretrained_cfg"):  # a bare timm model
+            model = _wrapped(model, source)
+        if isinstance(self.teacher, CachedTeacher):
+            self.teacher.fit(source, losses, args)
+        set_seed(args.seed)  # of SimKD's projector, whether or not a teacher has just been loaded
+        dataset = eval_dataset if train_dataset is None else train_dataset
+        model = with_teacher_classifier(model, self.teacher, losses, image_source(dataset))
+        return model.to(memory_format=torch.channels_last) if args.channels_last else model
+
+    def _begin(self, losses: nn.ModuleDict) -> None:
+        """Whatever belongs to one run: made of `self.model` and these losses, in the place of an earlier run's."""
+        args = self.args
+        set_seed(args.seed)  # of what the losses build, and of the training
         if isinstance(self.model, PreTrainedModel):
             # Else transformers saves some of its own models under former parameter names, which `from_pretrained`
             # converts and Trainer, on resuming or loading the best, does not: it leaves the weights as they are.
             self.model._weight_conversions = []
-
         # Before the losses tap the student: a copy would carry their hooks along.
         self.average = None if args.ema_decay is None else ModelEmaV3(self.model, args.ema_decay)
+        self.pop_callback(UpdateAverage)
         if self.average is not None:
             self.add_callback(UpdateAverage(self.average, self.model))
         use_gradient_checkpointing(self.model, args)
-        self.teacher = teacher
         if self.teacher is not None:
             self._prepare_teacher(losses)
         self.distiller = Distiller(self.model, losses, args.ce_weight)
-        self.results = ResultsWriter()
-        self.results.facts = self._facts(losses)
-        self.add_callback(self.results)
-        self.stop_on_sigterm = StopOnSigterm()
-        self.add_callback(self.stop_on_sigterm)
+        self.results.facts |= self._facts(losses)
+        self.results.rows = []
         self._term_names: list[str] = []
         self._start_counting()
-        self._keep_logits = False
         self._mixup: Mixup | None = None
-        self._teacher_memories: WeakKeyDictionary[ImageSource, Tensor | None] = WeakKeyDictionary()
-        self._teacher_memory: Tensor | None = None
         cache = self.teacher.files if isinstance(self.teacher, CachedTeacher) else None
+        self.pop_callback(SetEpoch)
         self._place_data(max([loss.views for loss in losses.values()], default=1), cache)
         self._dry_run()
-        if isinstance(train_dataset, Sized) and not isinstance(train_dataset, IterableDataset):
-            check_last_batch(losses, len(train_dataset), args)
+        if isinstance(self.train_dataset, Sized) and not isinstance(self.train_dataset, IterableDataset):
+            check_last_batch(losses, len(self.train_dataset), args)
         self.distiller.to(args.device)
         if args.torch_compile:
             self._prepare_to_compile()
 
-    def create_accelerator_and_postprocess(self) -> None:
-        super().create_accelerator_and_postprocess()
-        self.shards = self.accelerator.distributed_type == DistributedType.FSDP  # not where there is but a plugin
-        check_asked_for(self.args, self.shards)
-        if self.shards:
-            use_fsdp(self.accelerator, self.args)
-            # In its branches for FSDP Trainer takes `self.model` for what is sharded, which is the distiller, and
-            # writes checkpoints that other runs cannot read. The others do, since accelerate shards in `prepare`.
-            self.is_fsdp_enabled = False
-        elif self.args.shard_teacher:
-            raise ValueError(
-                "shard_teacher goes with FSDP: start with --config_file recipes/accelerate/fsdp.yaml, or leave it out."
-            )
-        self.zero = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-        zero.check_asked_for(self.args, self.zero)
-        if self.zero:
-            zero.use_zero(self.accelerator, self.args)
-            self.is_deepspeed_enabled = False  # likewise: accelerate hands over to DeepSpeed in `prepare`
+    def _hp_search_setup(self, trial):
+        # Trainer calls it in every `train()`: model_init has made a student, and then it sets what the trial says.
+        super()._hp_search_setup(trial)
+        if self.model_init is None:
+            return
+        args = self.args
+        losses = build_losses(args.losses, args.logit_standardization)
+        check_roles(self.model, self.teacher, losses, args)
+        self.model = self._fitted(self.model, losses, args, self.train_dataset, self.eval_dataset)
+        self.model_wrapped = self.model
+        self._begin(losses)
 
     # ---- Before training ---------------------------------------------------------------------------------------
 
@@ -178,7 +192,6 @@ class DistillationTrainer(SavingTrainer):
         cached = {"teacher_cache": teacher.settings()} if isinstance(teacher, CachedTeacher) else {}
         return {
             "role": self.export_name,
-            "recipe": None,
             "student": public_name(name_or_path, self.model),
             "teacher": teacher.name if teacher else None,
             "base_models": [origin for origin in dict.fromkeys(origins) if origin],
@@ -188,7 +201,6 @@ class DistillationTrainer(SavingTrainer):
             "losses": {name: loss.settings() for name, loss in losses.items()},
             "logit_standardization": args.logit_standardization,
             "ce_weight": args.ce_weight,
-            "dataset": None,
             "published_top1": args.published_top1,
             "exported": "best" if args.load_best_model_at_end else "last",
             "devices": f"{args.world_size} x {args.device.type}",
@@ -259,46 +271,9 @@ class DistillationTrainer(SavingTrainer):
                 raise ValueError(f"losses.{name}: {error}") from error
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        # Optimizer, DDP and compile must cover student and losses together: two modules prepared side by side train
-        # the losses wrongly. So the distiller stands in for the student while Trainer prepares "the model".
-        self.distiller.student = student = self.model
-        first = self.shards and not isinstance(self.distiller, FSDPModule)
-        if first:
-            prepare_to_shard(self.distiller)
-        if self.zero:
-            zero.prepare_for_zero(self.distiller, self.accelerator)
-        self.model = self.model_wrapped = self.distiller
-        try:
-            prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        finally:
-            self.model = student
-        if first:
-            register_fsdp_forward_method(self.distiller, "logits")
-        self.callback_handler.model = student
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         self._start_counting()
         return prepared
-
-    def create_optimizer(self, model=None):
-        created = self.optimizer is None
-        optimizer = super().create_optimizer(model)
-        if created:
-            # DeepSpeed drops empty groups, and schedules count them: checkpoints are to fit either way.
-            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
-        if created and self.shards:
-            take_whole_states(optimizer)
-        if created and self.zero:
-            self._parameter_groups = [list(group["params"]) for group in optimizer.param_groups]
-        return optimizer
-
-    def create_scheduler(self, num_training_steps, optimizer=None):
-        if self.zero:  # called first where all else of the optimizer is settled
-            self.optimizer = zero.ZeroOptimizer(self.optimizer.optimizer, self._parameter_groups)
-        return super().create_scheduler(num_training_steps, optimizer)
-
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if self.zero:
-            self.optimizer.take_weights()
 
     # ---- A training step: nothing here may wait for the device ---------------------------------------------------
 
@@ -316,12 +291,6 @@ class DistillationTrainer(SavingTrainer):
         self._count(list(terms), values.detach(), len(inputs["labels"]))
         loss = values.sum()
         return (loss, terms) if return_outputs else loss
-
-    def _autocast(self) -> contextlib.AbstractContextManager:
-        """In `prepare` accelerate leaves it out with FSDP and DeepSpeed, and with the latter it has none at all."""
-        if self.zero:
-            return torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16)
-        return self.accelerator.autocast()
 
     def _start_counting(self) -> None:
         """What the next log is made of, from now on."""
@@ -376,91 +345,6 @@ class DistillationTrainer(SavingTrainer):
         if checkpoint is not None and kwargs["epoch"] == kwargs["epochs_trained"]:
             self._restore_unlogged(json.loads(Path(checkpoint, UNLOGGED_NAME).read_text()))
         return super()._run_epoch(**kwargs)
-
-    # ---- Evaluation ----------------------------------------------------------------------------------------------
-
-    def evaluation_loop(
-        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
-    ):
-        started = time.perf_counter()
-        student = self.model
-        if self.average is not None:
-            self.model = self.average.module
-        if self.args.world_size > 1:
-            # Every rank has seen other images since the last forward: all evaluate with rank 0's BatchNorm statistics.
-            for buffer in self.model.buffers():
-                torch.distributed.broadcast(buffer, 0)
-        self._keep_logits = description == "Prediction"
-        self._teacher_memory = self._memory_of(dataloader.dataset)
-        streamed = isinstance(dataloader.dataset, StreamingImageDataset)
-        if streamed:  # nothing to leave out: its padding is marked, and accelerate does not know its length
-            self.gather_function = self.accelerator.gather
-        try:
-            output = super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-            )
-        finally:
-            self.model = student
-        if streamed:  # Trainer takes the number of batches
-            output = output._replace(num_samples=dataloader.dataset.num_rows)
-        output.metrics.update(self._skipped(f"{metric_key_prefix}_skipped_images", dataloader.dataset))
-        self._clock += time.perf_counter() - started  # images_per_second speaks of training alone
-        return output
-
-    @torch.no_grad()
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Cross-entropy, predictions, labels. `predict()` gets logits; `evaluate()` only the best classes of student
-        and teacher, so that ImageNet's logits need not be gathered."""
-        inputs = self._prepare_inputs(inputs)
-        labels = inputs.get("labels")
-        with self._autocast():
-            forward = self.distiller.logits if self.shards else functools.partial(logits_of, model)
-            logits = at_least_float32(forward(inputs["pixel_values"]))
-        if prediction_loss_only and labels is not None:
-            counting = (labels != ImageSource.IGNORED).sum().clamp(min=1)
-            return F.cross_entropy(logits, labels, reduction="sum") / counting, None, None
-        if self._keep_logits or labels is None:
-            return None, logits, labels
-        ranked = logits.topk(min(5, logits.shape[1])).indices
-        # One loss an image: Trainer's mean over batches would count twice the images that pad a rank's last batch.
-        losses = F.cross_entropy(logits, labels, reduction="none")
-        choice = None if self.teacher is None else self._teacher_choice(inputs)
-        return None, (ranked, losses) if choice is None else (ranked, losses, choice), labels
-
-    def _memory_of(self, dataset) -> Tensor | None:
-        """What the teacher chose in earlier evaluations of an unaugmented data set of ours, (N,), -1 where not known.
-
-        The teacher never changes, and is often several times the student: asking it once saves most of the time of
-        every later evaluation.
-        """
-        source = image_source(dataset)
-        if source is None or source.augmented:
-            return None
-        if source not in self._teacher_memories:
-            cached = isinstance(self.teacher, CachedTeacher)
-            known = self.teacher.choices(source) if cached else torch.full((source.num_rows,), -1)
-            self._teacher_memories[source] = None if known is None else known.to(self.args.device)
-        return self._teacher_memories[source]
-
-    def _teacher_choice(self, inputs: dict[str, Tensor]) -> Tensor | None:
-        """The teacher's most probable class for each image, (B,); None where a cache does not tell."""
-        index = inputs.get("index")
-        memory = None if index is None else self._teacher_memory
-        if isinstance(self.teacher, CachedTeacher):
-            return None if memory is None else memory[index]
-        if memory is not None and self._everywhere((memory[index] >= 0).all()):
-            return memory[index]
-        choice = self.teacher({"pixel_values": inputs["pixel_values"]}).logits.argmax(dim=1)
-        if memory is not None:
-            memory[index] = choice
-        return choice
-
-    def _everywhere(self, known: Tensor) -> bool:
-        """Is it so in this process; where they must all ask the teacher, or none, in all of them?"""
-        if any(member.shared_out for member in self.teacher.members):
-            known = known.int()
-            torch.distributed.all_reduce(known, torch.distributed.ReduceOp.MIN)
-        return bool(known)
 
 
 def _wrapped(model: nn.Module, source: ImageSource | None) -> PreTrainedModel:

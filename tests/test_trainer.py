@@ -264,14 +264,14 @@ def test_weight_decay_groups(everywhere):
     student = wrap_timm(bare, [str(i) for i in range(10)], model_args)
     args = config(losses={"ctkd": {}}, weight_decay=0.05, decay_all_parameters=everywhere)
     trainer = DistillationTrainer(student, Plain(), args, train_dataset=images())
-    decayed, free = trainer.create_optimizer(trainer.distiller).param_groups
+    decayed, *free = trainer.create_optimizer(trainer.distiller).param_groups
     names = {id(value): name for name, value in trainer.distiller.named_parameters()}
-    free_names = {names[id(value)] for value in free["params"]}
-    assert decayed["weight_decay"] == 0.05 and free["weight_decay"] == 0
-    assert len(decayed["params"]) + len(free["params"]) == len(names)
+    free_names = {names[id(value)] for group in free for value in group["params"]}
+    assert decayed["weight_decay"] == 0.05 and len(decayed["params"]) + len(free_names) == len(names)
     if everywhere:
-        assert not free_names
+        assert free == []  # no group is empty
     else:
+        assert [group["weight_decay"] for group in free] == [0]
         for name in ("cls_token", "pos_embed", "head.bias", "norm.weight"):
             assert f"student.timm_model.{name}" in free_names
         assert "student.timm_model.head.weight" not in free_names
