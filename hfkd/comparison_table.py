@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from .comparison import Row, Spread
@@ -26,9 +27,19 @@ LEGEND = (
 )
 
 
-def text_table(rows: Sequence[Row]) -> str:
-    """The rows as a markdown table, padded to be read as it is; without columns in which nothing is known."""
-    records = [_cells(row) for row in rows]
+@dataclass(frozen=True)
+class Gap:
+    """A row of which nothing is measured yet; `note` says why."""
+
+    label: str
+    published_top1: float | None
+    note: str
+
+
+def text_table(rows: Sequence[Row], gaps: Sequence[Gap] = ()) -> str:
+    """The rows, and the gaps behind them, as a markdown table, padded to be read as it is; without columns in which
+    nothing is known."""
+    records = [_cells(row) for row in rows] + [_cells_of_gap(gap) for gap in gaps]
     names = [name for name in records[0] if name == "run" or any(record[name] not in ("", GAP) for record in records)]
     widths = {name: max(len(name), *(len(record[name]) for record in records)) for name in names}
     left = ("run", "seeds", "devices", "note")
@@ -40,10 +51,11 @@ def text_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def csv_table(rows: Sequence[Row]) -> str:
+def csv_table(rows: Sequence[Row], gaps: Sequence[Gap] = ()) -> str:
     """The same with all digits: a column for each mean and each standard deviation, empty where it is not known."""
     file = io.StringIO()
     records = [_record(row) for row in rows]
+    records += [{"run": gap.label, "published": gap.published_top1, "note": gap.note} for gap in gaps]
     writer = csv.DictWriter(file, records[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(records)
@@ -65,6 +77,15 @@ def _cells(row: Row) -> dict[str, str]:
         "parameters": f"{row.first.results['parameters']:,}",
         "seeds": f"{seeds} (n = {len(row.runs)})" if len(row.runs) > 1 else seeds,
         "note": row.note,
+    }
+
+
+def _cells_of_gap(gap: Gap) -> dict[str, str]:
+    return {
+        "run": gap.label,
+        **dict.fromkeys([*MEASURES, "difference", "devices", "parameters", "seeds"], GAP),
+        "published": GAP if gap.published_top1 is None else f"{gap.published_top1:.2f}",
+        "note": gap.note,
     }
 
 

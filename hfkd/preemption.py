@@ -1,4 +1,4 @@
-"""SIGTERM, by which clusters end a job: a checkpoint, then the end."""
+"""SIGTERM, by which clusters end a job, or a time that is up: a checkpoint, then the end."""
 
 from __future__ import annotations
 
@@ -19,20 +19,22 @@ EXIT_CODE = 128 + signal.SIGTERM
 
 
 class StopOnSigterm(TrainerCallback):
-    """While training, SIGTERM has the step in hand finished, a checkpoint written, and training ended.
+    """While training, SIGTERM, or `time_is_up`, has the step in hand finished, a checkpoint written, training ended.
 
     A checkpoint of an epoch's last step, whoever asks for it, waits for what else is due then: a run that is resumed
     from it begins with the next epoch, and would leave out the log and the evaluation of this one.
 
-    Processes agree on the step: each tells the others after every step whether it has been signalled, and all act on
-    what was said a step before, so that none waits for this.
+    Processes agree on the step: each tells the others after every step whether it is to stop, and all act on what was
+    said a step before, so that none waits for this.
 
     Attributes:
+        time_is_up: asked after every step; another reason to stop than SIGTERM.
         stopping: whether training ends with the next checkpoint.
         stopped: whether training was ended so.
     """
 
     def __init__(self):
+        self.time_is_up: Callable[[], bool] = lambda: False
         self.stopping = self.stopped = False
         self._signalled = False
         self._save_after_epoch = False
@@ -82,7 +84,8 @@ class StopOnSigterm(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         # Only now: a checkpoint holds `control`, and a resumed run is not to stop again.
         if self.stopping:
-            logger.warning(f"SIGTERM: checkpoint-{state.global_step} is written, and training ends here.")
+            reason = "SIGTERM" if self._signalled else "The time is up"
+            logger.warning(f"{reason}: checkpoint-{state.global_step} is written, and training ends here.")
             self.stopped = control.should_training_stop = True
         return control
 
@@ -91,14 +94,15 @@ class StopOnSigterm(TrainerCallback):
             self._exchange.wait()
 
     def _agreed(self, world_size: int) -> bool:
-        """Was any process signalled? The same answer in all of them."""
+        """Is any process to stop? The same answer in all of them."""
+        asked = self._signalled or self.time_is_up()
         if world_size == 1:
-            return self._signalled
+            return asked
         stop = False
         if self._exchange is not None:
             self._exchange.wait()
             stop = bool(self._said)
-        self._said = torch.tensor(int(self._signalled))
+        self._said = torch.tensor(int(asked))
         self._exchange = torch.distributed.all_reduce(
             self._said, torch.distributed.ReduceOp.MAX, group=self._group, async_op=True
         )

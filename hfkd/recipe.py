@@ -21,6 +21,7 @@ from .losses import LOSSES
 ARGUMENT_CLASSES = (ModelArguments, DataArguments, DistillationConfig)
 # Secrets, and what is no setting.
 NOT_RECORDED = {"hub_token", "push_to_hub_token", "resume_from_checkpoint", "allow_recipe_change"}
+NO_SETTINGS = ("extends", "search")  # of the run: a parent, and what `hfkd search` tries
 KEYS = [field.name for cls in ARGUMENT_CLASSES for field in dataclasses.fields(cls) if field.init]
 
 RECIPE_HELP = (
@@ -69,8 +70,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(recipe, dict):
         raise ValueError(f"{path} must hold a mapping of keys to values, got {type(recipe).__name__}.")
     for key in recipe:
-        if key not in KEYS and key != "extends":
-            raise unknown_key_error(str(key), [*KEYS, "extends"], str(path))
+        if key not in (*KEYS, *NO_SETTINGS):
+            raise unknown_key_error(str(key), [*KEYS, *NO_SETTINGS], str(path))
     return recipe
 
 
@@ -160,6 +161,7 @@ def parse_recipe(
     if not path or path.startswith("-"):
         raise ValueError(f"The first argument must be a recipe, got '{path}': {usage}. `--help` explains every key.")
     recipe = load_recipe(path)
+    recipe.pop("search", None)
     losses, overrides = _split_loss_overrides(recipe.get("losses") or {}, overrides)
     recipe["losses"] = losses
     recipe.setdefault("output_dir", default_output_dir(path))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,13 +91,18 @@ def train(
     recipe: dict[str, Any],
     role: str,
     name: str,
+    time_is_up: Callable[[], bool] = lambda: False,
 ) -> DistillationTrainer:
     """Builds everything, trains, and leaves in `output_dir` the trained model (in a folder named by its role), the
-    resolved recipe, `results.json` (which calls it by `name`), the trainer's state and the best and last checkpoint."""
+    resolved recipe, `results.json` (which calls it by `name`), the trainer's state and the best and last checkpoint.
+
+    Once `time_is_up`, which is asked after every step, it ends as at SIGTERM.
+    """
     checkpoint = claim_output_dir(config, recipe)
     logging.disable_progress_bar()  # of loading and saving weights: they break the training's own bar
     trainer = build_trainer(model_args, data_args, config)
     trainer.export_name, trainer.recipe = role, recipe
+    trainer.stop_on_sigterm.time_is_up = time_is_up
     trainer.results.facts |= {"role": role, "recipe": name}
     if trainer.is_world_process_zero():
         write_whole(Path(config.output_dir, RECIPE_NAME), yaml.safe_dump(recipe, sort_keys=False))
@@ -341,7 +347,7 @@ def claim_output_dir(config: DistillationConfig, recipe: dict[str, Any]) -> str 
     elif resume not in ("false", "none"):
         checkpoint = config.resume_from_checkpoint
     for folder in dict.fromkeys([output_dir, Path(checkpoint).parent] if checkpoint else [output_dir]):
-        different = _differences(folder / RECIPE_NAME, recipe)
+        different = recipe_differences(folder / RECIPE_NAME, recipe)
         if not different:
             continue
         text = f"{folder} holds the run of another recipe:\n  " + "\n  ".join(different)
@@ -359,7 +365,7 @@ def claim_output_dir(config: DistillationConfig, recipe: dict[str, Any]) -> str 
     return checkpoint
 
 
-def _differences(path: Path, recipe: dict[str, Any]) -> list[str]:
+def recipe_differences(path: Path, recipe: dict[str, Any]) -> list[str]:
     """The keys on which the recipe of an earlier run, if there is one, has another value, with both values."""
     if not path.is_file():
         return []

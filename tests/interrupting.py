@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 import torch
+from accelerate.state import AcceleratorState
 from helpers import Plain, config, images
 from transformers import TrainerCallback
 
@@ -69,6 +70,7 @@ def start(function) -> int:
     process = os.fork()
     if process == 0:
         code = 1
+        AcceleratorState._reset_state(reset_partial_state=True)  # of one process, which this one was
         try:
             function()
             code = 0
@@ -152,13 +154,13 @@ def end_of(trainer) -> dict:
     }
 
 
-def left_in(folder) -> dict:
+def left_in(folder, role="student") -> dict:
     """All that a finished run leaves: its last checkpoint, its export, its results, but for how long it took."""
     folder = Path(folder)
     results = json.loads((folder / "results.json").read_text())
     last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     left = {f"{last.name}/{path.name}": _content(path) for path in last.iterdir() if path.name != "checkpoint.json"}
-    left["student"] = _content(folder / "student" / "model.safetensors")
+    left[role] = _content(folder / role / "model.safetensors")
     left["rows"] = [_timeless(row) for row in results["epochs"]]
     left["best"], left["last"] = results["best"], results["last"]
     return left

@@ -200,7 +200,7 @@ def test_the_installed_command_and_ctrl_c():
         while not Path("runs/r/results.json").is_file() and process.poll() is None and time.monotonic() < give_up:
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=300)
     finally:
         process.kill()
     assert process.returncode == 130, errors

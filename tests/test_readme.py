@@ -148,12 +148,12 @@ def test_the_commands(folder, monkeypatch, capsys):
     verbs = [re.search(r"hfkd ([\w-]+)|scripts/(\w+)\.py", command).group(1, 2) for command in COMMANDS]
     expected = "train_teacher distill evaluate distill distill distill train-teacher distill train_teacher distill"
     expected += " distill distill distill distill distill distill cache-teacher distill benchmark compare"
-    expected += " visualize export distill push"
+    expected += " visualize export reproduce search distill push"
     assert [verb for pair in verbs for verb in pair if verb] == expected.split()
     with writable_hub(folder / "hub", monkeypatch) as hub:
         for command in COMMANDS:
             words = in_small(command, folder)
-            if "scripts/benchmark.py" in words:  # has a test of its own
+            if not {"scripts/benchmark.py", "reproduce", "search"}.isdisjoint(words):  # have tests of their own
                 continue
             if "torchrun" in words:
                 run_on_two_nodes(words, folder)
