@@ -1,6 +1,7 @@
 """The command `hfkd`: what it explains, which errors it prints, and how it is started."""
 
 import dataclasses
+import functools
 import importlib
 import inspect
 import re
@@ -194,6 +195,8 @@ def test_the_installed_command_and_ctrl_c():
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # In the background of a shell it would inherit that Ctrl-C is ignored.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     try:
         give_up = time.monotonic() + 120

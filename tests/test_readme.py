@@ -170,7 +170,7 @@ def test_the_commands(folder, monkeypatch, capsys):
         assert (runs / "cifar100" / name / role / "model.safetensors").is_file()
         assert json.loads((runs / "cifar100" / name / "results.json").read_text())["role"] == role
     pair = "cifar100/resnet32x4-resnet8x4"
-    assert json.loads((runs / "cached" / "results.json").read_text())["teacher_cache"] == {"epochs": 30, "top_k": 16}
+    assert json.loads((runs / "cached" / "results.json").read_text())["teacher_cache"] == {"epochs": 30, "top_k": None}
     for name in (f"{pair}/kd_zscore", "two_nodes"):
         assert json.loads((runs / name / "results.json").read_text())["devices"] == "2 x cpu"
     students = ["student", "deit_tiny", "imagenet/resnet34-resnet18/kd_zscore", "streamed"]
