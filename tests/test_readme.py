@@ -54,6 +54,7 @@ OUTPUT_OF = {
     "--nnodes": "runs/two_nodes",
     "--teacher_cache": "runs/cached",
 }
+TESTED_APART = {"scripts/benchmark.py", "export", "reproduce", "search", "visualize"}  # each takes long
 EVALUATES = ("evaluate", "compare", "visualize", "export", "push", "--help")  # commands that train nothing
 
 
@@ -153,7 +154,7 @@ def test_the_commands(folder, monkeypatch, capsys):
     with writable_hub(folder / "hub", monkeypatch) as hub:
         for command in COMMANDS:
             words = in_small(command, folder)
-            if not {"scripts/benchmark.py", "reproduce", "search"}.isdisjoint(words):  # have tests of their own
+            if not TESTED_APART.isdisjoint(words):
                 continue
             if "torchrun" in words:
                 run_on_two_nodes(words, folder)
