@@ -14,14 +14,51 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 import torch
+import yaml
 from accelerate.state import AcceleratorState
 from helpers import Plain, config, images
 from transformers import TrainerCallback
 
-from hfkd import DistillationTrainer
+import hfkd.data.datasets
+from hfkd import DistillationTrainer, load_student
 
 TIMES = {"seconds", "images_per_second"}
 EVENTS = ("step_begin", "step_end", "prediction_step", "evaluate", "save", "epoch_begin", "epoch_end")
+
+
+RECIPE = {
+    "student_name_or_path": "cifar_resnet8",
+    "teacher_name_or_path": "teacher",
+    "losses": {"ctkd": {}},
+    "dataset_name": "digits",
+    "random_flip": False,
+    "train_split": "train[:160]",
+    "eval_split": "test[:10]",
+    "num_train_epochs": 2,
+    "per_device_train_batch_size": 4,
+    "optim": "sgd",
+    "optim_args": "momentum=0.9",
+    "learning_rate": 0.05,
+    "eval_strategy": "epoch",
+    "logging_strategy": "steps",
+    "logging_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": 6,
+    "save_total_limit": 2,
+    "ema_decay": 0.7,
+    "disable_tqdm": True,
+    "report_to": "none",
+}
+
+
+def write_recipe(monkeypatch, **changes) -> None:
+    """recipe.yaml and its teacher, which take this process no more time than they must."""
+    digits = hfkd.data.datasets._digits()
+    monkeypatch.setattr(hfkd.data.datasets, "_digits", lambda: digits)
+    monkeypatch.setattr("hfkd.saving.write_card", lambda *args, **kwargs: None)
+    torch.manual_seed(1)
+    load_student("cifar_resnet8", num_classes=10).save_pretrained("teacher")
+    Path("recipe.yaml").write_text(yaml.safe_dump(RECIPE | changes))
 
 
 class Moments(TrainerCallback):

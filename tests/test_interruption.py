@@ -16,8 +16,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
-import yaml
 from interrupting import (
     Moments,
     build,
@@ -29,10 +27,9 @@ from interrupting import (
     kill_at_write,
     left_in,
     start,
+    write_recipe,
 )
 
-import hfkd.data.datasets
-from hfkd import load_student
 from hfkd.checkpointing import checkpoints, defect, last_checkpoint
 from hfkd.cli import main
 
@@ -203,40 +200,10 @@ def test_kill_9_before_any_write(monkeypatch):
 
 # ---- Real processes: from the command line, killed at some moment ----------------------------------------------------
 
-RECIPE = {
-    "student_name_or_path": "cifar_resnet8",
-    "teacher_name_or_path": "teacher",
-    "losses": {"ctkd": {}},
-    "dataset_name": "digits",
-    "random_flip": False,
-    "train_split": "train[:160]",
-    "eval_split": "test[:10]",
-    "num_train_epochs": 2,
-    "per_device_train_batch_size": 4,
-    "optim": "sgd",
-    "optim_args": "momentum=0.9",
-    "learning_rate": 0.05,
-    "eval_strategy": "epoch",
-    "logging_strategy": "steps",
-    "logging_steps": 1,
-    "save_strategy": "steps",
-    "save_steps": 6,
-    "save_total_limit": 2,
-    "ema_decay": 0.7,
-    "disable_tqdm": True,
-    "report_to": "none",
-}
-
 
 @pytest.fixture
 def recipe(monkeypatch):
-    """A recipe and its teacher, which take this process no more time than they must."""
-    digits = hfkd.data.datasets._digits()
-    monkeypatch.setattr(hfkd.data.datasets, "_digits", lambda: digits)
-    monkeypatch.setattr("hfkd.saving.write_card", lambda *args, **kwargs: None)
-    torch.manual_seed(1)
-    load_student("cifar_resnet8", num_classes=10).save_pretrained("teacher")
-    Path("recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    write_recipe(monkeypatch)
 
 
 def command(output_dir, *options):

@@ -17,39 +17,15 @@ import pytest
 import torch
 import yaml
 from helpers import ROOT, Plain, config, images
-from interrupting import build, differences, end, in_child, in_processes, left_in, start
+from interrupting import RECIPE, build, differences, end, in_child, in_processes, left_in, start, write_recipe
 from torch.distributed.launcher.api import elastic_launch
 from torch.distributed.run import config_from_args, parse_args
 
-import hfkd.data.datasets
-from hfkd import DistillationTrainer, load_student
+from hfkd import DistillationTrainer
 from hfkd.checkpointing import last_checkpoint
 from hfkd.cli import main
 from hfkd.recipe import parse_recipe
 
-RECIPE = {
-    "student_name_or_path": "cifar_resnet8",
-    "teacher_name_or_path": "teacher",
-    "losses": {"ctkd": {}},
-    "dataset_name": "digits",
-    "random_flip": False,
-    "train_split": "train[:160]",
-    "eval_split": "test[:11]",
-    "num_train_epochs": 3,
-    "per_device_train_batch_size": 4,
-    "optim": "sgd",
-    "optim_args": "momentum=0.9",
-    "learning_rate": 0.05,
-    "eval_strategy": "epoch",
-    "logging_strategy": "steps",
-    "logging_steps": 1,
-    "save_strategy": "steps",
-    "save_steps": 6,
-    "save_total_limit": 2,
-    "ema_decay": 0.7,
-    "disable_tqdm": True,
-    "report_to": "none",
-}
 LIMIT = 200  # seconds, after which a process that waits for another gives up
 
 
@@ -64,13 +40,8 @@ def free_port() -> int:
 
 @pytest.fixture
 def recipe(monkeypatch):
-    """A recipe and its teacher, which take this process no more time than they must."""
-    digits = hfkd.data.datasets._digits()
-    monkeypatch.setattr(hfkd.data.datasets, "_digits", lambda: digits)
-    monkeypatch.setattr("hfkd.saving.write_card", lambda *args, **kwargs: None)
-    torch.manual_seed(1)
-    load_student("cifar_resnet8", num_classes=10).save_pretrained("teacher")
-    Path("recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    # 11 test images do not divide among two processes.
+    write_recipe(monkeypatch, eval_split="test[:11]", num_train_epochs=3)
 
 
 def command(output_dir, *options):
