@@ -4,4 +4,4 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/install.sh "[test]"
 .venv/bin/ruff check .
-exec .venv/bin/python -m pytest -q -n auto tests "$@"
+exec .venv/bin/python -m pytest -q -n auto --dist worksteal tests "$@"

@@ -1,7 +1,5 @@
 """What each process of test_distributed.py runs: trains every method, rank 0 saves what came out."""
 
-import sys
-
 import torch
 from helpers import Plain, config, images, train_logs
 from torch import nn
@@ -177,8 +175,3 @@ def main(folder, world_size, data):
     for name, losses in LEARNT.items():
         results[name] = train(losses, world_size, *resnets(), f"{folder}/{name}", save_strategy="epoch")
     torch.save(results, f"{folder}/rank{results['kd']['rank']}.pt")
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])

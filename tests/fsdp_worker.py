@@ -1,7 +1,6 @@
 """What each process of test_fsdp.py runs: trainings whose networks and losses are shared out, or not."""
 
 import copy
-import sys
 
 import timm
 import torch
@@ -93,7 +92,3 @@ def main(folder, world_size, other):
         _, results["crossed"] = train(f"{folder}/crossed", world_size, f"{other}/{checkpoint}", **SAVING)
     rank = trainer.args.process_index
     torch.save(results, f"{folder}/rank{rank}.pt")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])

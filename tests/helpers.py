@@ -1,8 +1,11 @@
 """Small networks and data sets that several test files use."""
 
+import runpy
+import sys
 import zlib
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +15,14 @@ from hfkd.models.base import CIFAR_MEAN, CIFAR_STD
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
+
+
+def run_script(name: str, *arguments: str) -> None:
+    """What `python scripts/name arguments` does, in this process: starting one takes longer than most of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"scripts/{name}", *arguments])
+        patch.setattr(sys, "path", [str(ROOT / "scripts"), *sys.path])  # the first of which the scripts take away
+        runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
 
 
 def wave(shape: torch.Size | tuple[int, ...], frequency: float, phase: float = 0.0) -> Tensor:

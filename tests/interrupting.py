@@ -136,6 +136,10 @@ def in_two_processes(function) -> list[int]:
 
 
 def in_processes(count, function) -> list[int]:
+    return [end(process) for process in start_processes(count, function)]
+
+
+def start_processes(count, function) -> list[int]:
     """Runs a function of the rank in processes that know each other, as a launcher starts them."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -144,10 +148,10 @@ def in_processes(count, function) -> list[int]:
     def ranked(rank):
         here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update({key: str(value) for key, value in here.items()})
-        signal.alarm(120)  # if they wait for each other
+        signal.alarm(300)  # if they wait for each other
         function(rank)
 
-    return [end(process) for process in [start(functools.partial(ranked, rank)) for rank in range(count)]]
+    return [start(functools.partial(ranked, rank)) for rank in range(count)]
 
 
 def kill_at_write(number: int) -> None:

@@ -1,17 +1,15 @@
 """The benchmark runs and prints whole tables, and counts a step's tensors and seconds rightly."""
 
+import contextlib
 import importlib.util
 import math
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT, run_script
+from interrupting import in_child
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
 SPEED_ROWS = {
     "data: weak view",
     "data: weak + strong view",
@@ -37,14 +35,19 @@ PARTS = {
 
 
 @pytest.fixture(scope="module")
-def tables():
-    """The cells of the three tables, without header and rule. One run: half of it would be its imports."""
-    command = [sys.executable, str(SCRIPTS / "benchmark.py"), "--quick", "--threads", "1"]
-    command += ["--only", "methods", "data", "jpeg", "trainer", "reference", "cache", "profile"]
-    run = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ), timeout=300)
-    assert run.returncode == 0, run.stderr
-    assert re.search(r"1 threads, batch \d+, 2 rounds$", run.stdout.splitlines()[0])
-    lines = [line.strip("|").split("|") for line in run.stdout.splitlines() if line.startswith("|")]
+def tables(tmp_path_factory):
+    """The cells of the three tables, without header and rule."""
+    printed = tmp_path_factory.mktemp("benchmark") / "printed.txt"
+
+    def benchmark():
+        sections = "methods data jpeg trainer reference cache profile".split()
+        with printed.open("w") as file, contextlib.redirect_stdout(file):
+            run_script("benchmark.py", "--quick", "--threads", "1", "--only", *sections)
+
+    assert in_child(benchmark) == 0
+    first, *others = printed.read_text().splitlines()
+    assert re.search(r"1 threads, batch \d+, 2 rounds$", first)
+    lines = [line.strip("|").split("|") for line in others if line.startswith("|")]
     rows = [[cell.strip() for cell in cells] for cells in lines]
     rules = [number for number, cells in enumerate(rows) if set("".join(cells)) == set("-:")]
     headers = [number - 1 for number in rules]
@@ -89,7 +92,7 @@ def test_prints_where_the_time_goes(tables):
 
 @pytest.fixture(scope="module")
 def meters():
-    spec = importlib.util.spec_from_file_location("benchmark_meters", SCRIPTS / "benchmark_meters.py")
+    spec = importlib.util.spec_from_file_location("benchmark_meters", ROOT / "scripts/benchmark_meters.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

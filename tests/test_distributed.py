@@ -1,16 +1,13 @@
 """Two CPU processes give the update of one process with the same global batch, or that of their two batches."""
 
-import os
 import re
-import subprocess
-import sys
 
 import datasets
 import distributed_worker
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT
+from interrupting import end, start_processes
 from PIL import Image
 
 from hfkd.losses import LOSSES, CRDLoss
@@ -27,19 +24,12 @@ def runs(tmp_path_factory):
         table = datasets.Dataset.from_dict(columns, features=features)
         for shard in range(3):
             table.shard(3, shard).to_parquet(str(data / f"{split}-{shard}-of-3.parquet"))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    worker = str(ROOT / "tests" / "distributed_worker.py")
-    process = subprocess.Popen(
-        [*launch, worker, str(two), "2", str(data)],
-        cwd=two,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    distributed_worker.main(str(one), 1, str(data))
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output[-4000:]
+    processes = start_processes(2, lambda rank: distributed_worker.main(str(two), 2, str(data)))
+    try:
+        distributed_worker.main(str(one), 1, str(data))
+    finally:
+        codes = [end(process) for process in processes]
+    assert codes == [0, 0]
     load = lambda path: torch.load(path, weights_only=False)  # noqa: E731  (written by this test)
     return load(one / "rank0.pt"), load(two / "rank0.pt"), load(two / "rank1.pt"), two
 

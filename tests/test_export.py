@@ -57,7 +57,7 @@ WITH_HFKD = {
     "simkd": PHOTOS | {"student_name_or_path": "cifar_resnet8", "losses": {"simkd": {}}, "ce_weight": 0.0},
 }
 
-# argv: a file, then exports. Writes what they give for the images beside each.
+# argv: a file, then exports; those behind "hfkd" after its import. Writes what they give for the images beside each.
 FRESH_PROCESS = """
 import copy, sys
 import timm, torch, transformers
@@ -69,6 +69,10 @@ def aligned(model):  # a file's weights lie anywhere in memory, and the last bit
 
 answers = {}
 for folder in sys.argv[2:]:
+    if folder == "hfkd":
+        assert folder not in sys.modules
+        import hfkd
+        continue
     pixels, names = torch.load(folder + "/../given.pt")
     pictures = [Image.open(name) for name in names]
     answer = answers[folder] = {}
@@ -89,7 +93,7 @@ for folder in sys.argv[2:]:
         answer["timm prepared"] = torch.stack([transform(picture) for picture in pictures])
         with torch.no_grad():
             answer["timm"] = model(pixels)
-torch.save((answers, "hfkd" in sys.modules), sys.argv[1])
+torch.save(answers, sys.argv[1])
 """
 
 
@@ -147,20 +151,16 @@ def save_given(trainer, run_dir):
         return batch, model(batch).logits, model(batch[:1]).logits[0]
 
 
-def exports(place, settings, script):
-    """By name: the run's trainer, batch and logits, and what a fresh process made of its export."""
-    trainers = {name: run(place, name, changes) for name, changes in settings.items()}
-    given = {name: (trainer, *save_given(trainer, place / "runs" / name)) for name, trainer in trainers.items()}
-    folders = {name: str(place / "runs" / name / "student") for name in trainers}
-    subprocess.run([sys.executable, "-c", script, "answers.pt", *folders.values()], check=True)
-    answers, imported = torch.load("answers.pt", weights_only=False)
-    assert imported == ("import hfkd" in script)
-    return {name: (*given[name], answers[folders[name]]) for name in trainers}
-
-
 @pytest.fixture(scope="module")
 def exported(place):
-    return exports(place, WITHOUT_HFKD, FRESH_PROCESS) | exports(place, WITH_HFKD, "import hfkd\n" + FRESH_PROCESS)
+    """By name: the run's trainer, batch and logits, and what a fresh process made of its export."""
+    trainers = {name: run(place, name, changes) for name, changes in (WITHOUT_HFKD | WITH_HFKD).items()}
+    given = {name: (trainer, *save_given(trainer, place / "runs" / name)) for name, trainer in trainers.items()}
+    folders = {name: str(place / "runs" / name / "student") for name in trainers}
+    without, within = ([folders[name] for name in names] for names in (WITHOUT_HFKD, WITH_HFKD))
+    subprocess.run([sys.executable, "-c", FRESH_PROCESS, "answers.pt", *without, "hfkd", *within], check=True)
+    answers = torch.load("answers.pt", weights_only=False)
+    return {name: (*given[name], answers[folders[name]]) for name in trainers}
 
 
 NAMES = [*WITHOUT_HFKD, *WITH_HFKD]

@@ -1,15 +1,14 @@
 """FSDP: what is shared out among two CPU processes is trained, saved, resumed and exported as what is not."""
 
 import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import fsdp_worker
 import pytest
 import timm
 import torch
-from helpers import ROOT, Plain, config
+from helpers import Plain, config
+from interrupting import in_processes
 from safetensors.torch import load_file
 
 from hfkd import DistillationTrainer
@@ -21,18 +20,12 @@ def runs(tmp_path_factory):
     """Results of one process, of each of two, and the folders of both."""
     one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
     fsdp_worker.main(str(one), 1, "")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    settings = {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-    done = subprocess.run(
-        [*launch, str(ROOT / "tests" / "fsdp_worker.py"), str(two), "2", str(one)],
-        cwd=two,
-        env=os.environ | settings | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+
+    def sharded(rank):
+        os.environ.update({"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"})
+        fsdp_worker.main(str(two), 2, str(one))
+
+    assert in_processes(2, sharded) == [0, 0]
     load = lambda path: torch.load(path, weights_only=False)  # noqa: E731  (written by this test)
     return load(one / "rank0.pt"), load(two / "rank0.pt"), load(two / "rank1.pt"), one, two
 

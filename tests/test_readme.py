@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import runpy
 import shlex
 import socket
 import subprocess
@@ -13,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image
-from helpers import ROOT
+from helpers import ROOT, run_script
 from hub_stand_in import writable_hub
+from interrupting import in_child
 from PIL import Image as PILImage
 
 from hfkd.cli import main
@@ -85,7 +85,7 @@ def run_on_two_nodes(words, folder):
     assert [node.returncode for node in nodes] == [0, 0], "\n".join(outputs)[-4000:]
 
 
-def run_here(words, monkeypatch):
+def run_here(words):
     """A command in this process: starting one takes far longer than what these have to do."""
     if words[0] == "hfkd":
         try:
@@ -94,10 +94,7 @@ def run_here(words, monkeypatch):
             assert not end.code
         return
     script = next(index for index, word in enumerate(words) if word.startswith("scripts/"))
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "argv", words[script:])
-        patch.setattr(sys, "path", [str(ROOT / "scripts"), *sys.path])  # the first of which the scripts take away
-        runpy.run_path(words[script], run_name="__main__")
+    run_script(words[script].removeprefix("scripts/"), *words[script + 1 :])
 
 
 @pytest.fixture(scope="module")
@@ -144,8 +141,6 @@ def in_small(command, folder):
 def test_the_commands(folder, monkeypatch, capsys):
     """In order, since one needs what the one before left; on two CPU processes where it says several GPUs."""
     monkeypatch.chdir(folder)
-    # The first as a person runs it, and the one of several processes; the others without starting Python again.
-    started = {COMMANDS[0], next(command for command in COMMANDS if "--num_processes" in command)}
     verbs = [re.search(r"hfkd ([\w-]+)|scripts/(\w+)\.py", command).group(1, 2) for command in COMMANDS]
     expected = "train_teacher distill evaluate distill distill distill train-teacher distill train_teacher distill"
     expected += " distill distill distill distill distill distill cache-teacher distill benchmark compare"
@@ -158,10 +153,10 @@ def test_the_commands(folder, monkeypatch, capsys):
                 continue
             if "torchrun" in words:
                 run_on_two_nodes(words, folder)
-            elif command in started:
+            elif "--num_processes" in words:
                 run(words, folder)
             else:
-                run_here(words, monkeypatch)
+                run_here(words)
             if "evaluate" in words:
                 assert re.search(r"top1: \d", capsys.readouterr().out)
             if "--help" in words:
@@ -181,9 +176,11 @@ def test_the_commands(folder, monkeypatch, capsys):
         assert {"README.md", "model.safetensors", "config.json"} <= hub.repositories[name].files().keys()
 
 
-def test_the_quickstart_then_the_programs(folder):
+def test_the_quickstart_then_the_programs(folder, monkeypatch, capfd):
     """quickstart.py is what quickstart.sh runs after installing; the program uses the teacher that it leaves."""
-    table = run([sys.executable, "scripts/quickstart.py"], folder)
+    monkeypatch.chdir(folder)
+    assert in_child(lambda: run_script("quickstart.py")) == 0
+    table = capfd.readouterr().out
     rows = re.findall(r"^(teacher|student), .*?\d,\d{3}\s+([\d.]+)\s", table, re.MULTILINE)
     assert [role for role, _ in rows] == ["teacher", "student", "student", "student"]
     accuracies = [float(top1) for _, top1 in rows]
@@ -194,6 +191,8 @@ def test_the_quickstart_then_the_programs(folder):
     PILImage.new("RGB", (40, 32)).save(folder / "photo.jpg")
     loading = loading.replace("me/resnet20-cifar100-kd", "runs/digits/kd/student")
     # The method trains on with the program's networks and data.
+    program = program.replace("num_train_epochs=5", "num_train_epochs=1, logging_steps=100")
     programs = "\n".join([program, method, "print(trainer.state.log_history)", loading])
-    output = run([sys.executable, "-c", programs], folder)
+    assert in_child(lambda: exec(programs, {"__name__": "__main__"})) == 0
+    output = capfd.readouterr().out
     assert "eval_agreement" in output and "loss_mse" in output and "'score'" in output
