@@ -1,4 +1,4 @@
-"""python scripts/benchmark.py [--quick] [--pairs 11] [--batch_size 64] [--threads N] [--only SECTION ...]
+"""python scripts/benchmark.py [--quick] [--pairs 11] [--batch_size 64] [--threads N] [--torch_compile] [--only ...]
 
 Is hfkd fast where it claims to be, and what does each method cost? Measured in one run on random images:
 
@@ -9,6 +9,7 @@ jpeg       The same from files: JPEGs of 500 x 375, decoded, a random part resiz
 trainer    A step of DistillationTrainer as the recipe runs it, against a loop written by hand: same batches, networks,
            losses, optimizer, precision, memory format and compile setting. So the ratio is what Trainer costs.
 reference  The same against the loop of the published code: float32, contiguous, eager, the loss written out.
+           With --torch_compile these two sections have a compiled Trainer; the published loop stays eager.
 cache      A step of KD with resnet20 that reads the teacher's logits from a cache, all or the largest 16, against one
            from the labels alone: making the batch, forward, backward and update, nothing else of Trainer.
 methods    A step of each method's recipe, resnet32x4 -> resnet8x4, against one of the recipe with KD alone: on batches
@@ -54,7 +55,7 @@ def machine(args: argparse.Namespace) -> str:
     bf16 = ", ".join(name for name in ("amx_bf16", "avx512_bf16") if cpu.get(name)) or "neither AMX nor avx512_bf16"
     return (
         f"torch {torch.__version__}, device {device}, CPU {cpu.get('cpu_name', 'unknown')} ({bf16}), "
-        f"{args.threads} threads, batch {args.batch_size}, {args.pairs} rounds"
+        f"{args.threads} threads, batch {args.batch_size}, {'compiled, ' * args.torch_compile}{args.pairs} rounds"
     )
 
 
@@ -64,6 +65,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, help="Rounds of each contender (11; quick: 2).")
     parser.add_argument("--batch_size", type=int, help="Images a step (64; quick: 8).")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of a step.")
+    parser.add_argument("--torch_compile", action="store_true", help="Compile in the sections trainer and reference.")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="Sections to run (all).")
     args = parser.parse_args()
     args.pairs = args.pairs or (2 if args.quick else 11)

@@ -91,12 +91,12 @@ def library_kd(student_logits: Tensor, teacher_logits: Tensor, temperature: floa
     return kd_loss(standardize(student_logits), standardize(teacher_logits), temperature)
 
 
-def recipe_config(recipe: str, batch_size: int, folder: str) -> DistillationConfig:
+def recipe_config(recipe: str, batch_size: int, folder: str, torch_compile=False) -> DistillationConfig:
     """The recipe's settings, for a run of one epoch that neither evaluates, nor saves, nor logs a step."""
     changes = {"output_dir": folder, "num_train_epochs": 1, "per_device_train_batch_size": batch_size}
     changes |= {"eval_strategy": "no", "save_strategy": "no", "logging_strategy": "no"}
     changes |= {"load_best_model_at_end": False, "report_to": "none", "disable_tqdm": True}
-    changes |= {"use_cpu": DEVICE.type == "cpu"}
+    changes |= {"use_cpu": DEVICE.type == "cpu", "torch_compile": torch_compile}
     overrides = [token for key, value in changes.items() for token in (f"--{key}", str(value))]
     return parse_recipe([str(RECIPES / recipe), *overrides])[2]
 
@@ -112,7 +112,7 @@ def step_row(
     teacher_model = teacher and timm.create_model(teacher, num_classes=CLASSES)
     teacher_by_hand = copy.deepcopy(teacher_model).requires_grad_(False).eval().to(DEVICE) if published else None
     with tempfile.TemporaryDirectory() as folder:
-        config = recipe_config(recipe, args.batch_size, folder)
+        config = recipe_config(recipe, args.batch_size, folder, args.torch_compile)
         losses = config.losses if teacher else {}
         trainer = DistillationTrainer(student_model, teacher_model, config, train_dataset=dataset, losses=losses)
         if not published:
