@@ -6,12 +6,14 @@ import pytest
 import torch
 from helpers import Plain, config, images
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback
 
 from hfkd import DistillationTrainer, load_student
+from hfkd.data.source import ImageSource
 from hfkd.losses import LOSSES, DistillationLoss
 
 # On a GPU that tests may use (HFKD_TEST_GPU) torch itself objects to whatever waits; elsewhere `Waits` looks out.
@@ -201,3 +203,62 @@ def test_a_package_is_looked_for_once_at_most():
     trainer.add_callback(lookups)
     trainer.train()
     assert len(lookups.names) <= 1, "accelerate asks twice a step for lomo_optim"
+
+
+# ---- A device that this machine does not have ------------------------------------------------------------------------
+
+
+def move(mode, module, device):
+    """`module.to(device)`, which fake parameters do not allow: all that it knows as its own."""
+    for part in module.modules():
+        for own in (part._parameters, part._buffers):
+            own.update({name: mode.from_tensor(value).to(device) for name, value in own.items() if value is not None})
+
+
+def step_elsewhere(losses, monkeypatch, **changes):
+    """A batch and its loss as on a GPU, in shapes and devices without numbers.
+
+    Operands on two devices are an error there, as is a number that Python asks for.
+    """
+    monkeypatch.setattr(ImageSource, "epoch", 0)  # the host's own, shared with its DataLoader workers
+    networks = [load_student("cifar_resnet8", num_classes=10) for _ in range(2)]
+    data = images(80)
+    trainer = DistillationTrainer(*networks, config(**changes), train_dataset=data, losses=losses)
+    device, rows = torch.device("cuda"), list(range(8))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        for module in (trainer.distiller, trainer.teacher.model, trainer.teacher._classifier):
+            if module is not None:
+                move(mode, module, device)
+        data.to(device)
+        trainer.distiller.train()
+        batch = data.__getitems__(rows)
+        assert {value.device.type for value in batch.values()} == {"cuda"}
+        assert trainer.compute_loss(trainer.distiller, batch).device.type == "cuda"
+
+
+class Forgotten(DistillationLoss):
+    """Its tensor is no buffer, so it stays on the host."""
+
+    def __init__(self):
+        super().__init__(weight=1.0)
+        self.scale = torch.ones(10)
+
+    def forward(self, student, teacher, batch):
+        return (student.logits * self.scale).mean()
+
+
+def test_what_stays_on_the_host_is_found(monkeypatch):
+    with pytest.raises(RuntimeError, match="on the same device"):
+        step_elsewhere({"forgotten": Forgotten()}, monkeypatch)
+    with pytest.raises(DataDependentOutputException):
+        step_elsewhere({"curious": Curious()}, monkeypatch)
+
+
+@pytest.mark.parametrize("standardized", [False, True], ids=["plain", "zscore"])
+@pytest.mark.parametrize("method", LOSSES)
+def test_all_of_a_method_is_on_the_device(method, standardized, monkeypatch):
+    step_elsewhere({method: LOSS_ARGUMENTS.get(method, {})}, monkeypatch, logit_standardization=standardized)
+
+
+def test_mixed_images_are_on_the_device(monkeypatch):
+    step_elsewhere({"kd": {}}, monkeypatch, mixup=0.8, cutmix=1.0, dataloader_drop_last=True)
