@@ -10,6 +10,7 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from . import zero
 from .fsdp import check_asked_for, prepare_to_shard, take_whole_states, use_fsdp
+from .loading import exported_state_dict
 from .saving import SavingTrainer
 
 
@@ -74,6 +75,17 @@ class PreparingTrainer(SavingTrainer):
         if self.zero:  # called first where all else of the optimizer is settled
             self.optimizer = zero.ZeroOptimizer(self.optimizer.optimizer, self._parameter_groups)
         return super().create_scheduler(num_training_steps, optimizer)
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        # Every process takes part in gathering; transformers 5.20 has only the first one come to `_save`, later all.
+        self._whole_state = exported_state_dict(self.model) if self.shards else None
+        try:
+            super().save_model(output_dir, _internal_call)
+        finally:
+            self._whole_state = None
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, self._whole_state if state_dict is None else state_dict)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
