@@ -70,7 +70,6 @@ def run(command, folder):
     process = start(command, folder)
     output = process.communicate()[0]
     assert process.returncode == 0, output[-4000:]
-    return output
 
 
 def run_on_two_nodes(words, folder):

@@ -1,4 +1,4 @@
-"""A training step never waits for the device: nothing in it is read back before it is logged."""
+"""A training step never waits for the device, nor leaves anything on the host: what it logs is read back later."""
 
 from unittest import mock
 
