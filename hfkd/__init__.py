@@ -1,11 +1,22 @@
-"""hfkd: teach a small image classifier with a large one, inside the HuggingFace ecosystem."""
+"""hfkd: teach a small image classifier with a large one, inside the Hugging Face ecosystem.
 
-from . import models  # noqa: F401  (registers the cifar_* architectures with timm)
-from .arguments import DataArguments, DistillationConfig, ModelArguments
-from .loading import load_student, load_teacher
-from .teacher import Teacher
-from .teacher_cache import CachedTeacher
-from .trainer import DistillationTrainer
+Importing hfkd costs almost nothing: each public name is imported when it is first used (PEP 562), and hfkd's
+architectures (`cifar_resnet20`, `t2t_vit_7`, ...) are registered as soon as timm is imported, before or after hfkd.
+"""
+
+import importlib
+import importlib.abc
+import importlib.util
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # for type checkers and editors, which do not run __getattr__
+    from .networks.loading import input_spec, load_student, load_teacher
+    from .networks.teacher import Teacher
+    from .recipe.arguments import DataArguments, DistillationConfig, ModelArguments
+    from .teacher_cache.teacher import CachedTeacher
+    from .training.trainer import DistillationTrainer
 
 __version__ = "0.1.0"
 
@@ -16,6 +27,80 @@ __all__ = [
     "DistillationTrainer",
     "ModelArguments",
     "Teacher",
+    "input_spec",
     "load_student",
     "load_teacher",
 ]
+
+_HOMES = {
+    "CachedTeacher": "teacher_cache.teacher",
+    "DataArguments": "recipe.arguments",
+    "DistillationConfig": "recipe.arguments",
+    "DistillationTrainer": "training.trainer",
+    "ModelArguments": "recipe.arguments",
+    "Teacher": "networks.teacher",
+    "input_spec": "networks.loading",
+    "load_student": "networks.loading",
+    "load_teacher": "networks.loading",
+}
+_ARCHITECTURES = ("hfkd.models", "hfkd.networks.simkd_student")  # the modules that register with timm
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'hfkd' has no attribute '{name}'")
+    value = getattr(importlib.import_module(f"hfkd.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _RegisterAfterTimm(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Import hook that registers hfkd's architectures right after the first import of timm.
+
+    The command line must answer `hfkd --help` at once, and timm takes seconds to import. Yet a program that imports
+    hfkd and then asks timm, or transformers by way of timm, for one of hfkd's architectures must find it.
+    """
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname != "timm":
+            return None
+        sys.meta_path.remove(self)  # the search for timm itself must not come back here
+        spec = importlib.util.find_spec("timm")
+        sys.meta_path.insert(0, self)  # who asks may only want to know whether timm is installed
+        if spec is not None:
+            self._loader, spec.loader = spec.loader, self
+        return spec
+
+    def create_module(self, spec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        sys.meta_path.remove(self)
+        module.__spec__.loader = module.__loader__ = self._loader  # whoever reads them finds timm's own
+        self._loader.exec_module(module)
+        _register_architectures()
+
+
+def _register_architectures() -> None:
+    for name in _ARCHITECTURES:
+        importlib.import_module(name)
+
+
+if "timm" in sys.modules:
+    _register_architectures()
+else:
+    sys.meta_path.insert(0, _RegisterAfterTimm())
+
+def _moved(name: str):
+    if name not in ("input_spec", "load_pretrained", "load_student", "load_teacher"):
+        raise AttributeError(f"module 'hfkd.loading' has no attribute '{name}': see hfkd and hfkd.networks.loading")
+    return getattr(importlib.import_module("hfkd.networks.loading"), name)
+
+
+# `from hfkd.loading import input_spec` is in programs written after the README of November 2026.
+_loading = sys.modules["hfkd.loading"] = ModuleType("hfkd.loading")
+_loading.__getattr__ = _moved

@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import os
 import pkgutil
-import re
 import sys
 import time
-import traceback
-from pathlib import Path
 
 from . import __version__
-from .losses.checks import did_you_mean
+from .commands.messages import hide_token, raised_here
+from .errors import did_you_mean
 
 # name: the function, which takes the arguments behind it, and what it does; imported when it is called.
 COMMANDS = {
-    "distill": ("hfkd.run:distill", "train the student of a recipe"),
-    "train-teacher": ("hfkd.run:train_teacher", "train the network of a recipe from the labels alone"),
-    "cache-teacher": ("hfkd.caching:cache_teacher", "store a teacher's logits for many students"),
-    "search": ("hfkd.search:search", "find the temperature, weights and learning rate of a recipe"),
-    "evaluate": ("hfkd.run:evaluate", "measure a trained model"),
-    "reproduce": ("hfkd.reproduce:reproduce", "run cells of the published tables, a slice of time after the other"),
-    "compare": ("hfkd.compare:compare", "set runs side by side: a table, a figure, what was gained"),
-    "visualize": ("hfkd.visualize:visualize", "draw a student beside its teacher"),
-    "export": ("hfkd.exporting:export", "write a trained model as one file, ONNX or torch.export"),
-    "push": ("hfkd.hub:push", "upload a trained model, with its card, to the Hub"),
+    "distill": ("hfkd.commands.train:distill", "train the student of a recipe"),
+    "train-teacher": ("hfkd.commands.train:train_teacher", "train the network of a recipe from the labels alone"),
+    "cache-teacher": ("hfkd.commands.cache_teacher:cache_teacher", "store a teacher's logits for many students"),
+    "search": ("hfkd.commands.search:search", "find the temperature, weights and learning rate of a recipe"),
+    "evaluate": ("hfkd.commands.evaluate:evaluate", "measure a trained model"),
+    "reproduce": (
+        "hfkd.commands.reproduce:reproduce",
+        "run cells of the published tables, a slice of time after the other",
+    ),
+    "compare": ("hfkd.commands.compare:compare", "set runs side by side: a table, a figure, what was gained"),
+    "visualize": ("hfkd.commands.visualize:visualize", "draw a student beside its teacher"),
+    "export": ("hfkd.commands.export:export", "write a trained model as one file, ONNX or torch.export"),
+    "push": ("hfkd.commands.push:push", "upload a trained model, with its card, to the Hub"),
 }
-PACKAGE = Path(__file__).parent
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -75,18 +75,3 @@ def help_text() -> str:
         "`hfkd COMMAND --help` explains every key of a command with its default, `hfkd --version` prints the version.\n"
         "On several GPUs: `accelerate launch -m hfkd COMMAND ...`."
     )
-
-
-def raised_here(error: BaseException) -> bool:
-    """Does a `raise` of this package stand at the root of an error? Then its message is written for a person."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return Path(frame.filename).is_relative_to(PACKAGE) and frame.line.startswith("raise ")
-
-
-def hide_token(words: list[str]) -> None:
-    """Replaces the Hub token among the words of a command line: W&B shows `sys.argv` to all who see a run."""
-    for position, word in enumerate(words):
-        if re.match("--hub[_-]token=", word):
-            words[position] = "--hub_token=<HUB_TOKEN>"
-        elif position and re.fullmatch("--hub[_-]token", words[position - 1]):
-            words[position] = "<HUB_TOKEN>"

@@ -17,12 +17,12 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback
 
 from hfkd import DistillationConfig, DistillationTrainer, Teacher, load_student
-from hfkd.cache_rows import RowFormat
-from hfkd.caching import write_cache
 from hfkd.data import ImageDataset, collate_batch
 from hfkd.losses import kd_loss, standardize
-from hfkd.recipe import parse_recipe
-from hfkd.teacher_cache import CachedTeacher
+from hfkd.recipe.reading import parse_recipe
+from hfkd.teacher_cache.rows import RowFormat
+from hfkd.teacher_cache.teacher import CachedTeacher
+from hfkd.teacher_cache.writing import write_cache
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "cifar100"
 LOGIT_METHODS = ("kd", "kd_zscore", "dkd", "mlkd", "ctkd")

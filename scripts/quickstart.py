@@ -7,7 +7,7 @@ import time
 
 sys.path.pop(0)  # this folder: its evaluate.py would hide the library of that name
 
-from hfkd.run import distill, train_teacher  # noqa: E402
+from hfkd.commands.train import distill, train_teacher  # noqa: E402
 
 STUDENTS = {"cross-entropy alone": "student", "KD": "kd", "KD + Z-score": "kd_zscore"}
 
@@ -30,8 +30,10 @@ def main() -> None:
             f"{title:40s} {result['parameters']:10,d} {result['last']['top1']:7.2f} "
             f"{'' if agreement is None else f'{agreement:.2f}':>10s} {result['seconds']:8.1f}"
         )
-    print(f"\nTop-1 after the last epoch and agreement with the teacher, in percent. All in runs/digits, in "
-          f"{time.perf_counter() - started:.0f} s.")
+    print(
+        f"\nTop-1 after the last epoch and agreement with the teacher, in percent. All in runs/digits, in "
+        f"{time.perf_counter() - started:.0f} s."
+    )
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from fsdp_worker import LOSSES, SAVING, vit
 from helpers import config, images
 
 from hfkd import DistillationTrainer
-from hfkd.zero import ZeroOptimizer
+from hfkd.training.zero import ZeroOptimizer
 
 SGD = {"optim_args": "momentum=0.9,nesterov=True", "weight_decay": 0.01, "decay_all_parameters": True}
 MILESTONES = {"lr_milestones": [1, 1.5], "lr_scheduler_type": "constant"}

@@ -93,6 +93,7 @@ def train_logs(trainer):
     """The log entries of training steps."""
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
+
 # What results.json says of a run before anything is measured.
 RESULTS = {
     "role": "student",

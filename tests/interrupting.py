@@ -55,7 +55,7 @@ def write_recipe(monkeypatch, **changes) -> None:
     """recipe.yaml and its teacher, which take this process no more time than they must."""
     digits = hfkd.data.datasets._digits()
     monkeypatch.setattr(hfkd.data.datasets, "_digits", lambda: digits)
-    monkeypatch.setattr("hfkd.saving.write_card", lambda *args, **kwargs: None)
+    monkeypatch.setattr("hfkd.training.exports.write_card", lambda *args, **kwargs: None)
     torch.manual_seed(1)
     load_student("cifar_resnet8", num_classes=10).save_pretrained("teacher")
     Path("recipe.yaml").write_text(yaml.safe_dump(RECIPE | changes))

@@ -19,7 +19,8 @@ from transformers import TrainingArguments
 import hfkd
 from hfkd.cli import COMMANDS, main
 from hfkd.losses import LOSSES
-from hfkd.recipe import ARGUMENT_CLASSES, to_argv
+from hfkd.recipe.parser import to_argv
+from hfkd.recipe.reading import ARGUMENT_CLASSES
 
 RECIPE = {
     "student_name_or_path": "cifar_resnet8",
@@ -46,7 +47,7 @@ def failing(monkeypatch, error):
     def distill(argv):
         raise error
 
-    monkeypatch.setattr("hfkd.run.distill", distill)
+    monkeypatch.setattr("hfkd.commands.train.distill", distill)
 
 
 def test_help_lists_the_commands(capsys):
@@ -143,7 +144,7 @@ def test_what_is_wrong_is_said_without_a_traceback(argv, message, capsys):
 
 
 def test_what_went_wrong_later_ends_with_1(monkeypatch, capsys):
-    monkeypatch.setattr("hfkd.run.distill", lambda argv: hfkd.Teacher(Plain(), "plain").model.train())
+    monkeypatch.setattr("hfkd.commands.train.distill", lambda argv: hfkd.Teacher(Plain(), "plain").model.train())
     with pytest.raises(SystemExit) as ending:
         main(["distill"])
     assert ending.value.code == 1 and "error: A teacher stays in eval mode" in capsys.readouterr().err
@@ -159,7 +160,7 @@ def test_errors_of_others_stay_as_they_are(error, monkeypatch, capsys):
 
 def test_a_mistake_in_hfkd_keeps_its_traceback(monkeypatch):
     """It happens in this package, but nobody has raised it."""
-    monkeypatch.setattr("hfkd.run.distill", lambda argv: to_argv({"seed": [1]}, parser=None))
+    monkeypatch.setattr("hfkd.commands.train.distill", lambda argv: to_argv({"seed": [1]}, parser=None))
     with pytest.raises(AttributeError):
         main(["distill"])
 
@@ -180,7 +181,7 @@ def test_the_token_leaves_the_command_line(monkeypatch):
     """Which W&B records and shows; the command itself gets it."""
     words = "distill r.yaml --hub_token secret --seed 1 --hub-token=secret --hub_token".split()
     seen = []
-    monkeypatch.setattr("hfkd.run.distill", lambda argv: seen.append((argv, list(sys.argv))))
+    monkeypatch.setattr("hfkd.commands.train.distill", lambda argv: seen.append((argv, list(sys.argv))))
     monkeypatch.setattr(sys, "argv", ["hfkd", *words])
     main()
     ((given, recorded),) = seen

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from ..losses.standardize import standardize
+from ..plots import new_sheet
 from .observations import Observations
-from .sheet import new_sheet
 from .tables import LeftOutError, Table, rows_where
 
 LOGITS, SCORES, CORRELATION = "mean logits", "mean Z-scores", "correlations"

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..curves import BLACK, BLUE, GREEN, VERMILION
+from ..plots import BLACK, BLUE, GREEN, VERMILION, new_sheet
 from .observations import Observations
-from .sheet import new_sheet
 from .tables import LeftOutError, Table
 
 COLOURS = (BLUE, VERMILION, GREEN, BLACK, "#CC79A7", "#E69F00", "#56B4E9")  # of Okabe and Ito

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from ..losses.standardize import standardize
+from ..plots import ROLE_STYLES, new_sheet, tidy
 from .observations import Observations
-from .sheet import STYLES, new_sheet, tidy
 from .tables import Table
 
 BINS = 100
@@ -39,7 +39,7 @@ def draw(table: Table):
     """Histograms of the images: logits above, Z-scores below, on the same scale."""
     figure = new_sheet(9, 6)
     panels = figure.subplots(2, 2, sharex="col")
-    roles = [role for role in STYLES if f"{role}_std" in table]
+    roles = [role for role in ROLE_STYLES if f"{role}_std" in table]
     for column, (quantity, description) in enumerate(QUANTITIES.items()):
         names = {stage: [f"{role}_{quantity}{stage}" for role in roles] for stage in STAGES}
         largest = max(table[name].max() for stage in STAGES for name in names[stage])
@@ -49,7 +49,7 @@ def draw(table: Table):
             for role, name in zip(roles, names[stage], strict=True):
                 share = 100 * np.histogram(table[name], edges)[0] / len(table[name])
                 label = f"{role}, mean {table[name].mean():.2f}"
-                axes.stairs(share, edges, label=label, linewidth=1.5, **STYLES[role])
+                axes.stairs(share, edges, label=label, linewidth=1.5, **ROLE_STYLES[role])
             axes.set_title(f"{subject}: {description}")
             axes.legend(frameon=False)
             tidy(axes)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..data import ImageSource
-from ..features import EMBEDDING
-from ..teacher import Teacher, TeacherEnsemble
+from ..networks.features import EMBEDDING
+from ..networks.teacher import Teacher, TeacherEnsemble
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..curves import BLUE, VERMILION
+from ..plots import BLUE, VERMILION, new_sheet, tidy
 from .observations import Observations
-from .sheet import new_sheet, tidy
 from .tables import Table, rows_where, stacked
 
 BINS = 15

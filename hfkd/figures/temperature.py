@@ -7,10 +7,10 @@ import math
 
 import numpy as np
 
-from ..curves import BLUE, GREEN, MARKED_ROWS
-from ..finished_runs import FinishedRun
-from ..published import published_runs
-from .sheet import new_sheet, tidy
+from ..hub.curves import MARKED_ROWS
+from ..plots import BLUE, GREEN, new_sheet, tidy
+from ..runs.finished import FinishedRun
+from ..runs.published import published_runs
 from .tables import LeftOutError, Table, rows_where
 
 METRIC = "ctkd_temperature"

@@ -5,9 +5,10 @@ from typing import Any
 
 from torch import nn
 
+from ..errors import did_you_mean
 from .at import ATLoss, at_loss
 from .base import DistillationLoss
-from .checks import checked_arguments, did_you_mean
+from .checks import checked_arguments
 from .crd import CRDLoss, crd_loss
 from .ctkd import CTKDLoss, ctkd_instance_loss
 from .dkd import DKDLoss, dkd_loss
@@ -91,9 +92,7 @@ def build_losses(
             name that cannot be a module's.
     """
     if not isinstance(losses, Mapping):
-        raise ValueError(
-            f"losses is {losses!r}: give a mapping of methods, such as {{'kd': {{'temperature': 4.0}}}}"
-        )
+        raise ValueError(f"losses is {losses!r}: give a mapping of methods, such as {{'kd': {{'temperature': 4.0}}}}")
     modules = nn.ModuleDict()
     for name, given in losses.items():
         loss = given if isinstance(given, DistillationLoss) else _build(name, given)

@@ -99,9 +99,7 @@ class DistillationLoss(nn.Module):
         """The run's precision, for learnt projectors: `forward` itself runs in float32."""
         return torch.autocast(device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
 
-    def forward(
-        self, student: Outputs, teacher: Outputs, batch: Mapping[str, Tensor]
-    ) -> Tensor | dict[str, Tensor]:
+    def forward(self, student: Outputs, teacher: Outputs, batch: Mapping[str, Tensor]) -> Tensor | dict[str, Tensor]:
         """The terms, not yet weighted: one 0-d tensor, or {term: 0-d tensor}.
 
         `batch` holds `labels` (B,), int64, or after mixup (B, C), shares of each class, and `progress`, 0-d: epochs

@@ -1,11 +1,14 @@
 """Checks of what a recipe gives to a loss: names, types and ranges, each failing with the way out."""
 
-import difflib
+from __future__ import annotations
+
 import inspect
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from numbers import Real
 from typing import Any, get_type_hints
+
+from ..errors import did_you_mean
 
 
 def positive(key: str, value: float) -> float:
@@ -40,13 +43,6 @@ def _is_finite_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def did_you_mean(name: str, valid: Collection[str]) -> str:
-    """The end of an error message: the nearest valid name, if one is near, and all of them."""
-    nearest = difflib.get_close_matches(str(name).lower(), valid, n=1)
-    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-    return f"{hint} Valid: {', '.join(valid)}"
-
-
 def checked_arguments(method: str, loss_class: type, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Every argument of loss_class's constructor: those given, numbers that YAML left as strings converted, or the
     defaults.
@@ -74,9 +70,7 @@ def _converted(key: str, value: Any, wanted: Any) -> Any:
     if wanted is float or wanted is int:
         number = _parsed_number(value)
         if number is None or (wanted is int and not number.is_integer()):
-            raise ValueError(
-                f"{key} is {value!r} ({type(value).__name__}): give a number ({wanted.__name__})"
-            )
+            raise ValueError(f"{key} is {value!r} ({type(value).__name__}): give a number ({wanted.__name__})")
         return wanted(number)
     if wanted in (bool, str) and not isinstance(value, wanted):
         example = "true or false" if wanted is bool else "a string"

@@ -91,9 +91,7 @@ def _log_probs(logits: Tensor, temperatures: tuple[float, ...]) -> Tensor:
 def _divergences(student: Tensor, teacher: Tensor, temperatures: tuple[float, ...]) -> list[Tensor]:
     """T^2 * KL(teacher || student), averaged over the batch, of log-probabilities (temperatures, B, C)."""
     divergences = F.kl_div(student, teacher, reduction="none", log_target=True).sum(2).mean(1)
-    return [
-        value * temperature**2 for value, temperature in zip(divergences.unbind(), temperatures, strict=True)
-    ]
+    return [value * temperature**2 for value, temperature in zip(divergences.unbind(), temperatures, strict=True)]
 
 
 def _correlations(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

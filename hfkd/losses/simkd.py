@@ -31,7 +31,7 @@ def simkd_loss(projected: Tensor, teacher_map: Tensor) -> Tensor:
 
 
 class SimKDLoss(DistillationLoss):
-    """`simkd_loss` as a method of a recipe. It changes the student: see `hfkd.models.simkd`. The projector's BatchNorm
+    """`simkd_loss` as a method of a recipe. It changes the student: see `hfkd.networks.simkd_student`. The projector's BatchNorm
     takes its statistics over the images of one process.
 
     Published alone, with `ce_weight` 0 and no loss that reads logits: the classifier is the teacher's and does not
@@ -60,9 +60,7 @@ class SimKDLoss(DistillationLoss):
     reads_logits = False
     student_layers = ["projector"]
 
-    def __init__(
-        self, factor: int = 2, student_layer: int = -1, teacher_layer: int | str = -1, weight: float = 1.0
-    ):
+    def __init__(self, factor: int = 2, student_layer: int = -1, teacher_layer: int | str = -1, weight: float = 1.0):
         super().__init__(weight)
         if type(student_layer) is not int:
             raise ValueError(f"student_layer is {student_layer!r}: give a stage index, such as -1")

@@ -4,7 +4,9 @@
 those of the published checkpoints, which `load_checkpoint` reads.
 """
 
-from . import mobilenetv2, pvt, resnet, resnet_wide_stem, shufflenetv1, shufflenetv2, simkd, t2t_vit, vgg, wrn
+import timm  # noqa: F401  (first: its import hook in hfkd/__init__.py imports hfkd.models.base, which needs timm whole)
+
+from . import mobilenetv2, pvt, resnet, resnet_wide_stem, shufflenetv1, shufflenetv2, t2t_vit, vgg, wrn
 from .checkpoints import load_checkpoint
 
 __all__ = [
@@ -15,7 +17,6 @@ __all__ = [
     "resnet_wide_stem",
     "shufflenetv1",
     "shufflenetv2",
-    "simkd",
     "t2t_vit",
     "vgg",
     "wrn",

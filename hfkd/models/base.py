@@ -43,9 +43,7 @@ class CifarModel(nn.Module):
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
 
-    def add_head(
-        self, stage_channels: Sequence[int], num_features: int, num_classes: int, global_pool: str
-    ) -> None:
+    def add_head(self, stage_channels: Sequence[int], num_features: int, num_classes: int, global_pool: str) -> None:
         """Create pooling and classifier and describe the stages.
 
         `stage_channels`: channels of each stage's map; `num_features`: channels of the map that is pooled.

@@ -71,9 +71,7 @@ def _read(path: Path) -> Any:
             raise ValueError(f"{path} is not a safetensors file: {error}") from error
     if path.suffix in TORCH_SUFFIXES:
         return _read_torch(path)
-    raise ValueError(
-        f"{path} is not a checkpoint: its name must end in .safetensors, {', '.join(TORCH_SUFFIXES)}"
-    )
+    raise ValueError(f"{path} is not a checkpoint: its name must end in .safetensors, {', '.join(TORCH_SUFFIXES)}")
 
 
 def _read_torch(path: Path) -> Any:
@@ -110,8 +108,7 @@ def _find_state_dict(content: Any, path: Path) -> dict[str, Tensor]:
     else:
         held = f"the keys [{_shorten([repr(key) for key in found])}]"
     raise ValueError(
-        f"{path} holds no state dict: expected names and tensors, alone or under 'model' or 'state_dict', "
-        f"got {held}"
+        f"{path} holds no state dict: expected names and tensors, alone or under 'model' or 'state_dict', got {held}"
     )
 
 
@@ -141,9 +138,7 @@ def _check_fit(model: nn.Module, given: dict[str, Tensor], expected: dict[str, T
     raise ValueError("\n".join([f"{path} does not fit {type(model).__name__}:", *lines, advice]))
 
 
-def _is_classifier(
-    model: nn.Module, names: list[str], given: dict[str, Tensor], expected: dict[str, Tensor]
-) -> bool:
+def _is_classifier(model: nn.Module, names: list[str], given: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
     """Whether linear layers differ in the number of classes and in nothing else."""
     if not all(isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear) for name in names):
         return False

@@ -52,9 +52,7 @@ class InvertedResidual(nn.Module):
 
 def _make_group(in_channels: int, channels: int, blocks: int, stride: int, expansion: int) -> nn.Sequential:
     first = InvertedResidual(in_channels, channels, stride, expansion)
-    return nn.Sequential(
-        first, *(InvertedResidual(channels, channels, 1, expansion) for _ in range(blocks - 1))
-    )
+    return nn.Sequential(first, *(InvertedResidual(channels, channels, 1, expansion) for _ in range(blocks - 1)))
 
 
 class CifarMobileNetV2(CifarModel):
@@ -82,9 +80,7 @@ class CifarMobileNetV2(CifarModel):
         super().__init__(in_chans, drop_rate)
         stem = int(32 * width)
         widths = [int(channels * width) for _, channels, _, _ in GROUPS]
-        self.conv1 = nn.Sequential(
-            nn.Conv2d(in_chans, stem, 3, 2, 1, bias=False), nn.BatchNorm2d(stem), nn.ReLU()
-        )
+        self.conv1 = nn.Sequential(nn.Conv2d(in_chans, stem, 3, 2, 1, bias=False), nn.BatchNorm2d(stem), nn.ReLU())
         self.blocks = nn.Sequential()
         in_channels = stem
         for channels, (expansion, _, blocks, stride) in zip(widths, GROUPS, strict=True):

@@ -22,7 +22,6 @@ from .tokens import IMAGENET_CFG, Block, TokenClassifier, to_map
 NORM_EPS = 1e-6  # of the blocks and the last norm; the norms of patches and of reduced maps have PyTorch's 1e-5
 
 
-
 class SpatialReductionAttention(nn.Module):
     """Attention whose keys and values are those of the map shrunk `sr_ratio` times.
 

@@ -17,9 +17,7 @@ from .base import CifarModel, build, cifar_cfg, init_kaiming
 def _make_shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
     if stride == 1 and in_channels == out_channels:
         return nn.Sequential()
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
-    )
+    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))
 
 
 class BasicBlock(nn.Module):
@@ -111,13 +109,9 @@ default_cfgs = generate_default_cfgs(
 
 @register_model
 def cifar_resnet18(pretrained: bool = False, **kwargs: Any) -> CifarWideStemResNet:
-    return build(
-        CifarWideStemResNet, "cifar_resnet18", pretrained, block=BasicBlock, blocks=(2, 2, 2, 2), **kwargs
-    )
+    return build(CifarWideStemResNet, "cifar_resnet18", pretrained, block=BasicBlock, blocks=(2, 2, 2, 2), **kwargs)
 
 
 @register_model
 def cifar_resnet50(pretrained: bool = False, **kwargs: Any) -> CifarWideStemResNet:
-    return build(
-        CifarWideStemResNet, "cifar_resnet50", pretrained, block=Bottleneck, blocks=(3, 4, 6, 3), **kwargs
-    )
+    return build(CifarWideStemResNet, "cifar_resnet50", pretrained, block=Bottleneck, blocks=(3, 4, 6, 3), **kwargs)

@@ -103,16 +103,11 @@ class CifarShuffleNetV2(CifarModel):
 
     @staticmethod
     def _make_layer(in_channels: int, channels: int, blocks: int) -> nn.Sequential:
-        return nn.Sequential(
-            DownBlock(in_channels, channels), *(BasicBlock(channels) for _ in range(blocks - 1))
-        )
+        return nn.Sequential(DownBlock(in_channels, channels), *(BasicBlock(channels) for _ in range(blocks - 1)))
 
 
 default_cfgs = generate_default_cfgs(
-    {
-        name: cifar_cfg(CifarShuffleNetV2.classifier_name)
-        for name in ("cifar_shufflenetv2", "cifar_shufflenetv2_150")
-    }
+    {name: cifar_cfg(CifarShuffleNetV2.classifier_name) for name in ("cifar_shufflenetv2", "cifar_shufflenetv2_150")}
 )
 
 
@@ -123,6 +118,4 @@ def cifar_shufflenetv2(pretrained: bool = False, **kwargs: Any) -> CifarShuffleN
 
 @register_model
 def cifar_shufflenetv2_150(pretrained: bool = False, **kwargs: Any) -> CifarShuffleNetV2:
-    return build(
-        CifarShuffleNetV2, "cifar_shufflenetv2_150", pretrained, widths=(176, 352, 704, 1024), **kwargs
-    )
+    return build(CifarShuffleNetV2, "cifar_shufflenetv2_150", pretrained, widths=(176, 352, 704, 1024), **kwargs)

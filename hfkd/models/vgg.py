@@ -57,10 +57,7 @@ class CifarVGG(CifarModel):
 
 
 default_cfgs = generate_default_cfgs(
-    {
-        f"cifar_vgg{depth}": cifar_cfg(CifarVGG.classifier_name, first_conv="block0.0")
-        for depth in (8, 11, 13, 16, 19)
-    }
+    {f"cifar_vgg{depth}": cifar_cfg(CifarVGG.classifier_name, first_conv="block0.0") for depth in (8, 11, 13, 16, 19)}
 )
 
 

@@ -82,10 +82,7 @@ class CifarWideResNet(CifarModel):
 
 
 default_cfgs = generate_default_cfgs(
-    {
-        f"cifar_wrn_{size}": cifar_cfg(CifarWideResNet.classifier_name)
-        for size in ("16_1", "16_2", "40_1", "40_2")
-    }
+    {f"cifar_wrn_{size}": cifar_cfg(CifarWideResNet.classifier_name) for size in ("16_1", "16_2", "40_1", "40_2")}
 )
 
 

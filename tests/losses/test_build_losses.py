@@ -21,9 +21,7 @@ def fails(losses, *words):
 
 
 def test_parameters_reach_the_constructor_and_order_is_kept():
-    losses = build_losses(
-        {"dkd": {"beta": 2, "weight": 0.5}, "kd": {}, "ctkd": None}, logit_standardization=False
-    )
+    losses = build_losses({"dkd": {"beta": 2, "weight": 0.5}, "kd": {}, "ctkd": None}, logit_standardization=False)
     assert list(losses) == ["dkd", "kd", "ctkd"]
     assert [type(loss) for loss in losses.values()] == [DKDLoss, KDLoss, CTKDLoss]
     assert (losses["dkd"].beta, losses["dkd"].alpha, losses["dkd"].weight) == (2.0, 1.0, 0.5)
@@ -60,9 +58,7 @@ def test_an_unknown_method_is_named_with_the_nearest_and_all():
 
 
 def test_an_unknown_parameter_is_named_with_the_nearest_and_all():
-    fails(
-        {"dkd": {"betta": 1.0}}, "losses.dkd", "'betta'", "Did you mean 'beta'?", "alpha, beta, temperature"
-    )
+    fails({"dkd": {"betta": 1.0}}, "losses.dkd", "'betta'", "Did you mean 'beta'?", "alpha, beta, temperature")
     fails({"kd": {"warmup_epochs": 3}}, "losses.kd", "'warmup_epochs'", "temperature, weight")
 
 
@@ -78,9 +74,7 @@ def test_a_switch_takes_true_or_false(value):
 
 @pytest.mark.parametrize(("written", "number"), [("5e-1", 0.5), ("1e3", 1000.0), (" 2 ", 2.0), (3, 3.0)])
 def test_numbers_that_yaml_reads_as_strings_are_numbers(written, number):
-    temperature = build_losses({"kd": {"temperature": written}}, logit_standardization=False)[
-        "kd"
-    ].temperature
+    temperature = build_losses({"kd": {"temperature": written}}, logit_standardization=False)["kd"].temperature
     assert temperature == number and isinstance(temperature, float)
 
 
@@ -101,9 +95,7 @@ RANGES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("method", "key", "value"), [(m, k, value) for m, k, values in RANGES for value in values]
-)
+@pytest.mark.parametrize(("method", "key", "value"), [(m, k, value) for m, k, values in RANGES for value in values])
 def test_a_value_out_of_range_is_refused(method, key, value):
     number = float(value)
     fails({method: {key: value}}, f"losses.{method}", key, repr(number), "give a finite number")

@@ -32,9 +32,7 @@ def test_beta_equal_to_the_teachers_doubt_gives_kd():
     student, teacher = torch.randn(2, 1, 9, dtype=torch.float64)
     labels = torch.tensor([4])
     doubt = 1 - (teacher / 3).softmax(1)[0, 4].item()
-    torch.testing.assert_close(
-        dkd_loss(student, teacher, labels, 1.0, doubt, 3.0), kd_loss(student, teacher, 3.0)
-    )
+    torch.testing.assert_close(dkd_loss(student, teacher, labels, 1.0, doubt, 3.0), kd_loss(student, teacher, 3.0))
 
 
 @pytest.mark.parametrize("shift", [-1e4, 1e4])

@@ -3,9 +3,9 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 
-from hfkd.features import Outputs
 from hfkd.losses import LocalityGuidanceLoss, build_losses, locality_guidance_loss
 from hfkd.losses.feature_maps import as_map
+from hfkd.networks.features import Outputs
 
 
 def random(*shape, seed=0):

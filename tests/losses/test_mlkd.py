@@ -86,9 +86,7 @@ def test_a_sharp_teacher_masks_no_sample():
     expected = sum(kd_loss(weak, teacher, t) for t in (4.0, 3.0, 5.0, 2.0, 6.0))
     expected += sum(kd_loss(weak, teacher, t) for t in (2.0, 6.0))
     torch.testing.assert_close(terms["kd"], expected)
-    s, t = [
-        (logits / torch.tensor([4.0, 3, 5, 2, 6]).reshape(-1, 1, 1)).softmax(2) for logits in (weak, teacher)
-    ]
+    s, t = [(logits / torch.tensor([4.0, 3, 5, 2, 6]).reshape(-1, 1, 1)).softmax(2) for logits in (weak, teacher)]
     by_sample = (t @ t.mT - s @ s.mT).square().sum() / 5
     by_class = (t.mT @ t - s.mT @ s).square().sum() / 10
     torch.testing.assert_close(terms["batch_correlation"], by_sample)

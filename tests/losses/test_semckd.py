@@ -6,9 +6,9 @@ from helpers import config, images, train_logs
 from torch.autograd import gradcheck
 
 from hfkd import DistillationTrainer, load_student
-from hfkd.features import Outputs
-from hfkd.loading import wrap_timm
 from hfkd.losses.semckd import SemCKDLoss, semckd_attention, semckd_loss, similarity_rows
+from hfkd.networks.features import Outputs
+from hfkd.networks.loading import wrap_timm
 
 TINY = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 2}
 
@@ -45,7 +45,7 @@ def ours(name):
     kind, digits = module.rstrip("0123456789_"), module.lstrip("abcdefghijklmnopqrstuvwxyz_")
     if kind == "regressor":
         return f"projectors.{digits[0]}.{digits[1]}.{rest.removeprefix('regressor.')}"
-    return None if rest.startswith("regressor") else f"{ {'query': 'queries', 'key': 'keys'}[kind]}.{digits}.{rest}"
+    return None if rest.startswith("regressor") else f"{ {'query': 'queries', 'key': 'keys'}[kind] }.{digits}.{rest}"
 
 
 def test_golden(feature_golden):

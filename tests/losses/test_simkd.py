@@ -3,10 +3,10 @@ import torch
 from torch import nn
 from torch.autograd import gradcheck
 
-from hfkd.features import Outputs
 from hfkd.losses.base import ReusedClassifier
 from hfkd.losses.simkd import SimKDLoss, simkd_loss
-from hfkd.models import simkd
+from hfkd.networks import simkd_student as simkd
+from hfkd.networks.features import Outputs
 
 
 def random(*shape, seed=0):

@@ -5,9 +5,9 @@ from helpers import config, images, train_logs
 from torch.autograd import gradcheck
 
 from hfkd import DistillationTrainer, load_student
-from hfkd.features import Outputs
 from hfkd.losses.sp import SPLoss, sp_loss
-from hfkd.teacher import Teacher
+from hfkd.networks.features import Outputs
+from hfkd.networks.teacher import Teacher
 
 TINY = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 2}
 

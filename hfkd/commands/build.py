@@ -1,0 +1,136 @@
+"""Objects that a recipe names: student, teachers, data sets."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from ..data import (
+    CenterCrop,
+    ImageDataset,
+    ImageSource,
+    ImageSplit,
+    LazyImageDataset,
+    NoAugmentation,
+    RandomResizedCrop,
+    StreamingImageDataset,
+    StreamSplit,
+    WeakAugmentation,
+    load_image_splits,
+    open_streams,
+)
+from ..networks.features import InputSpec
+from ..networks.loading import load_student, load_teacher
+from ..networks.teacher import Teacher
+from ..recipe.arguments import DataArguments, DistillationConfig, ModelArguments
+from ..teacher_cache.teacher import CachedTeacher
+
+
+def build_student(model_args: ModelArguments, data_args: DataArguments, class_names: list[str]) -> PreTrainedModel:
+    """The student that the arguments name; see `load_student`."""
+    return load_student(
+        model_args.student_name_or_path,
+        class_names,
+        image_size=data_args.image_size,
+        patch_size=model_args.patch_size,
+        drop_path_rate=model_args.drop_path_rate,
+        crop_pct=data_args.crop_pct,
+        interpolation=data_args.interpolation,
+    )
+
+
+def open_cache(model_args: ModelArguments) -> CachedTeacher:
+    """The cache that the arguments name, whose teacher is not loaded.
+
+    Raises:
+        ValueError: see `CachedTeacher`; also if they name another teacher, too.
+    """
+    teacher = CachedTeacher(model_args.teacher_cache)
+    names = model_args.teacher_name_or_path
+    if names:
+        teacher.check_given(names, model_args.teacher_checkpoint, model_args.teacher_class_indices)
+    return teacher
+
+
+def load_teachers(model_args: ModelArguments) -> list[Teacher]:
+    """The teachers that the arguments name; several are an ensemble.
+
+    Raises:
+        ValueError: see `load_teacher`; also for teacher_class_indices without one teacher to go with.
+    """
+    names = model_args.teacher_name_or_path or []
+    indices = model_args.teacher_class_indices
+    if indices is not None and len(names) != 1:
+        raise ValueError(f"teacher_class_indices goes with one teacher, and teacher_name_or_path names {len(names)}.")
+    checkpoints = model_args.teacher_checkpoint or [None] * len(names)
+    device_map = model_args.teacher_device_map
+    return [
+        load_teacher(name, checkpoint, indices, device_map) for name, checkpoint in zip(names, checkpoints, strict=True)
+    ]
+
+
+def load_splits(
+    data_args: DataArguments, class_names: list[str] | None = None
+) -> tuple[ImageSplit | StreamSplit | None, ImageSplit | StreamSplit]:
+    """The training and evaluation split that the arguments name, not decoded yet."""
+    load = open_streams if data_args.streaming else load_image_splits
+    return load(
+        data_args.dataset_name,
+        train_split=data_args.train_split,
+        eval_split=data_args.eval_split,
+        image_column=data_args.image_column,
+        label_column=data_args.label_column,
+        class_names=class_names,
+    )
+
+
+def image_sets(
+    splits: tuple[ImageSplit | StreamSplit, ImageSplit | StreamSplit],
+    spec: InputSpec,
+    data_args: DataArguments,
+    config: DistillationConfig,
+) -> tuple[ImageSource, ImageSource]:
+    """What is trained on and what is evaluated."""
+    seed = config.seed if config.data_seed is None else config.data_seed
+    return training_set(splits[0], spec, data_args, seed), evaluation_set(splits[1], spec, data_args)
+
+
+def training_set(split: ImageSplit | StreamSplit, spec: InputSpec, data_args: DataArguments, seed: int) -> ImageSource:
+    """A split as the arguments say, augmented, for a student that expects `spec`."""
+    if data_args.augmentation == "crop":
+        transform = WeakAugmentation(flip=data_args.random_flip)
+        return ImageDataset.from_split(
+            split, transform=transform, seed=seed, skip_bad_images=data_args.skip_bad_images, **vars(spec)
+        )
+    transform = RandomResizedCrop(
+        **vars(spec),
+        interpolation=data_args.interpolation,
+        flip=data_args.random_flip,
+        color_jitter=data_args.color_jitter,
+        auto_augment=data_args.auto_augment,
+        random_erasing=data_args.random_erasing,
+    )
+    return _on_demand(split, transform, data_args, seed)
+
+
+def evaluation_set(split: ImageSplit | StreamSplit, spec: InputSpec, data_args: DataArguments) -> ImageSource:
+    """A split as the arguments say, not augmented."""
+    if data_args.augmentation == "crop":
+        transform = NoAugmentation()
+        return ImageDataset.from_split(
+            split, transform=transform, skip_bad_images=data_args.skip_bad_images, **vars(spec)
+        )
+    transform = CenterCrop(**vars(spec), crop_pct=data_args.crop_pct, interpolation=data_args.interpolation)
+    return _on_demand(split, transform, data_args, seed=0)
+
+
+def _on_demand(split, transform, data_args, seed):
+    """Images that are decoded when their batch is asked for."""
+    if isinstance(split, StreamSplit):
+        return StreamingImageDataset(
+            split,
+            transform=transform,
+            seed=seed,
+            shuffle_buffer_size=data_args.shuffle_buffer_size,
+            skip_bad_images=data_args.skip_bad_images,
+        )
+    return LazyImageDataset(split, transform=transform, seed=seed, skip_bad_images=data_args.skip_bad_images)

@@ -1,0 +1,138 @@
+"""`hfkd cache-teacher`: a teacher's logits for every image and epoch, stored once for many students."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..losses import DistillationLoss, build_losses
+from ..networks.loading import as_teacher, input_spec
+from ..recipe.parser import ArgumentParser
+from ..recipe.reading import ARGUMENT_CLASSES, parse_recipe, recipe_name
+from ..teacher_cache.files import CacheFiles
+from ..teacher_cache.identity import given_teachers
+from ..teacher_cache.rows import RowFormat
+from ..teacher_cache.teacher import check_supported
+from ..teacher_cache.writing import (
+    write_cache,
+)
+from .build import build_student, image_sets, load_splits, load_teachers
+
+USAGE = "hfkd cache-teacher recipe.yaml [--epochs N] [--top_k K] [--key value ...]"
+
+
+@dataclass
+class CacheArguments:
+    """What to store of the teacher."""
+
+    _argument_group_name = "cache"  # in `--help`
+
+    epochs: int | None = field(
+        default=None,
+        metadata={
+            "help": "Epochs whose augmentation is stored; longer runs replay them. By default the recipe's "
+            "num_train_epochs."
+        },
+    )
+    top_k: int | None = field(
+        default=None,
+        metadata={"help": "Store only so many largest logits, and what the others come to; by default all."},
+    )
+    temperatures: list[float] | None = field(
+        default=None,
+        metadata={"help": "At which losses can read what top_k stores; by default those of the recipe's losses."},
+    )
+    cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder of the cache. By default runs/cache/ and the recipe's path below its recipes folder"},
+    )
+
+    def __post_init__(self):
+        if self.epochs is not None and self.epochs < 1:
+            raise ValueError(f"epochs must be 1 or more, got {self.epochs}.")
+        if self.temperatures is not None and self.top_k is None:
+            raise ValueError("temperatures go with top_k: all logits can be read at any temperature. Leave them out.")
+        for temperature in self.temperatures or ():
+            if not (temperature > 0 and math.isfinite(temperature)):
+                raise ValueError(f"temperatures must be above 0, got {temperature}.")
+
+
+def cache_teacher(argv: list[str] | None = None) -> Path:
+    """Stores what the teacher of a recipe says of its images: `recipe.yaml --epochs 30 [--top_k 16] [--key value ...]`.
+
+    Several processes (torchrun, `accelerate launch`) share the work. The same command goes on with a cache that was not
+    finished, and replaces what is damaged.
+
+    Returns:
+        The folder, for `teacher_cache`.
+
+    Raises:
+        ValueError: if the recipe has no teacher, or asks for what cannot be cached, or the folder holds another cache.
+        RuntimeError: if there is no room for it.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if not {"-h", "--help"}.isdisjoint(argv):
+        ArgumentParser((CacheArguments, *ARGUMENT_CLASSES), USAGE).parse_args(["--help"])
+    cache_args, rest = ArgumentParser((CacheArguments,), USAGE).parse_args_into_dataclasses(
+        argv[1:], return_remaining_strings=True, look_for_args_file=False
+    )
+    model_args, data_args, config, _ = parse_recipe([*argv[:1], *rest], command="hfkd cache-teacher")
+    if any(token.partition("=")[0] == "--output_dir" for token in rest):
+        raise ValueError("--output_dir is a run's: --cache_dir says where the cache goes.")
+    folder = Path(cache_args.cache_dir or Path("runs", "cache", recipe_name(argv[0])))
+    if not model_args.teacher_name_or_path:
+        raise ValueError(f"{argv[0]} names no teacher to cache: set teacher_name_or_path.")
+    if config.shard_teacher:
+        raise ValueError("Each process caches a part of the images with a teacher of its own: leave shard_teacher out.")
+    if data_args.streaming:
+        raise ValueError("A teacher cache knows images by their row, and a stream does not: set streaming: false.")
+    files = _write_from_arguments(folder, cache_args, model_args, data_args, config)
+    if files is not None:
+        size = sum(files.bytes_of(shard) for _, shard in files.shards()) / 2**20
+        print(f"{folder} holds {files.epochs} epochs of {files.num_rows:,} images ({size:,.1f} MiB).")
+    return folder
+
+
+def _write_from_arguments(folder, cache_args, model_args, data_args, config) -> CacheFiles | None:
+    """`write_cache` of what a recipe names."""
+    losses = build_losses(config.losses, config.logit_standardization)
+    check_supported(losses, config)
+    temperatures = temperatures_of(losses, cache_args)
+    splits = load_splits(data_args)
+    classes, views = len(splits[0].class_names), max([loss.views for loss in losses.values()], default=1)
+    if cache_args.top_k is not None and not 1 <= cache_args.top_k <= classes:
+        raise ValueError(f"top_k must be 1 ... {classes}, the number of classes, got {cache_args.top_k}.")
+    names, checkpoints = model_args.teacher_name_or_path, model_args.teacher_checkpoint
+    teacher = as_teacher(load_teachers(model_args), config.logit_standardization)
+    spec = input_spec(build_student(model_args, data_args, splits[0].class_names))  # whose images they are
+    return write_cache(
+        folder,
+        teacher,
+        *image_sets(splits, spec, data_args, config),
+        config,
+        RowFormat(classes, views, cache_args.top_k, temperatures),
+        epochs=cache_args.epochs or math.ceil(config.num_train_epochs),
+        given=given_teachers(names, checkpoints, model_args.teacher_class_indices),
+    )
+
+
+def temperatures_of(losses: Mapping[str, DistillationLoss], cache_args: CacheArguments) -> tuple[float, ...]:
+    """At which the largest logits are to be read; none where all are stored.
+
+    Raises:
+        ValueError: if neither the arguments nor the losses tell.
+    """
+    if cache_args.top_k is None:
+        return ()
+    temperatures = cache_args.temperatures or [loss.teacher_temperature for loss in losses.values()]
+    if not temperatures or None in temperatures:
+        names = [name for name, loss in losses.items() if loss.teacher_temperature is None]
+        reason = f"the loss '{names[0]}' needs all logits" if names else "the recipe has no loss that tells it"
+        raise ValueError(
+            f"top_k needs the temperature at which losses will read the logits, and {reason}: leave top_k out, or set "
+            "--temperatures for other losses."
+        )
+    return tuple(sorted(set(temperatures)))

@@ -1,0 +1,225 @@
+"""`hfkd search`: which temperature, weights and learning rate a pair of networks wants."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from filelock import FileLock
+from torch.utils.data import Subset
+from transformers import set_seed
+from transformers.utils import logging
+
+from ..errors import require
+from ..networks.loading import input_spec
+from ..recipe.arguments import DataArguments, DistillationConfig, ModelArguments
+from ..recipe.keys import recipe_differences
+from ..recipe.parser import ArgumentParser
+from ..recipe.reading import ARGUMENT_CLASSES, load_recipe, parse_recipe, recipe_name
+from ..runs.folder import write_whole
+from ..search.figure import save_search
+from ..search.results import SearchedTrial, answer, best_of, best_recipe, trials_csv, trials_markdown
+from ..search.space import Parameter, search_space
+from ..teacher_cache.files import read_facts
+from ..training.trainer import DistillationTrainer
+from .build import build_student, image_sets, load_splits, load_teachers, open_cache
+from .messages import hide_token
+
+SETTINGS_NAME, BEST_NAME = "search.yaml", "best.yaml"  # what was searched, and what was found
+USAGE = "hfkd search recipe.yaml [--n_trials N] [--held_out SHARE] [--key value ...]"
+# A trial is measured after every epoch, and leaves nothing but its numbers.
+OF_A_TRIAL = (
+    "--eval_strategy=epoch --save_strategy=no --load_best_model_at_end=false --push_to_hub=false "
+    "--resume_from_checkpoint=false"
+).split()
+
+
+@dataclass
+class SearchArguments:
+    """How to search."""
+
+    _argument_group_name = "search"  # in `--help`
+
+    n_trials: int = field(
+        default=20,
+        metadata={"help": "Trials in all, those of earlier calls and of other processes of the same search included."},
+    )
+    held_out: float = field(
+        default=0.1,
+        metadata={
+            "help": "Share of the training images on which trials are compared, and none of them trains; 0: they are "
+            "compared on the evaluation split, whose accuracy then says less of the values that are found."
+        },
+    )
+    search_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of the search. By default runs/search/ and the recipe's path below its recipes folder."
+        },
+    )
+
+    def __post_init__(self):
+        if self.n_trials < 1:
+            raise ValueError(f"n_trials must be 1 or more, got {self.n_trials}.")
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"held_out is a share, 0 or above and below 1, got {self.held_out}.")
+
+
+def search(argv: list[str] | None = None) -> list[SearchedTrial]:
+    """Trains the student of a recipe with many values of what its `search` section names: `recipe.yaml [--n_trials 20
+    --key value ...]`.
+
+    The same command goes on with a search that was interrupted, and shares its trials with others that run.
+
+    Returns:
+        The trials.
+
+    Raises:
+        ImportError: without Optuna or matplotlib.
+        ValueError: for a space that cannot be searched (see `search_space`), several processes a trial, a stream with
+            `held_out`, or a folder that holds another search.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    search_args, model_args, data_args, config, recipe = _parsed(argv)
+    for module in ("optuna", "matplotlib"):
+        require(module, "search")
+    written = load_recipe(argv[0])
+    space = search_space(written.get("search"), config)
+    _check(search_args, model_args, data_args, config, space)
+    folder = Path(search_args.search_dir or Path("runs", "search", recipe_name(argv[0])))
+    config.output_dir = str(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / "study.lock")  # several processes may share the search
+    with lock:
+        searched = {each.key: each.entry() for each in space}
+        _claim(folder, recipe | {"held_out": search_args.held_out, "search": searched})
+
+    losses = config.losses  # before trials change them
+    trainer = searching_trainer(model_args, data_args, config, search_args.held_out)
+    from ..search.study import run_trials  # Optuna takes a second to import
+
+    trials = run_trials(trainer, space, folder, lock, search_args.n_trials)
+    images = len(trainer.eval_dataset)
+    kind = "training images that were held out" if search_args.held_out else "evaluation images"
+    found = answer(trials, space, f"{images:,} {kind}", images)
+    given = {key: value for key, value in recipe.items() if written.get(key) != value}
+    with lock:
+        best = best_recipe(Path(argv[0]), folder, given, losses, best_of(trials))
+        write_whole(folder / BEST_NAME, _header(argv, found, folder) + yaml.safe_dump(best, sort_keys=False))
+        write_whole(folder / "trials.csv", trials_csv(trials, space))
+        write_whole(folder / "trials.md", f"{trials_markdown(trials, space)}\n\n{found}\n")
+        save_search(trials, space, folder / "search.png")
+    print(f"{found}\n{folder} holds every trial (trials.md, search.png) and the best as a recipe, {BEST_NAME}.")
+    return trials
+
+
+def _parsed(argv: list[str]) -> tuple[SearchArguments, ModelArguments, DataArguments, DistillationConfig, dict]:
+    """How to search, and what `parse_recipe` makes of the other arguments."""
+    if not {"-h", "--help"}.isdisjoint(argv):
+        ArgumentParser((SearchArguments, *ARGUMENT_CLASSES), USAGE).parse_args(["--help"])
+    search_args, rest = ArgumentParser((SearchArguments,), USAGE).parse_args_into_dataclasses(
+        argv[1:], return_remaining_strings=True, look_for_args_file=False
+    )
+    if any(word.partition("=")[0] in ("--output_dir", "--output-dir") for word in rest):
+        raise ValueError("output_dir is the folder of a run, and a search has many: give --search_dir.")
+    return search_args, *parse_recipe([*argv[:1], *rest, *OF_A_TRIAL], command="hfkd search")
+
+
+def _check(
+    search_args: SearchArguments,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    config: DistillationConfig,
+    space: list[Parameter],
+) -> None:
+    """Raises ValueError for what cannot go with a search, before anything is loaded."""
+    if config.world_size > 1:
+        raise ValueError(
+            f"A trial is trained by one process, and {config.world_size} were started: start `hfkd search` itself, as "
+            "often as there are GPUs (CUDA_VISIBLE_DEVICES=0 hfkd search ...); they share the trials."
+        )
+    if data_args.streaming and search_args.held_out:
+        raise ValueError("Of a stream no images can be held out: set streaming: false, or --held_out 0.")
+    if model_args.teacher_cache is None:
+        return
+    top_k = read_facts(Path(model_args.teacher_cache))["row"]["top_k"]
+    for parameter in space:
+        if top_k is not None and parameter.choices is None and parameter.key.endswith(".temperature"):
+            raise ValueError(
+                f"{parameter.key} is searched, and the teacher cache {model_args.teacher_cache} holds the largest "
+                f"{top_k} logits for some temperatures only: write a cache without --top_k, or give `choices`."
+            )
+
+
+def _claim(folder: Path, settings: dict[str, Any]) -> None:
+    """Makes sure that the trials in a folder are of these settings, or that there are none yet.
+
+    Raises:
+        ValueError: if they are of others, naming what differs.
+    """
+    different = recipe_differences(folder / SETTINGS_NAME, settings)
+    if different:
+        raise ValueError(
+            f"{folder} holds another search, whose trials do not compare with these:\n  " + "\n  ".join(different) + ""
+            "\nGive another --search_dir, or remove the folder."
+        )
+    write_whole(folder / SETTINGS_NAME, yaml.safe_dump(settings, sort_keys=False))
+
+
+def searching_trainer(
+    model_args: ModelArguments, data_args: DataArguments, config: DistillationConfig, held_out: float
+) -> DistillationTrainer:
+    """A trainer that makes a student, as a recipe says, for each of its trainings.
+
+    Args:
+        held_out: share of the training images, by chance, that is evaluated and not trained on; 0: the evaluation split
+            is evaluated.
+    """
+    logging.disable_progress_bar()  # of loading weights, again and again
+    splits = load_splits(data_args)
+    teacher = open_cache(model_args) if model_args.teacher_cache else load_teachers(model_args) or None
+
+    def make_student():
+        return build_student(model_args, data_args, splits[0].class_names)
+
+    set_seed(config.seed)
+    spec = input_spec(make_student())
+    if held_out:
+        # Of the whole split each, so that a row's number is that of a teacher cache.
+        train_set, eval_set = image_sets((splits[0], splits[0]), spec, data_args, config)
+        kept, chosen = _divided(train_set.num_rows, held_out, config.seed)
+        train_set, eval_set = Subset(train_set, kept), Subset(eval_set, chosen)
+    else:
+        train_set, eval_set = image_sets(splits, spec, data_args, config)
+    return DistillationTrainer(
+        None, teacher, config, train_dataset=train_set, eval_dataset=eval_set, model_init=make_student
+    )
+
+
+def _divided(rows: int, share: float, seed: int) -> tuple[list[int], list[int]]:
+    """The numbers of all rows but a share, and of that share, each ascending.
+
+    Raises:
+        ValueError: if one of them is empty.
+    """
+    count = round(share * rows)
+    if not 0 < count < rows:
+        raise ValueError(
+            f"held_out {share:g} of {rows:,} training images leaves none to {'hold out' if not count else 'train on'}."
+        )
+    drawn = torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).tolist()
+    return sorted(drawn[count:]), sorted(drawn[:count])
+
+
+def _header(argv: list[str], found: str, folder: Path) -> str:
+    """What stands above the best recipe: how it was found, and how to train it."""
+    words = ["hfkd", "search", *argv]
+    hide_token(words)
+    lines = [f"Found by `{shlex.join(words)}`:", *found.splitlines()]
+    lines += ["What made the trials short is not in this recipe.", f"  hfkd distill {folder / BEST_NAME}"]
+    return "".join(f"# {line}\n" for line in lines)

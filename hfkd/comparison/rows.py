@@ -1,0 +1,185 @@
+"""Runs side by side: which belong to one row of a table, and what the row says."""
+
+from __future__ import annotations
+
+import functools
+import json
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..recipe.keys import WITHOUT_EFFECT
+from ..runs.finished import FinishedRun
+from ..runs.published import PublishedRun, departures, processes, published_runs
+
+# Of runs that differ in nothing else, the mean is taken; where a run writes is among WITHOUT_EFFECT.
+OF_ONE_RUN = WITHOUT_EFFECT | {"seed", "data_seed"}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The mean of several runs, and their standard deviation (n - 1 in the denominator); of one run it has none."""
+
+    mean: float
+    deviation: float | None
+
+    def text(self, digits: int = 2) -> str:
+        """`71.53 ± 0.21`, or the value of one run alone."""
+        deviation = "" if self.deviation is None else f" ± {self.deviation:.{digits}f}"
+        return f"{self.mean:,.{digits}f}{deviation}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """Whole runs of one recipe with several seeds, or a single run.
+
+    Attributes:
+        label: the recipe's name, with what tells it from other rows of that name.
+    """
+
+    label: str
+    runs: tuple[FinishedRun, ...]
+
+    @property
+    def first(self) -> FinishedRun:
+        """That by which the row is described, where the runs are alike."""
+        return self.runs[0]
+
+    @property
+    def published(self) -> PublishedRun | None:
+        """What was published of the recipe, at whatever schedule the runs are."""
+        return published_runs().get(self.first.results["recipe"])
+
+    @property
+    def published_top1(self) -> float | None:
+        """The paper's number; of a recipe that is none of hfkd's, the one that it names."""
+        return self.first.results["published_top1"] if self.published is None else self.published.top1
+
+    @property
+    def difference(self) -> float | None:
+        """Best top-1 less the published one; None where the runs are not what was published."""
+        top1 = self.value("best", "top1")
+        return None if top1 is None or self.published_top1 is None or self.note else top1.mean - self.published_top1
+
+    @functools.cached_property
+    def note(self) -> str:
+        """Why the row is not to be compared with the published value, or with whole runs; empty where it is."""
+        run = self.first
+        notes = [] if run.is_whole else [_stopped(run)]
+        if run.results["dataset"] is None:
+            notes.append("data set not recorded")
+        if self.published is not None:
+            notes += departures(run.recipe, run.results, self.published)
+        elif self.published_top1 is not None:
+            notes.append("published schedule not known")
+        return "; ".join(notes)
+
+    def value(self, when: str, name: str) -> Spread | None:
+        """A measure of the `best` or the `last` epoch; None where a run lacks it."""
+        return spread([run.results[when].get(name) for run in self.runs])
+
+    @property
+    def teacher_top1(self) -> Spread | None:
+        """Of the teacher on the same images, as the student's last epoch saw it."""
+        return spread([run.results["epochs"][-1].get("eval_teacher_top1") for run in self.runs])
+
+    @property
+    def images_per_second(self) -> Spread | None:
+        """Trained, without the evaluations."""
+        return spread([run.results.get("images_per_second") for run in self.runs])
+
+
+def spread(values: Sequence[float | None]) -> Spread | None:
+    """Mean and standard deviation; None where a value is missing."""
+    if None in values:
+        return None
+    return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+
+
+def compared(runs: Sequence[FinishedRun]) -> list[Row]:
+    """A row for each recipe, in the order of the runs; one that is not whole, or comes from code, has its own.
+
+    Raises:
+        ValueError: if the runs were evaluated on different images.
+    """
+    check_same_images(runs)
+    groups: dict[Any, list[FinishedRun]] = {}
+    for run in runs:
+        alone = not run.is_whole or not run.recipe
+        groups.setdefault(run.folder if alone else _identity(run), []).append(run)
+    return [Row(label, tuple(group)) for label, group in zip(_labels(groups.values()), groups.values(), strict=True)]
+
+
+def check_same_images(runs: Sequence[FinishedRun]) -> None:
+    """Raises ValueError if runs whose data set is recorded were evaluated on different ones."""
+    groups: dict[str, list[FinishedRun]] = {}
+    for run in runs:
+        if run.results["dataset"] is not None:
+            groups.setdefault(evaluated_on(run), []).append(run)
+    if len(groups) > 1:
+        lines = [
+            f"{images}: {', '.join(str(run.folder) for run in group[:4])}"
+            + (f" and {len(group) - 4} more" if len(group) > 4 else "")
+            for images, group in groups.items()
+        ]
+        raise ValueError(
+            "These runs were evaluated on different images, so that their accuracies cannot be compared:\n  "
+            + "\n  ".join(lines)
+            + "\nName those of one data set."
+        )
+
+
+def evaluated_on(run: FinishedRun) -> str:
+    """`cifar100, split test, 100 classes`."""
+    dataset = run.results["dataset"]
+    return f"{dataset['name']}, split {dataset['eval_split']}, {dataset['classes']} classes"
+
+
+def _identity(run: FinishedRun) -> str:
+    settings = {key: value for key, value in run.recipe.items() if key not in OF_ONE_RUN}
+    return json.dumps([run.name, run.results["role"], processes(run.results), settings], sort_keys=True)
+
+
+def _labels(groups: Sequence[list[FinishedRun]]) -> list[str]:
+    """A name for each group: the recipe's, behind which stands what tells it from others of that name."""
+    firsts = [group[0] for group in groups]
+    labels = []
+    for run in firsts:
+        namesakes = [_settings(other) for other in firsts if other.name == run.name and other.recipe]
+        own = _settings(run)
+        keys = [key for key in sorted(set().union(*namesakes)) if len({str(each.get(key)) for each in namesakes}) > 1]
+        words = [f"{key} {_written(own.get(key))}" for key in keys] if run.recipe else []
+        words += [] if run.is_whole else [_stopped(run)]
+        labels.append(f"{run.name} ({', '.join(words)})" if words else run.name)
+    seen = Counter(labels)
+    return [
+        label if seen[label] == 1 else f"{label} in {run.folder}" for label, run in zip(labels, firsts, strict=True)
+    ]
+
+
+def _stopped(run: FinishedRun) -> str:
+    return f"stopped at step {run.steps} of {run.results['planned_steps']}"
+
+
+def _settings(run: FinishedRun) -> dict[str, Any]:
+    """The recipe with a key for each parameter of a loss, and the number of processes."""
+    settings = {key: value for key, value in run.recipe.items() if key not in OF_ONE_RUN}
+    losses = settings.pop("losses", None) or {}
+    for method, parameters in losses.items():
+        settings[f"losses.{method}"] = True
+        settings |= {f"losses.{method}.{name}": value for name, value in (parameters or {}).items()}
+    return settings | {"processes": processes(run.results)}
+
+
+def _written(value: Any) -> str:
+    if value is None:
+        return "default"
+    return (
+        " ".join(map(_written, value)) if isinstance(value, list) else f"{value:g}" if _is_number(value) else str(value)
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,0 +1,195 @@
+"""A model as one file: ONNX or torch.export, with how images are prepared inside, checked before it is left there."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from ..errors import require
+from ..names import architecture_of
+from ..networks.features import logits_of
+
+INPUT, OUTPUT = "pixel_values", "logits"
+METADATA = "preprocessing"  # the key, in an ONNX file
+PREPROCESSING_NAME = "preprocessing.json"  # beside a file, and in a torch.export archive
+TOLERANCE = 1e-4
+LARGEST_ONNX = 2**31  # bytes: that of one protobuf message
+
+
+class FileModel(nn.Module):
+    """What a file holds, as a model: images (B, 3, H, W) -> logits (B, C)."""
+
+    def __init__(self, run: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.run = run
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.run(pixel_values)
+
+
+@dataclass(frozen=True)
+class FileFormat:
+    """What `--format` chooses.
+
+    Attributes:
+        libraries: what it needs of the extra `export`.
+        write: an exported program and what to say of preprocessing, into a path.
+        read: the model that a path holds.
+    """
+
+    file_name: str
+    runtime: str
+    libraries: tuple[str, ...]
+    write: Callable[[ExportedProgram, Path, str], None]
+    read: Callable[[Path], FileModel]
+
+    def check_installed(self) -> None:
+        """Raises ImportError without the libraries, with the command that installs them."""
+        for library in self.libraries:
+            require(library, "export")
+
+
+def write_model(
+    model: nn.Module, image_size: int, file_format: FileFormat, path: Path, preprocessing: str
+) -> FileModel:
+    """Writes a model as one file that takes batches of any size, whole or not at all.
+
+    Args:
+        model: in evaluation mode, whatever library it comes from.
+        image_size: side of its square images, in pixels.
+        preprocessing: text that goes into the file.
+
+    Returns:
+        What the file holds.
+
+    Raises:
+        ImportError: without the format's libraries, with the command that installs them.
+        ValueError: if the format cannot express the model, or what it expresses gives other logits.
+        RuntimeError: if the file cannot be written.
+    """
+    file_format.check_installed()
+    program = _captured(model, image_size)
+    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file_format.write(program, partial, preprocessing)
+        _check_logits(file_format.read(partial), model, image_size)
+        os.replace(partial, path)
+    except OSError as error:
+        raise RuntimeError(f"{path} could not be written ({error}). What was there before is as it was.") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return file_format.read(path)
+
+
+class _Logits(nn.Module):
+    """Images to logits, whatever the model returns: what evaluation reads, under the names that the file gives."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return logits_of(self.model, pixel_values)
+
+
+@torch.no_grad()
+def _captured(model: nn.Module, image_size: int) -> ExportedProgram:
+    """The model's operators, for batches of any size, without the paths of this machine's source files."""
+    images = torch.zeros(2, 3, image_size, image_size)
+    logits = _Logits(model).eval()
+    logits(images)  # what is wrong with the model itself is no matter of exporting
+    try:
+        program = torch.export.export(logits, (images,), dynamic_shapes={INPUT: {0: Dim("batch")}})
+    except Exception as error:  # of many kinds: tracing runs the model's own code
+        raise ValueError(
+            f"torch.export cannot follow the forward of {architecture_of(model)}, which both formats need: "
+            f"{_first_line(error)}{_line_of_code(error)} A branch on the values of a tensor can be written with "
+            "torch.where or torch.cond; a batch of one fixed size, or a detour over numpy, is to be taken out."
+        ) from error
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes:
+            node.meta.pop("stack_trace", None)
+    return program
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _line_of_code(error: Exception) -> str:
+    """Where torch.export says that it stopped."""
+    places = re.findall(r'File "(.*)", line (\d+), in \w+\n +(.+)', str(error))
+    return " In {}, line {}: `{}`.".format(*places[-1]) if places else ""
+
+
+@torch.inference_mode()
+def _check_logits(file_model: FileModel, model: nn.Module, image_size: int) -> None:
+    """Compares a file with its model, on batches of other sizes than the one that was traced.
+
+    Raises:
+        ValueError: if their logits differ.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for batch_size in (1, 3):
+        images = torch.randn(batch_size, 3, image_size, image_size, generator=generator)
+        expected, given = logits_of(model, images), file_model(images)
+        if not torch.allclose(given, expected, rtol=TOLERANCE, atol=TOLERANCE):
+            raise ValueError(
+                f"What was exported of {architecture_of(model)} gives other logits than the model, by up to "
+                f"{(given - expected).abs().max():.2g} in a batch of {batch_size}: expected at most {TOLERANCE:g}. "
+                "No file was left. Try the other --format."
+            )
+
+
+def _write_onnx(program: ExportedProgram, path: Path, preprocessing: str) -> None:
+    size = sum(value.numel() * value.element_size() for value in program.state_dict.values())
+    if size >= LARGEST_ONNX:
+        raise ValueError(
+            f"The weights take {size / 1e9:.1f} GB, and one ONNX file holds less than 2 GiB: give --format torch."
+        )
+    try:
+        converted = torch.onnx.export(program, input_names=[INPUT], output_names=[OUTPUT], verbose=False)
+    except torch.onnx.errors.OnnxExporterError as error:
+        found = re.search(r"op='([\w.]+)'|target=torch\.ops\.([\w.]+)", str(error))
+        operator = f"the operator {found[1] or found[2]}" if found else f"this model ({_first_line(error)})"
+        raise ValueError(
+            f"ONNX cannot express {operator}. Write that part of the model with other operators of torch, or give "
+            "--format torch."
+        ) from error
+    converted.rename_axes({converted.model.graph.inputs[0].shape[0]: "batch"})
+    converted.model.metadata_props[METADATA] = preprocessing
+    converted.save(path, external_data=False)
+
+
+def _read_onnx(path: Path) -> FileModel:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Else its threads go on spinning for a while, and take the processor from what runs next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return FileModel(lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0]))
+
+
+def _write_torch(program: ExportedProgram, path: Path, preprocessing: str) -> None:
+    torch.export.save(program, path, extra_files={PREPROCESSING_NAME: preprocessing})
+
+
+def _read_torch(path: Path) -> FileModel:
+    module = torch.export.load(path).module()
+    return FileModel(lambda images: module(images))  # as a submodule it would refuse eval()
+
+
+FORMATS = {
+    "onnx": FileFormat("model.onnx", "ONNX Runtime", ("onnx", "onnxscript", "onnxruntime"), _write_onnx, _read_onnx),
+    "torch": FileFormat("model.pt2", "torch.export", (), _write_torch, _read_torch),
+}

@@ -1,0 +1,136 @@
+"""The model card of an export: README.md with the Hub's metadata, and the figure of the training curves."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers.utils import logging
+
+from ..names import hub_id, is_local
+from . import card_text
+from .curves import save_curves
+
+logger = logging.get_logger(__name__)
+
+CARD_NAME = "README.md"
+FIGURE_NAME = "training_curves.png"
+
+
+def write_card(
+    folder: str | Path,
+    repo_id: str | None = None,
+    *,
+    language: str | list[str] | None = None,
+    license: str | None = None,
+    tags: str | list[str] | None = None,
+    model_name: str | None = None,
+    dataset: str | None = None,
+    finetuned_from: str | None = None,
+) -> None:
+    """Writes README.md and training_curves.png into an export, from its results.json, recipe.yaml and config.json.
+
+    The figure needs matplotlib: without it a warning says so, and the card has none.
+
+    Args:
+        folder: the export; of the three files only results.json must be there.
+        repo_id: the repository on the Hub that the card's code loads; None: the reader's copy of the folder.
+        language, license: as the Hub's metadata has them.
+        tags: beside those of the run.
+        model_name: the title; by default the repository's name, else the student's.
+        dataset: Hub id or name of the data set, in place of the run's.
+        finetuned_from: Hub id of a model that the student comes from, beside those that the run names.
+
+    Raises:
+        FileNotFoundError: without results.json.
+    """
+    folder = Path(folder)
+    results = {"epochs": []} | json.loads((folder / "results.json").read_text())
+    if dataset is not None:
+        name = Path(dataset).name if is_local(dataset) else dataset
+        results["dataset"] = {**(results["dataset"] or {}), "name": name, "hub_id": hub_id(dataset)}
+    config, recipe = (_text_of(folder / name) for name in ("config.json", "recipe.yaml"))
+    config = config and json.loads(config)
+    title = card_text.one_line(model_name or (repo_id or results["student"]).split("/")[-1])
+    metadata = ModelCardData(
+        language=language,
+        license=license,
+        pipeline_tag="image-classification",
+        **_library_and_tags(results, config, [tags] if isinstance(tags, str) else tags or []),
+        **_origin(results, finetuned_from),
+        **_measured(results, title),
+    )
+    sections = [
+        card_text.heading(title),
+        card_text.summary(results),
+        card_text.results_section(results, _draw(results, folder / FIGURE_NAME)),
+        card_text.usage_section(config, repo_id),
+        card_text.method_section(results),
+        card_text.training_section(results, recipe),
+    ]
+    body = "\n\n".join(section for section in sections if section)
+    ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}\n").save(folder / CARD_NAME)
+
+
+def _text_of(path: Path) -> str | None:
+    return path.read_text() if path.is_file() else None
+
+
+def _draw(results: dict[str, Any], path: Path) -> str | None:
+    """The figure's name, or None: one evaluation is no curve, and the figure of an earlier export is not this one's."""
+    path.unlink(missing_ok=True)
+    if len(results["epochs"]) < 2:
+        return None
+    if importlib.util.find_spec("matplotlib") is None:
+        logger.warning_once('The model card has no curves, which need matplotlib: pip install "hfkd[figures]".')
+        return None
+    save_curves(results, path)
+    return path.name
+
+
+def _library_and_tags(results: dict[str, Any], config: dict[str, Any] | None, tags: list[str]) -> dict[str, Any]:
+    """The Hub offers code that loads the model for its library and for every library among its tags. That of timm and
+    of transformers lacks `import hfkd`, so that an architecture of hfkd names neither."""
+    library = card_text.library_of(config)
+    own = ["hfkd", "image-classification"]
+    own += ["knowledge-distillation", *results["losses"]] if results["losses"] else []
+    own += ["logit-standardization"] if results["logit_standardization"] else []
+    own += ["timm", "transformers"] if library == "timm" else []
+    return {"library_name": library, "tags": own + tags}
+
+
+def _origin(results: dict[str, Any], finetuned_from: str | None) -> dict[str, Any]:
+    """The models and the data set on the Hub that the student comes from."""
+    models = [*results["base_models"], *([finetuned_from] if finetuned_from and hub_id(finetuned_from) else [])]
+    data = results["dataset"]
+    return {
+        "datasets": [data["hub_id"]] if data and data["hub_id"] else None,
+        "base_model": list(dict.fromkeys(models)) or None,
+        # The Hub knows no teachers, and without this takes several models for a merge.
+        "base_model_relation": "finetune" if models else None,
+    }
+
+
+def _measured(results: dict[str, Any], title: str) -> dict[str, Any]:
+    """Accuracy of the exported weights; nothing where it is not known, or of which data set."""
+    data, exported = results["dataset"], results.get(results["exported"])
+    if not data or not exported:
+        return {}
+    name = card_text.one_line(data["name"])
+    entries = [
+        EvalResult(
+            task_type="image-classification",
+            task_name="Image Classification",
+            dataset_type=data["hub_id"] or name,
+            dataset_name=name,
+            dataset_split=data.get("eval_split"),
+            metric_type="accuracy",
+            metric_name=metric,
+            metric_value=round(exported[key], 2),
+        )
+        for key, metric in {"top1": "Top-1 accuracy (%)", "top5": "Top-5 accuracy (%)"}.items()
+    ]
+    return {"eval_results": entries, "model_name": title, "metrics": ["accuracy"]}

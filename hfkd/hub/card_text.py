@@ -1,0 +1,272 @@
+"""What a model card says, section by section, in Markdown."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import re
+from typing import Any
+
+import timm
+import yaml
+
+from ..losses import LOSSES
+from ..losses.standardize import CITATION
+from ..recipe.arguments import DistillationConfig
+
+ITS_FOLDER = "path/to/this/folder"  # what the code of a card loads where there is no repository
+
+PIPELINE_CODE = """
+from transformers import pipeline
+
+classify = pipeline("image-classification", model="{model}")
+print(classify("image.jpg"))
+"""
+
+TRANSFORMERS_CODE = """
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+processor = AutoImageProcessor.from_pretrained("{model}")
+model = AutoModelForImageClassification.from_pretrained("{model}")
+inputs = processor(Image.open("image.jpg").convert("RGB"), return_tensors="pt")
+with torch.no_grad():
+    logits = model(**inputs).logits
+print(model.config.id2label[logits.argmax(dim=1).item()])
+"""
+
+TIMM_CODE = """
+import timm
+import torch
+from PIL import Image
+
+model = timm.create_model("{model}", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+with torch.no_grad():
+    logits = model(transform(Image.open("image.jpg").convert("RGB"))[None])
+print(model.pretrained_cfg["label_names"][logits.argmax(dim=1).item()])
+"""
+
+
+# ---- Sections ------------------------------------------------------------------------------------------------------
+
+
+def summary(results: dict[str, Any]) -> str:
+    """What the model is: who was taught what by whom."""
+    own, theirs = results["parameters"], results["teacher_parameters"]
+    student = f"This image classifier, {code(results['student'])} with {own:,} parameters, was"
+    on = f" on {_dataset(results['dataset'])}" if results["dataset"] else ""
+    if not results["losses"]:
+        purpose = " to teach smaller ones" if results["role"] == "teacher" else ""
+        return f"{student} trained with hfkd from the labels alone{on}{purpose}."
+    teacher = ("the ensemble " if " + " in results["teacher"] else "") + code(results["teacher"])
+    methods = [code(name) for name in results["losses"]] + ["Z-score"] * results["logit_standardization"]
+    share = f"{100 * own / theirs:.3g} % of" if own < theirs else f"{own / theirs:.3g} times"
+    return (
+        f"{student} taught with hfkd by {teacher} with {theirs:,} parameters{on}. The method is "
+        f"{' + '.join(methods)}; the student has {share} its teacher's parameters."
+    )
+
+
+def _dataset(data: dict[str, Any]) -> str:
+    name = code(data["name"])
+    name = f"[{name}](https://huggingface.co/datasets/{data['hub_id']})" if data["hub_id"] else name
+    counts = {"classes": data.get("classes"), "training images": data.get("train_images")}
+    known = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
+    return f"{name} ({known})" if known else name
+
+
+def results_section(results: dict[str, Any], figure: str | None) -> str | None:
+    """The table of what was measured, and the curves; None for a run without an evaluation."""
+    if "last" not in results:
+        return None
+    data, images = results["dataset"], "the evaluation images"
+    if data:
+        split = data.get("eval_split")
+        images = f"{f'the split {code(split)}' if split else images} of {code(data['name'])}"
+    header = ["", "epoch", "top-1", "top-5", "agreement with the teacher", "top-1 against the published"]
+    parts = [
+        "## Results",
+        f"In percent of {images}; the best epoch is the one with the highest top-1 there.",
+        table(header, _measured(results)),
+    ]
+    parts += [f"![Accuracy and loss terms over the epochs]({figure})"] if figure else []
+    return "\n\n".join(parts)
+
+
+def _measured(results: dict[str, Any]) -> list[list[str]]:
+    """Rows of the table; of what is compared with, only the top-1 is known."""
+    best, last, published = results["best"], results["last"], results["published_top1"]
+    epochs = {"best epoch": best, "last epoch": last} if best["step"] != last["step"] else {"best, last epoch": last}
+    rows = [
+        [
+            f"**{name}**, these weights" if results["exported"] in name else name,
+            f"{row['epoch']:g}",
+            *(f"{row[key]:.2f}" if key in row else "" for key in ("top1", "top5", "agreement")),
+            "" if published is None else f"{row['top1'] - published:+.2f}",
+        ]
+        for name, row in epochs.items()
+    ]
+    teacher = [row["eval_teacher_top1"] for row in results["epochs"] if "eval_teacher_top1" in row]
+    others = {"published": published, "teacher": teacher[-1] if teacher else None}
+    return rows + [[name, "", f"{top1:.2f}", "", "", ""] for name, top1 in others.items() if top1 is not None]
+
+
+def usage_section(config: dict[str, Any] | None, repo_id: str | None) -> str:
+    """Code that loads the model and classifies an image, for every library that can."""
+    if config is None:
+        return "## Use\n\n`model.safetensors` holds the state dict of a module that is not part of this repository."
+    registering, parts = "", ["## Use"]
+    if library_of(config) == "hfkd":
+        registering = f"import hfkd  # registers {config['architecture']} with timm\n"
+        parts.append("`pip install hfkd` first: its import makes the architecture known to both libraries.")
+    parts.append("With transformers:")
+    parts += [
+        fenced("python", registering + template.strip().format(model=repo_id or ITS_FOLDER))
+        for template in (PIPELINE_CODE, TRANSFORMERS_CODE)
+    ]
+    if config["model_type"] == "timm_wrapper":
+        name = f"hf-hub:{repo_id}" if repo_id else f"local-dir:{ITS_FOLDER}"
+        parts += ["With timm:", fenced("python", registering + TIMM_CODE.strip().format(model=name))]
+    return "\n\n".join(parts)
+
+
+def library_of(config: dict[str, Any] | None) -> str | None:
+    """What loads a model with this config.json: transformers, timm (or transformers around it), or hfkd, whose import
+    registers the architecture; None for a module of somebody's own, which has none."""
+    if config is None:
+        return None
+    if config["model_type"] != "timm_wrapper":
+        return "transformers"
+    name = config["architecture"]
+    return "hfkd" if timm.is_model(name) and timm.model_entrypoint(name).__module__.startswith("hfkd.") else "timm"
+
+
+def method_section(results: dict[str, Any]) -> str:
+    """The losses with every setting, and what to cite."""
+    if not results["losses"]:
+        return "## Method\n\nCross-entropy with the labels; no teacher."
+    rows = [["cross-entropy with the labels", f"{results['ce_weight']:g}", ""]]
+    for name, settings in results["losses"].items():
+        others = [code(f"{key}: {json.dumps(value)}") for key, value in settings.items() if key != "weight"]
+        rows.append([code(name), f"{settings['weight']:g}", ", ".join(others)])
+    parts = ["## Method", table(["loss", "weight", "settings"], rows)]
+    if "teacher_cache" in results:
+        parts.append(_cache(results["teacher_cache"]))
+    citations = [LOSSES[name].citation for name in results["losses"] if name in LOSSES]
+    if results["logit_standardization"]:
+        parts.append("Z-score: the logits of student and teacher are standardized before they are compared.")
+        citations.append(CITATION)
+    if citations:
+        parts.append(fenced("bibtex", "\n\n".join(map(inspect.cleandoc, citations))))
+    return "\n\n".join(parts)
+
+
+def _cache(cache: dict[str, Any]) -> str:
+    epochs, top_k = cache["epochs"], cache["top_k"]
+    stored = "in float16" if top_k is None else f"the largest {top_k} of an image and what the others come to"
+    number = "one epoch" if epochs == 1 else f"{epochs:,} epochs"
+    return f"The teacher's logits were read from a cache of {number} ({stored}), which longer training repeats."
+
+
+def training_section(results: dict[str, Any], recipe: str | None) -> str:
+    """The settings, how to run it again, and on what it ran."""
+    rows = [] if recipe is None else _settings(yaml.safe_load(recipe))
+    rows.append(["devices", results["devices"]])
+    if "seconds" in results:
+        rows.append(["time, with evaluations", _duration(results["seconds"])])
+    if results.get("images_per_second"):
+        rows.append(["training images/s", f"{results['images_per_second']:,.0f}"])
+    rows.append(["versions", ", ".join(f"{name} {version}" for name, version in results["versions"].items())])
+    if results["git_commit"]:
+        rows.append(["commit of hfkd", code(results["git_commit"])])
+    section = f"## Training\n\n{table(['setting', 'value'], rows)}"
+    return section if recipe is None else f"{section}\n\n{_recipe(results, recipe)}"
+
+
+def _settings(recipe: dict[str, Any]) -> list[list[str]]:
+    """Rows of the table: what a reader asks first, with the defaults where the recipe is silent."""
+    values = {field.name: field.default for field in dataclasses.fields(DistillationConfig)} | recipe
+    optimizer = [code(values["optim"]), *([code(values["optim_args"])] if values["optim_args"] else [])]
+    schedule = [f"{values['learning_rate']:g}"]
+    if values["lr_milestones"]:
+        milestones = ", ".join(f"{epoch:g}" for epoch in values["lr_milestones"])
+        schedule.append(f"times {values['lr_gamma']:g} after epoch {milestones}")
+    else:
+        warmup = values["warmup_steps"]
+        schedule.append(f"schedule {code(values['lr_scheduler_type'])}")
+        if warmup:
+            schedule.append(f"warm-up {f'{warmup:g}' if warmup >= 1 else f'{100 * warmup:.3g} % of the'} steps")
+    batch = f"{values['per_device_train_batch_size']} images a device"
+    accumulated = values["gradient_accumulation_steps"]
+    steps = values["max_steps"]
+    return [
+        ["optimizer", ", ".join([*optimizer, f"weight decay {values['weight_decay']:g}"])],
+        ["learning rate", ", ".join(schedule)],
+        ["steps", f"{steps:,}"] if steps > 0 else ["epochs", f"{values['num_train_epochs']:g}"],
+        ["batch size", batch + (f", {accumulated} batches a step" if accumulated > 1 else "")],
+        ["precision", "bf16" if values["bf16"] else "fp16" if values["fp16"] else "float32"],
+        ["seed", str(values["seed"])],
+    ]
+
+
+def _recipe(results: dict[str, Any], recipe: str) -> str:
+    """The whole recipe, and the command that runs it again, for a run that one started."""
+    parts = []
+    if {"student_name_or_path", "dataset_name"} <= yaml.safe_load(recipe).keys():
+        processes = int(results["devices"].split()[0])
+        program = f"accelerate launch --num_processes {processes} -m hfkd" if processes > 1 else "hfkd"
+        verb = "train-teacher" if results["role"] == "teacher" else "distill"
+        own = ", with files of your own where it says `path/to`" if "path/to/" in recipe else ""
+        parts.append(f"The same run again, from [recipe.yaml](recipe.yaml){own}:")
+        parts.append(fenced("bash", f"{program} {verb} recipe.yaml"))
+    parts += ["<details>\n<summary>recipe.yaml</summary>", fenced("yaml", recipe.strip()), "</details>"]
+    return "\n\n".join(parts)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
+
+
+# ---- Markdown, whatever the names hold -------------------------------------------------------------------------------
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def heading(text: str) -> str:
+    """A title of the first level, nothing of which is markup."""
+    return "# " + re.sub(r"([\\`*<>\[\]|#])", r"\\\1", text)
+
+
+def code(text: str) -> str:
+    """A code span, nothing of which is markup; of a table too, see `table`."""
+    text = one_line(str(text))
+    fence = "`" * (_longest_run(text) + 1)
+    space = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{space}{text}{space}{fence}"
+
+
+def fenced(language: str, text: str) -> str:
+    """A block of code, nothing of which is markup."""
+    fence = "`" * max(3, _longest_run(text) + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def _longest_run(text: str) -> int:
+    """Backticks in a row."""
+    return max(map(len, re.findall("`+", text)), default=0)
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A table, without the columns in which no row has a value."""
+    kept = [column for column in range(len(header)) if any(row[column] for row in rows)]
+    lines = [header, ["---"] * len(header), *rows]
+    # A bar would end its cell, even in a code span.
+    cells = [[line[column].replace("|", "\\|") for column in kept] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)

@@ -1,0 +1,342 @@
+"""Every key that a recipe may hold."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch.distributed import DistNetworkError, DistStoreError
+from transformers import TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+from ..errors import did_you_mean
+
+
+@dataclass
+class ModelArguments:
+    """Which network learns and which one teaches."""
+
+    _argument_group_name = "model"  # in `--help`
+
+    student_name_or_path: str = field(
+        metadata={"help": "A timm architecture, a folder written by save_pretrained, or a Hub id."},
+    )
+    teacher_name_or_path: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Like student_name_or_path; several are an ensemble. Without a teacher the student learns from the "
+            "labels alone."
+        },
+    )
+    teacher_checkpoint: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Weights for the timm architectures named in teacher_name_or_path, one each: a .safetensors file "
+            "or a published .pth file holding {'model': state_dict}."
+        },
+    )
+    teacher_class_indices: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "For each of the student's classes the teacher's class, where the teacher has more or other ones; "
+            "by default they are matched by name."
+        },
+    )
+    teacher_device_map: str | None = field(
+        default=None,
+        metadata={
+            "help": "transformers' device_map, for a teacher that one device does not hold: 'auto', or a mapping from "
+            "module to device. For a folder or a Hub id, and one process."
+        },
+    )
+    teacher_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder that `hfkd cache-teacher` wrote: the teacher's logits are read there, and no teacher is "
+            "loaded; one that teacher_name_or_path names must be that of the cache."
+        },
+    )
+    drop_path_rate: float | None = field(
+        default=None, metadata={"help": "Stochastic depth of the student, for a timm architecture that has it."}
+    )
+    patch_size: int | None = field(
+        default=None, metadata={"help": "Side of the student's patches in pixels, for a timm ViT; by default its own."}
+    )
+
+    def __post_init__(self):
+        if isinstance(self.teacher_device_map, str) and self.teacher_device_map.startswith("{"):
+            self.teacher_device_map = json.loads(self.teacher_device_map)
+        # From code, one name needs no list.
+        if isinstance(self.teacher_name_or_path, str):
+            self.teacher_name_or_path = [self.teacher_name_or_path]
+        if isinstance(self.teacher_checkpoint, str):
+            self.teacher_checkpoint = [self.teacher_checkpoint]
+        teachers, checkpoints = self.teacher_name_or_path or [], self.teacher_checkpoint or []
+        if checkpoints and len(checkpoints) != len(teachers):
+            raise ValueError(
+                f"teacher_checkpoint names {len(checkpoints)} files and teacher_name_or_path {len(teachers)} teachers: "
+                "give one file for each."
+            )
+
+
+@dataclass
+class DataArguments:
+    """Which images, and how they are prepared."""
+
+    _argument_group_name = "data"
+
+    dataset_name: str = field(
+        metadata={"help": "'digits', a Hub id, a local folder of Parquet files or a local imagefolder."}
+    )
+    train_split: str = field(default="train", metadata={"help": "Name of the training split."})
+    eval_split: str | None = field(
+        default=None,
+        metadata={"help": "Name of the evaluation split; by default test, validation, val or valid, the first found."},
+    )
+    image_column: str | None = field(
+        default=None, metadata={"help": "Column of the images; by default found from the features."}
+    )
+    label_column: str | None = field(
+        default=None, metadata={"help": "Column of the labels; by default found from the features."}
+    )
+    image_size: int | None = field(
+        default=None, metadata={"help": "Side of the square input in pixels; by default the student's own."}
+    )
+    random_flip: bool = field(
+        default=True, metadata={"help": "Mirror half of the training images; wrong for digits and letters."}
+    )
+    augmentation: str = field(
+        default="crop",
+        metadata={
+            "help": "'crop': decoded once into memory, zero-padded by 4 pixels and cropped, for small images. "
+            "'random_resized_crop': decoded anew each time in the DataLoader workers, a random part resized.",
+            "choices": ["crop", "random_resized_crop"],
+        },
+    )
+    interpolation: str = field(
+        default="bicubic",
+        metadata={"help": "Of random_resized_crop and its evaluation.", "choices": ["bicubic", "bilinear"]},
+    )
+    crop_pct: float = field(
+        default=1.0,
+        metadata={"help": "Share of the resized image's side that evaluation crops (0.875: the middle 224 of 256)."},
+    )
+    auto_augment: str | None = field(
+        default=None, metadata={"help": "timm's policy string, e.g. rand-m9-mstd0.5-inc1, for random_resized_crop."}
+    )
+    color_jitter: float = field(
+        default=0.0,
+        metadata={"help": "timm's colour jitter, for random_resized_crop; without effect beside auto_augment."},
+    )
+    random_erasing: float = field(
+        default=0.0, metadata={"help": "Probability of timm's random erasing with noise, for random_resized_crop."}
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read the data while training, in place of downloading it; needs random_resized_crop."},
+    )
+    shuffle_buffer_size: int = field(
+        default=8192, metadata={"help": "Images among which a worker draws the next one, for streaming."}
+    )
+    skip_bad_images: bool = field(
+        default=False, metadata={"help": "Leave out images that cannot be decoded, and count them; otherwise an error."}
+    )
+
+    def __post_init__(self):
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(f"image_size must be a number of pixels, got {self.image_size}.")
+        if not 0 < self.crop_pct <= 1:
+            raise ValueError(f"crop_pct must be above 0 and at most 1, got {self.crop_pct}.")
+        if not 0 <= self.random_erasing <= 1:
+            raise ValueError(f"random_erasing is a probability, got {self.random_erasing}.")
+        if self.color_jitter < 0:
+            raise ValueError(f"color_jitter must not be negative, got {self.color_jitter}.")
+        if self.shuffle_buffer_size < 1:
+            raise ValueError(f"shuffle_buffer_size must be 1 image or more, got {self.shuffle_buffer_size}.")
+        if self.augmentation == "crop":
+            defaults = {field.name: field.default for field in dataclasses.fields(self)}
+            ignored = ("interpolation", "crop_pct", "auto_augment", "color_jitter", "random_erasing", "streaming")
+            given = [key for key in ignored if getattr(self, key) != defaults[key]]
+            if given:
+                raise ValueError(f"{given[0]} goes with augmentation: random_resized_crop; this recipe's is crop.")
+
+
+@dataclass
+class DistillationConfig(TrainingArguments):
+    """`TrainingArguments` plus what distillation needs; defaults that cost speed or fidelity are changed.
+
+    Changed defaults: no gradient clipping (`max_grad_norm` 0), no NaN filter (it waits for the device at every
+    step), no column removal (it would drop a second view), no search for unused parameters under DDP, and the
+    best checkpoint is the one with the highest top-1.
+
+    Raises:
+        ValueError: for a setting that hfkd does not support.
+        TimeoutError: if other processes of the run do not come within `ddp_timeout`.
+    """
+
+    _argument_group_name = "distillation"
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "losses"]
+
+    losses: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Distillation losses: a mapping from method to its parameters, each of which may hold 'weight'. "
+            "On the command line --losses.METHOD.PARAMETER VALUE."
+        },
+    )
+    logit_standardization: bool = field(
+        default=False, metadata={"help": "Z-score the logits of teacher and student before every logit loss."}
+    )
+    ce_weight: float = field(default=1.0, metadata={"help": "Weight of the cross-entropy with the labels."})
+    decay_all_parameters: bool = field(
+        default=False,
+        metadata={
+            "help": "Weight decay on every parameter, as the CIFAR protocols do; otherwise only on matrices and "
+            "convolution kernels that the model does not exempt."
+        },
+    )
+    lr_milestones: list[float] | None = field(
+        default=None,
+        metadata={"help": "Epochs after which lr_gamma multiplies the learning rate; replaces lr_scheduler_type."},
+    )
+    lr_gamma: float = field(default=0.1, metadata={"help": "Factor of lr_milestones."})
+    mixup: float = field(
+        default=0.0, metadata={"help": "Alpha of mixup (Zhang et al., 2018); 0: off. Beside cutmix, half the batches."}
+    )
+    cutmix: float = field(default=0.0, metadata={"help": "Alpha of CutMix (Yun et al., 2019); 0: off."})
+    ema_decay: float | None = field(
+        default=None,
+        metadata={"help": "Decay a step of the student's moving average, which is then evaluated and exported."},
+    )
+    shard_teacher: bool = field(
+        default=False, metadata={"help": "With FSDP: share out the teacher among the processes, as the student is."}
+    )
+    channels_last: bool = field(
+        default=True, metadata={"help": "Keep student and teacher in the channels_last memory format."}
+    )
+    allow_recipe_change: bool = field(
+        default=False,
+        metadata={"help": "Resume although the recipe has changed since the checkpoint; the difference is printed."},
+    )
+    published_top1: float | None = field(
+        default=None,
+        metadata={"help": "Top-1 in percent that the paper reports for this recipe; copied to results.json."},
+    )
+
+    output_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of the run. By default runs/ and the recipe's path below its recipes folder, or its name; "
+            "without a recipe trainer_output."
+        },
+    )
+    report_to: list[str] | str = field(
+        default_factory=lambda: ["none"],
+        metadata={
+            "help": "Trackers that log the run: tensorboard (its files lie in <output_dir>/runs), trackio, wandb, any "
+            "other that transformers knows, 'all' that are installed, or 'none'."
+        },
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "true: go on from the run's last checkpoint; or the folder of one."}
+    )
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Clip the gradient norm to this; 0: no clipping."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Leave NaN losses out of the log; waits for the device at every step."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Drop batch entries that the student's forward does not take."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Passed to DistributedDataParallel."}
+    )
+    metric_for_best_model: str | None = field(
+        default="top1", metadata={"help": "Evaluation metric that says which checkpoint is the best."}
+    )
+
+    def __post_init__(self):
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # else TrainingArguments refuses bf16, which CPUs have too
+        elif self.accelerator_config is None:
+            self.accelerator_config = {"non_blocking": True}  # else every batch that is sent waits for the device
+        with meeting(self):
+            super().__post_init__()
+        check_trackers(self.report_to)
+        self.losses = self.losses or {}
+        if not isinstance(self.losses, dict):
+            raise ValueError(
+                f"losses must map method names to their parameters, e.g. {{'kd': {{'temperature': 4.0}}}}; "
+                f"got {self.losses!r}."
+            )
+        if self.fp16 and self.use_cpu:
+            raise ValueError("fp16 needs an accelerator; on a CPU set bf16 instead, or neither.")
+        if self.ce_weight < 0:
+            raise ValueError(f"ce_weight must not be negative, got {self.ce_weight}.")
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor={self.label_smoothing_factor} is not supported: the teacher's distribution "
+                "takes its place. Leave it at 0."
+            )
+        if self.mixup < 0 or self.cutmix < 0:
+            raise ValueError(f"mixup and cutmix must not be negative, got {self.mixup} and {self.cutmix}.")
+        if self.mixes and (self.per_device_train_batch_size % 2 or not self.dataloader_drop_last):
+            raise ValueError(
+                "mixup and cutmix pair the images of a batch, so every batch must be even: set dataloader_drop_last: "
+                f"true and an even per_device_train_batch_size (it is {self.per_device_train_batch_size})."
+            )
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be between 0 and 1, e.g. 0.9998, got {self.ema_decay}.")
+        if self.lr_milestones and self.get_warmup_steps(1_000):
+            raise ValueError("lr_milestones has no warm-up: leave warmup_steps at 0 or use lr_scheduler_type.")
+
+    @property
+    def mixes(self) -> bool:
+        """Are the images of a batch mixed?"""
+        return self.mixup > 0 or self.cutmix > 0
+
+
+def check_trackers(names: list[str]) -> None:
+    """Can every tracker be used here? Trainer asks, too, but only when all networks and images are loaded.
+
+    Raises:
+        ValueError: for one that transformers does not know, or whose package is not installed.
+    """
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            valid = did_you_mean(name, INTEGRATION_TO_CALLBACK)
+            raise ValueError(f"report_to: there is no tracker '{name}'.{valid}; 'all' that are installed, or 'none'.")
+        try:
+            INTEGRATION_TO_CALLBACK[name]()
+        except (ImportError, RuntimeError) as error:
+            package = name.replace("_", "-")
+            raise ValueError(
+                f"report_to: '{name}' cannot be used here; `pip install {package}` may be all it needs ({error})"
+            ) from error
+
+
+@contextlib.contextmanager
+def meeting(args: DistillationConfig) -> Iterator[None]:
+    """While the processes of a run meet, as they do where `TrainingArguments` finds its device.
+
+    Raises:
+        TimeoutError: if some are missing after `ddp_timeout` seconds.
+    """
+    try:
+        if args.use_cpu:  # where TrainingArguments drops the time-out
+            PartialState(cpu=True, backend=args.ddp_backend, timeout=timedelta(seconds=args.ddp_timeout))
+        yield
+    except (DistNetworkError, DistStoreError) as error:
+        here = {name: os.environ.get(name, "not set") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+        raise TimeoutError(
+            f"Process {here['RANK']} of {here['WORLD_SIZE']} waited for the others at {here['MASTER_ADDR']}:"
+            f"{here['MASTER_PORT']} for {args.ddp_timeout} s ({error}). Does each machine run its part, with the same "
+            "number of processes, and can it reach that address? --ddp_timeout SECONDS waits longer."
+        ) from error

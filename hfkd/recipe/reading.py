@@ -1,0 +1,152 @@
+"""Recipes: a YAML file over at most one parent, then the command line, become the three argument classes."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import unknown_key_error
+from ..losses import LOSSES
+from .arguments import DataArguments, DistillationConfig, ModelArguments
+from .keys import NOT_RECORDED
+from .parser import ArgumentParser, to_argv
+
+ARGUMENT_CLASSES = (ModelArguments, DataArguments, DistillationConfig)
+NO_SETTINGS = ("extends", "search")  # of the run: a parent, and what `hfkd search` tries
+KEYS = [field.name for cls in ARGUMENT_CLASSES for field in dataclasses.fields(cls) if field.init]
+
+RECIPE_HELP = (
+    "A recipe is a YAML file of the keys below, laid over the one that it `extends`.\n"
+    "What is set behind it on the command line wins."
+)
+
+
+def load_recipe(path: str | Path) -> dict[str, Any]:
+    """Reads a recipe and, where it `extends` another one (relative to itself), lays it over its parent.
+
+    Mappings such as `losses` are replaced whole, not merged: what a recipe says of its losses stands in one place.
+
+    Raises:
+        FileNotFoundError: if the recipe or its parent does not exist.
+        ValueError: for invalid YAML, an unknown key, or a parent that extends a third recipe.
+    """
+    path = Path(path)
+    recipe = _read_yaml(path)
+    parent_name = recipe.pop("extends", None)
+    if parent_name is None:
+        return recipe
+    parent_path = path.parent / parent_name
+    parent = _read_yaml(parent_path)
+    if "extends" in parent:
+        raise ValueError(f"{parent_path} is extended by {path} and extends a recipe itself: only one level is allowed.")
+    return parent | recipe
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        nearest = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*.yaml")], n=1)
+        hint = f" Did you mean {path.parent / nearest[0]}?" if nearest else ""
+        raise FileNotFoundError(f"There is no recipe at {path}.{hint}")
+    try:
+        recipe = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path} must hold a mapping of keys to values, got {type(recipe).__name__}.")
+    for key in recipe:
+        if key not in (*KEYS, *NO_SETTINGS):
+            raise unknown_key_error(str(key), [*KEYS, *NO_SETTINGS], str(path))
+    return recipe
+
+
+def parse_recipe(
+    argv: list[str] | None = None, command: str = "hfkd distill"
+) -> tuple[ModelArguments, DataArguments, DistillationConfig, dict]:
+    """Parses `recipe.yaml [--key value ...]`; the command line wins over the recipe, the recipe over the defaults.
+
+    A loss parameter is set by its path (`--losses.dkd.beta 2`). Without `output_dir` a run goes to `runs/` under the
+    recipe's own path below the `recipes` folder.
+
+    Returns:
+        The three argument objects and the resolved recipe: one flat mapping of every key that was set.
+
+    Raises:
+        FileNotFoundError: if there is no such recipe.
+        ValueError: without a recipe; for an unknown key or a value of the wrong type, naming both.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    usage = f"{command} recipe.yaml [--key value ...]"
+    parser = ArgumentParser(ARGUMENT_CLASSES, usage, RECIPE_HELP, methods_help())
+    if not {"-h", "--help"}.isdisjoint(argv):
+        parser.parse_args(["--help"])
+    path, overrides = argv[0] if argv else "", argv[1:]
+    if not path or path.startswith("-"):
+        raise ValueError(f"The first argument must be a recipe, got '{path}': {usage}. `--help` explains every key.")
+    recipe = load_recipe(path)
+    recipe.pop("search", None)
+    losses, overrides = _split_loss_overrides(recipe.get("losses") or {}, overrides)
+    recipe["losses"] = losses
+    recipe.setdefault("output_dir", default_output_dir(path))
+    argv = to_argv(recipe, parser) + overrides
+    return *parser.parse(argv), _resolve(parser, argv)
+
+
+def methods_help() -> str:
+    """Every method with its parameters and their defaults, one a line."""
+    lines = ["methods, whose parameters are set by --losses.METHOD.PARAMETER VALUE:"]
+    for name, loss in LOSSES.items():
+        parameters = inspect.signature(loss).parameters.values()
+        lines.append(f"  {name}: {', '.join(str(p.replace(annotation=p.empty)) for p in parameters)}")
+    return "\n".join(lines)
+
+
+def _resolve(parser: ArgumentParser, argv: list[str]) -> dict[str, Any]:
+    """Every key that `argv` sets, with its value as typed: what the argument classes make of it is not a recipe's."""
+    values = vars(parser.parse_known_args(argv)[0])
+    options = [parser.option(token) for token in argv]
+    resolved = {option.dest: values[option.dest] for option in options if option is not None}
+    for key, value in resolved.items():
+        if isinstance(value, str) and value.startswith("{"):
+            resolved[key] = json.loads(value)
+    return {key: value for key, value in resolved.items() if key not in NOT_RECORDED}
+
+
+def recipe_name(path: str | Path) -> str:
+    """`cifar100/a-b/kd` of `recipes/cifar100/a-b/kd.yaml`; of a recipe from elsewhere its file's name alone."""
+    parts = Path(path).resolve().with_suffix("").parts
+    if "recipes" in parts:
+        return str(Path(*parts[len(parts) - parts[::-1].index("recipes") :]))
+    return parts[-1]
+
+
+def default_output_dir(path: str | Path) -> str:
+    """`recipes/cifar100/a-b/kd.yaml` runs in `runs/cifar100/a-b/kd`; a recipe from elsewhere in `runs/<its name>`."""
+    return str(Path("runs", recipe_name(path)))
+
+
+def _split_loss_overrides(losses: dict, argv: list[str]) -> tuple[dict, list[str]]:
+    """Takes `--losses.method.parameter value` out of `argv` and writes it into a copy of `losses`."""
+    if not isinstance(losses, dict):
+        raise ValueError(f"losses must map method names to their parameters, got {losses!r}.")
+    losses = {method: dict(parameters or {}) for method, parameters in losses.items()}
+    rest, tokens = [], iter(argv)
+    for token in tokens:
+        if not token.startswith("--losses."):
+            rest.append(token)
+            continue
+        name, has_value, value = token.partition("=")
+        path = name[len("--losses.") :].split(".")
+        value = value if has_value else next(tokens, None)
+        if len(path) != 2 or not value:
+            raise ValueError(f"'{token}' must read --losses.METHOD.PARAMETER VALUE.")
+        if any(other.partition("=")[0] == "--losses" for other in argv):
+            raise ValueError(f"--losses replaces all losses: give it, or '{token}', but not both.")
+        losses.setdefault(path[0], {})[path[1]] = yaml.safe_load(value)
+    return losses, rest

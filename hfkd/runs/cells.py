@@ -1,0 +1,217 @@
+"""The cells of the published tables: which recipes and seeds they are, at which length, and where their runs lie."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer import TRAINER_STATE_NAME
+
+from ..errors import did_you_mean
+from ..losses import LOSSES
+from ..recipe.arguments import DataArguments, DistillationConfig, ModelArguments
+from ..recipe.keys import recipe_differences
+from ..recipe.reading import load_recipe, parse_recipe, recipe_name
+from .checkpoints import last_checkpoint
+from .finished import FinishedRun, read_run
+from .folder import RECIPE_NAME, RESULTS_NAME
+from .published import published_runs
+
+CHECKOUT = Path(__file__).parents[2]
+RUNS = Path("runs")  # where recipes expect their teachers
+DEFAULTS = {field: DistillationConfig.__dataclass_fields__[field].default for field in ("num_train_epochs", "seed")}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training: a recipe with one seed, or the teacher that it needs.
+
+    Attributes:
+        name: the recipe's.
+        role: what is trained, "student" or "teacher".
+        settings: what `parse_recipe` gives.
+    """
+
+    name: str
+    role: str
+    settings: tuple[ModelArguments, DataArguments, DistillationConfig, dict[str, Any]]
+
+    @property
+    def config(self) -> DistillationConfig:
+        """How it is trained."""
+        return self.settings[2]
+
+    @property
+    def folder(self) -> Path:
+        """That of the run."""
+        return Path(self.config.output_dir)
+
+    @property
+    def title(self) -> str:
+        """What to call it."""
+        return f"{self.name}, seed {self.config.seed}"
+
+    @property
+    def published_top1(self) -> float | None:
+        """The paper's number, whatever the schedule is here."""
+        published = published_runs().get(self.name)
+        return None if published is None else published.top1
+
+    def run(self) -> FinishedRun | None:
+        """What is measured so far; None before the first evaluation."""
+        if not (self.folder / RESULTS_NAME).is_file():
+            return None
+        run = read_run(self.folder)
+        return run if run.results["epochs"] else None
+
+    def is_done(self) -> bool:
+        """Is it trained to the end, and the model there? A teacher may lie there without the run that it comes from."""
+        run = self.run()
+        if run is None:
+            return self.role == "teacher" and (self.folder / self.role / "model.safetensors").is_file()
+        return run.is_whole and run.export is not None
+
+    def state(self) -> str:
+        """How far it is, for a person."""
+        if self.is_done():
+            return "done"
+        checkpoint = last_checkpoint(self.folder)
+        if checkpoint is None:
+            begun = (self.folder / RECIPE_NAME).is_file()
+            return "ended before its first checkpoint" if begun else "not begun"
+        state = json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text())
+        return f"stopped at step {state['global_step']:,} of {state['max_steps']:,}"
+
+    def check_folder(self) -> None:
+        """Raises ValueError if the folder holds a run with other settings, unless `allow_recipe_change` is set."""
+        different = recipe_differences(self.folder / RECIPE_NAME, self.settings[3])
+        if different and not self.config.allow_recipe_change:
+            way_out = "Give another --output_dir, or remove the folder"
+            if self.role == "teacher":
+                way_out += f", or take the teacher as it is: --teacher_name_or_path {self.folder / self.role}"
+            lines = "\n  ".join(different)
+            raise ValueError(f"{self.folder} holds a run with other settings:\n  {lines}\n{way_out}.")
+
+
+def recipe_folder(pair: str) -> Path:
+    """The folder of a pair's recipes: below `recipes` in the current folder, else in the checkout that hfkd runs from.
+
+    Args:
+        pair: `resnet32x4-resnet8x4`, `imagenet/resnet34-resnet18` or the folder's path.
+
+    Raises:
+        FileNotFoundError: if there are no recipes.
+        ValueError: if there is no such pair; it names the nearest.
+    """
+    folders = {}
+    for place in (CHECKOUT / "recipes", Path("recipes")):
+        folders |= {f"{path.parent.name}/{path.name}": path for path in sorted(place.glob("*/*-*")) if path.is_dir()}
+    if not folders:
+        raise FileNotFoundError(
+            "There is no folder `recipes` here. The recipes of the published tables are part of hfkd's repository and "
+            "not of what pip installs: start in a checkout of it, or copy its folder `recipes` to here."
+        )
+    name = pair.strip("/").removeprefix("recipes/")
+    for full_name, folder in folders.items():
+        if name in (full_name, folder.name):
+            return folder
+    names = folders if "/" in name else [folder.name for folder in folders.values()]
+    raise ValueError(f"There are no recipes of the pair '{pair}'.{did_you_mean(name, names)}")
+
+
+def recipes_of(folder: Path, methods: Sequence[str]) -> list[Path]:
+    """The recipes of a pair that methods name; without any, all of which a top-1 was published.
+
+    Raises:
+        ValueError: for a method of which there is no recipe; it names the nearest.
+    """
+    recipes = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    if not methods:
+        return [path for path in recipes.values() if recipe_name(path) in published_runs()]
+    for method in methods:
+        if method not in recipes:
+            raise ValueError(f"There is no recipe '{method}' of {folder.name}.{did_you_mean(method, recipes)}")
+    return [recipes[method] for method in dict.fromkeys(methods)]
+
+
+def planned_cells(
+    recipes: Sequence[Path], seeds: int, scale: float, root: Path, overrides: Sequence[str]
+) -> list[Cell]:
+    """The trainings in their order: the teachers, then all recipes with their own seed, then with the next, ...
+
+    Args:
+        scale: share of the recipes' epochs.
+        root: what takes the place of `runs`.
+        overrides: `--key value ...` for all of them.
+
+    Raises:
+        ValueError: for less than one epoch, or an override that no recipe takes.
+    """
+    keys = {token.lstrip("-").partition("=")[0].replace("-", "_") for token in overrides if token.startswith("--")}
+    given = not keys.isdisjoint({"teacher_name_or_path", "teacher_cache"})
+    teachers, students = {}, []
+    for number in range(seeds):
+        for path in recipes:
+            recipe, argv = load_recipe(path), []
+            teacher = None if given else _own_teacher(recipe)
+            if teacher is not None:
+                teacher_path = path.parents[2] / teacher.with_suffix(".yaml")
+                teachers[teacher] = _cell("teacher", teacher_path, scale, root, overrides)
+                argv = ["--teacher_name_or_path", str(root / teacher / "teacher")]
+            students.append(_cell("student", path, scale, root, [*argv, *overrides], number))
+    return [*teachers.values(), *students]
+
+
+def _own_teacher(recipe: Mapping[str, Any]) -> Path | None:
+    """The teacher's recipe below `recipes`, without its ending, of a recipe whose teacher is trained by another one."""
+    names = recipe["teacher_name_or_path"]
+    path = Path(names) if isinstance(names, str) else Path()
+    return path.parent.relative_to(RUNS) if path.parts[:1] == RUNS.parts and path.name == "teacher" else None
+
+
+def _cell(role: str, path: Path, scale: float, root: Path, overrides: Sequence[str], number: int = 0) -> Cell:
+    """A recipe with its own seed, or the so many-th after it."""
+    recipe, name = load_recipe(path), recipe_name(path)
+    seed = recipe.get("seed", DEFAULTS["seed"]) + number
+    folder = root / (f"{name}-seed{seed}" if number else name)
+    argv = [*shortened(recipe, scale, name), "--output_dir", str(folder)]
+    if number:  # else the run is the one that `hfkd distill` makes
+        argv += ["--seed", str(seed)]
+    if (folder / RECIPE_NAME).is_file():
+        argv += ["--resume_from_checkpoint", "true"]
+    return Cell(name, role, parse_recipe([str(path), *argv, *overrides]))
+
+
+def shortened(recipe: Mapping[str, Any], scale: float, name: str) -> list[str]:
+    """What makes a recipe's schedule shorter, as command-line tokens: its epochs, and all that it counts in epochs.
+
+    Epochs are rounded to whole ones, and the rest follows them. A share of all steps, such as a `warmup_steps` below 1,
+    is one of fewer steps without more ado.
+
+    Raises:
+        ValueError: if less than one epoch is left.
+    """
+    if scale == 1:
+        return []
+    epochs = recipe.get("num_train_epochs", DEFAULTS["num_train_epochs"])
+    if round(scale * epochs, 6) < 1:
+        raise ValueError(
+            f"epochs_scale {scale:g} leaves {scale * epochs:.2g} of the {epochs:g} epochs of {name}: give at least "
+            f"{1 / epochs:.4g}, which is one."
+        )
+    ratio = round(scale * epochs) / epochs
+    argv = ["--num_train_epochs", str(round(scale * epochs))]
+    if recipe.get("lr_milestones"):
+        argv += ["--lr_milestones", *(f"{ratio * epoch:.10g}" for epoch in recipe["lr_milestones"])]
+    if recipe.get("warmup_steps", 0) >= 1:
+        argv += ["--warmup_steps", str(round(ratio * recipe["warmup_steps"]))]
+    for method, parameters in (recipe.get("losses") or {}).items():
+        for key, parameter in inspect.signature(LOSSES[method]).parameters.items():
+            if key.endswith("_epochs"):
+                value = (parameters or {}).get(key, parameter.default)
+                argv += [f"--losses.{method}.{key}", f"{ratio * value:.10g}"]
+    return argv

@@ -1,0 +1,42 @@
+"""Files of a run's folder, written whole or not at all, and the environment that they record."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+RESULTS_NAME = "results.json"
+LIBRARIES = ("torch", "torchvision", "transformers", "accelerate", "datasets", "timm", "evaluate", "numpy")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file so that it is never seen half-written: under another name, then renamed."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        partial.write_text(text)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def environment() -> dict[str, Any]:
+    """Versions of the libraries, and the commit of hfkd where it runs from a git checkout."""
+    versions = {"python": platform.python_version(), "hfkd": version("hfkd")}
+    versions |= {name: version(name) for name in LIBRARIES}
+    return {"versions": versions, "git_commit": _git_commit()}
+
+
+def _git_commit() -> str | None:
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return None  # installed from a wheel, or a machine without git
+    git = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return git.stdout.strip() or None
+
+
+RECIPE_NAME = "recipe.yaml"

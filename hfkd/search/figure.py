@@ -1,0 +1,99 @@
+"""The figure of a search: top-1 over each searched parameter, and the best so far."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..plots import BLACK, BLUE, GREEN, VERMILION
+from .results import SearchedTrial, best_of, recipe_of
+from .space import Parameter, short
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLUMNS = 2
+
+
+def save_search(trials: Sequence[SearchedTrial], space: Sequence[Parameter], path: Path) -> None:
+    """Writes `search_figure` as a PNG."""
+    search_figure(trials, space).savefig(path)
+
+
+def search_figure(trials: Sequence[SearchedTrial], space: Sequence[Parameter]) -> Figure:
+    """A panel for each parameter, and one for the best top-1 up to each trial. Those that were stopped early, and so
+    measured after fewer epochs, are crosses."""
+    # Not pyplot, which looks for a display and keeps every figure.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    rows = -(-(len(space) + 1) // COLUMNS)
+    figure = Figure(figsize=(9, 3.0 * rows + 0.5), dpi=200, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(rows, COLUMNS, squeeze=False, sharey=True).flat
+    for axes, parameter in zip(panels, space, strict=False):
+        _draw_parameter(axes, trials, parameter)
+    progress = panels[len(space)]
+    _draw_progress(progress, trials)
+    progress.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    for axes in panels[: len(space) + 1]:
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_ylabel("top-1 (%)")
+        axes.yaxis.set_tick_params(labelleft=True)
+    for axes in panels[len(space) + 1 :]:
+        axes.remove()
+    handles = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))
+    handles |= dict(zip(*reversed(progress.get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False)
+    return figure
+
+
+def _draw_parameter(axes: Axes, trials: Sequence[SearchedTrial], parameter: Parameter) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    places = parameter.choices and {choice: index for index, choice in enumerate(parameter.choices)}
+    _scatter(axes, trials, [trial.values[parameter.key] for trial in trials], places)
+    axes.set_xlabel(parameter.key)
+    if places:
+        axes.set_xticks(list(places.values()), [short(choice) for choice in places])
+        axes.set_xlim(-0.5, len(places) - 0.5)
+    elif parameter.log:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _draw_progress(axes: Axes, trials: Sequence[SearchedTrial]) -> None:
+    order = range(1, len(trials) + 1)
+    _scatter(axes, trials, list(order))
+    best, reached = [], float("-inf")
+    for trial in trials:
+        reached = reached if trial.pruned else max(reached, trial.top1)
+        best.append(reached)
+    axes.step(order, best, where="post", color=BLACK, linewidth=1.2, zorder=1, label="best so far")
+    axes.set_xlabel("trials")
+
+
+def _scatter(axes: Axes, trials: Sequence[SearchedTrial], xs: Sequence, places: dict | None = None) -> None:
+    """Every trial by its kind; what is two kinds, such as the recipe's own values that are the best, is drawn as the
+    latter."""
+    recipe, best = recipe_of(trials), best_of(trials)
+    kinds = {
+        "trial": {"color": BLUE, "marker": "o", "s": 22},
+        "stopped early": {"color": VERMILION, "marker": "x", "s": 26},
+        "the recipe's own values": {"color": GREEN, "marker": "s", "s": 60},
+        "the best": {"color": BLACK, "marker": "*", "s": 120},
+    }
+    points: dict[str, list[tuple]] = {kind: [] for kind in kinds}
+    for trial, x in zip(trials, xs, strict=True):
+        kind = "the best" if trial is best else "the recipe's own values" if trial is recipe else None
+        kind = kind or ("stopped early" if trial.pruned else "trial")
+        points[kind].append((places[x] if places else x, trial.top1))
+    for kind, found in points.items():
+        if found:
+            axes.scatter(*zip(*found, strict=True), **kinds[kind], label=kind, zorder=3)

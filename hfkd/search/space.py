@@ -1,0 +1,186 @@
+"""What a search tries: the `search` section of a recipe, or what follows from its losses."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..losses import build_losses
+from ..recipe.arguments import DistillationConfig
+
+if TYPE_CHECKING:
+    from optuna import Trial
+
+SETTINGS = ("learning_rate", "weight_decay", "ce_weight")  # beside the parameters of the losses
+EXAMPLE = "`search: {losses.kd.temperature: {low: 1, high: 8, log: true}, learning_rate: {choices: [0.05, 0.1]}}`"
+FACTOR = 3.0  # the default space reaches from a third of the recipe's value to three times as much
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One searched key.
+
+    Attributes:
+        key: such as `learning_rate` or `losses.kd.temperature`.
+        default: the recipe's own value; its type is the key's.
+        low, high: the range, both ends included; None with choices.
+        log: is it searched on a logarithmic scale?
+        choices: the values, in place of a range.
+    """
+
+    key: str
+    default: Any
+    low: float | None = None
+    high: float | None = None
+    log: bool = False
+    choices: tuple | None = None
+
+    def entry(self) -> dict[str, Any]:
+        """As a recipe has it."""
+        if self.choices is not None:
+            return {"choices": list(self.choices)}
+        return {"low": self.low, "high": self.high, "log": self.log}
+
+    def suggest(self, trial: Trial) -> Any:
+        """The value that a trial takes."""
+        if self.choices is not None:
+            return trial.suggest_categorical(self.key, self.choices)
+        suggest = trial.suggest_int if isinstance(self.default, int) else trial.suggest_float
+        return suggest(self.key, self.low, self.high, log=self.log)
+
+
+def search_space(section: Mapping[str, Any] | None, config: DistillationConfig) -> list[Parameter]:
+    """The searched parameters of a recipe.
+
+    Args:
+        section: what stands behind `search` in the recipe; None: temperature and weight of each loss on logits, the
+            weight of each other one, and the learning rate, from a third to three times the recipe's value.
+
+    Raises:
+        ValueError: for an empty section, an unknown key, with the nearest valid one, or a range or choices that are
+            empty, out of what the key allows, or without the recipe's own value, with which a search begins.
+    """
+    losses = build_losses(config.losses, config.logit_standardization)
+    if section is None:
+        return _default_space(losses, config)
+    if not isinstance(section, Mapping) or not section:
+        raise ValueError(f"search is {section!r}: give keys with what to try, such as {EXAMPLE}, or leave it out.")
+    defaults = _searchable(losses, config)
+    space = []
+    for key, entry in section.items():
+        if key not in defaults:
+            nearest = difflib.get_close_matches(str(key), defaults, n=1)
+            hint = f" Did you mean '{nearest[0]}'?" if nearest else ""
+            raise ValueError(f"search: '{key}' cannot be searched.{hint} Valid: {', '.join(defaults)}.")
+        space.append(_parameter(key, defaults[key], entry))
+    for parameter in space:
+        for value in parameter.choices or (parameter.low, parameter.high):
+            if parameter.key in SETTINGS and value < 0:
+                raise ValueError(f"search: {parameter.key} must not be negative, got {value:g}.")
+            build_losses(settings({parameter.key: value}, config.losses)["losses"], config.logit_standardization)
+    return space
+
+
+def _searchable(losses: nn.ModuleDict, config: DistillationConfig) -> dict[str, Any]:
+    """Every key that can be searched, with the recipe's value."""
+    values = {
+        f"losses.{name}.{parameter}": value
+        for name, loss in losses.items()
+        for parameter, value in loss.arguments.items()
+        if isinstance(value, (float, int, bool, str))
+    }
+    return values | {key: float(getattr(config, key)) for key in SETTINGS}
+
+
+def _default_space(losses: nn.ModuleDict, config: DistillationConfig) -> list[Parameter]:
+    values = {}
+    for name, loss in losses.items():
+        searched = ("temperature", "weight") if loss.reads_logits else ("weight",)
+        values |= {f"losses.{name}.{key}": loss.arguments[key] for key in searched if key in loss.arguments}
+    values["learning_rate"] = config.learning_rate
+    return [
+        Parameter(key, value, value / FACTOR, value * FACTOR, log=True) for key, value in values.items() if value > 0
+    ]
+
+
+def _parameter(key: str, default: Any, entry: Any) -> Parameter:
+    """An entry of the section, checked."""
+    keys = set(entry) if isinstance(entry, Mapping) else set()
+    if keys == {"choices"}:
+        return Parameter(key, default, choices=_choices(key, default, entry["choices"]))
+    if not {"low", "high"} <= keys <= {"low", "high", "log"}:
+        raise ValueError(
+            f"search: {key} is {entry!r}: give `low` and `high`, with `log: true` for a log scale, or `choices`."
+        )
+    if isinstance(default, (bool, str)):
+        raise ValueError(f"search: {key} is {default!r} in the recipe, no number: give `choices` in place of a range.")
+    low, high = (_converted(key, default, entry[end]) for end in ("low", "high"))
+    log = entry.get("log", False)
+    if not isinstance(log, bool):
+        raise ValueError(f"search: log of {key} must be true or false, got {log!r}.")
+    if low >= high:
+        raise ValueError(f"search: {key} has low {low:g} and high {high:g}: low must be below high.")
+    if log and low <= 0:
+        raise ValueError(f"search: {key} has low {low:g}: a logarithmic scale needs a low above 0.")
+    if not low <= default <= high:
+        raise ValueError(
+            f"search: {key} has low {low:g} and high {high:g}, and the recipe's own value {default:g}, with which the "
+            "search begins, lies outside: widen the range, or change the recipe."
+        )
+    return Parameter(key, default, low, high, log)
+
+
+def _choices(key: str, default: Any, given: Any) -> tuple:
+    if not isinstance(given, list) or len(given) < 2:
+        raise ValueError(f"search: choices of {key} must be a list of two values or more, got {given!r}.")
+    choices = tuple(dict.fromkeys(_converted(key, default, value) for value in given))
+    if default not in choices:
+        raise ValueError(
+            f"search: choices of {key} are {', '.join(map(str, choices))}, and the recipe's own value {default}, with "
+            "which the search begins, is none of them: add it, or change the recipe."
+        )
+    return choices
+
+
+def _converted(key: str, default: Any, value: Any) -> Any:
+    """A value of the type of the recipe's; YAML leaves some numbers, such as 5e-4, as strings."""
+    kind = type(default)
+    if kind in (bool, str):
+        if type(value) is not kind:
+            raise ValueError(f"search: {key} takes {'true or false' if kind is bool else 'names'}, got {value!r}.")
+        return value
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = None
+    if number is None or isinstance(value, bool) or (kind is int and not number.is_integer()):
+        raise ValueError(f"search: {key} takes {'whole ' if kind is int else ''}numbers, got {value!r}.")
+    return kind(number)
+
+
+def settings(values: Mapping[str, Any], losses: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of a recipe from searched values: what stands under `losses` is a copy of `losses` with them."""
+    losses = {method: dict(parameters or {}) for method, parameters in copy.deepcopy(dict(losses)).items()}
+    recipe = {}
+    for key, value in values.items():
+        if key in SETTINGS:
+            recipe[key] = value
+        else:
+            _, method, parameter = key.split(".")
+            losses[method][parameter] = value
+    return recipe | {"losses": losses}
+
+
+def text(values: Mapping[str, Any], space: Sequence[Parameter]) -> str:
+    """`temperature 2, weight 9, ...`: the searched values in a line."""
+    return ", ".join(f"{parameter.key.removeprefix('losses.')} {short(values[parameter.key])}" for parameter in space)
+
+
+def short(value: Any) -> str:
+    """A number in four digits, anything else as it is."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,180 @@
+"""`hfkd cache-teacher`: a teacher's logits for every image and epoch, stored once for many students."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import operator
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from ..data import ImageDataset, IndexedImageSource, collate_batch
+from ..networks.features import InputSpec
+from ..networks.teacher import Teacher, TeacherEnsemble, check_placement
+from ..recipe.arguments import DistillationConfig
+from ..runs.folder import environment, write_whole
+from .files import CACHE_NAME, CHOICE, EVALUATION_NAME, CacheFiles, is_whole, read_facts, write_rows
+from .identity import appearance, describe_teacher, differences, looks_alike
+from .rows import RowFormat
+
+NOT_COMPARED = {"appearance", "given", "versions"}  # numbers; and the same weights may lie elsewhere
+ROWS_A_SHARD, MAX_SHARDS = 16_384, 256  # of an epoch; larger data sets get larger shards
+
+
+# ---- Writing -------------------------------------------------------------------------------------------------------
+
+
+def write_cache(
+    folder: str | Path,
+    teacher: Teacher | TeacherEnsemble,
+    train_set: IndexedImageSource,
+    eval_set: IndexedImageSource,
+    config: DistillationConfig,
+    row: RowFormat,
+    *,
+    epochs: int,
+    given: Sequence[dict[str, Any]] = (),
+    rows_a_shard: int | None = None,
+) -> CacheFiles | None:
+    """Stores a teacher's logits for `epochs` epochs of the training set, and its classes of the evaluation set.
+
+    Each process takes its share of the shards, those that are there already excepted: they are read and compared with
+    their checksums.
+
+    Args:
+        config: precision, memory format, batch size of evaluations, workers and device.
+        given: see `given_teachers`.
+        rows_a_shard: by default 16,384, and no more than 256 shards an epoch.
+
+    Returns:
+        What was written; None where other processes have not finished their share.
+
+    Raises:
+        ValueError: if the folder holds another cache, or the teacher has other classes.
+        RuntimeError: if there is no room, or logits are no finite numbers.
+    """
+    facts = {
+        "teacher": describe_teacher(teacher),
+        "train": train_set.identity(),
+        "appearance": appearance(train_set),
+        "evaluation": eval_set.identity(),
+        "row": row.facts(),
+        "epochs": epochs,
+        "rows_a_shard": rows_a_shard or max(ROWS_A_SHARD, math.ceil(train_set.num_rows / MAX_SHARDS)),
+        "precision": str(_autocast_dtype(config) or torch.float32),
+        "given": list(given),
+        "versions": environment()["versions"],
+    }
+    files = CacheFiles(folder, json.loads(json.dumps(facts)))
+    processes = PartialState()  # `config` has made it
+    if processes.is_main_process:
+        claim(files)
+    processes.wait_for_everyone()
+    _make_ready(teacher, train_set, eval_set, config, row.views)
+    if processes.is_main_process:
+        _write_choices(files, teacher, eval_set, config)
+    _write_shards(files, teacher, train_set, config, files.shards()[processes.process_index :: processes.num_processes])
+    return files if files.finish() else None
+
+
+def claim(files: CacheFiles) -> None:
+    """Makes sure that the folder is that of this cache, and that the disk has room for it.
+
+    Raises:
+        ValueError: if it holds another, with what differs.
+        RuntimeError: if the room is not enough.
+    """
+    folder, path = files.folder, files.folder / CACHE_NAME
+    if path.is_file():
+        there = read_facts(folder)
+        different = differences(there | {key: files.facts[key] for key in NOT_COMPARED}, files.facts)
+        if not looks_alike(there["appearance"], files.facts["appearance"]):
+            different.append("augmentation: the same settings give other images now")
+        if different:
+            listed = "\n  ".join(different)
+            raise ValueError(
+                f"{folder} holds another cache:\n  {listed}\nGive another --cache_dir, or remove the folder."
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    needed = sum(files.bytes_of(shard) for epoch, shard in files.shards() if not files.path(epoch, shard).is_file())
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise RuntimeError(
+            f"{folder} needs {needed / 2**30:,.2f} GiB more, and {free / 2**30:,.2f} GiB are free on its disk: make "
+            "room, store fewer epochs, or set top_k."
+        )
+    if not path.is_file():
+        write_whole(path, json.dumps(files.facts, indent=1))
+
+
+def _autocast_dtype(config) -> torch.dtype | None:
+    return torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None
+
+
+def _make_ready(teacher, train_set, eval_set, config, views) -> None:
+    """Teacher and images as in a training."""
+    for dataset in (train_set, eval_set):
+        if isinstance(dataset, ImageDataset) and config.dataloader_num_workers == 0:
+            dataset.to(config.device)
+    train_set.views, train_set.cache = views, None
+    spec = InputSpec(train_set.image_size, train_set.mean, train_set.std)
+    check_placement(teacher, config.world_size, config.torch_compile)
+    teacher.prepare(config.device, _autocast_dtype(config), config.channels_last, spec)
+    (pair,) = _batches(train_set, [range(0, len(train_set), max(1, len(train_set) - 1))], config)
+    teacher.align_classes(train_set.class_names, pair)
+    if config.torch_compile:
+        teacher.compile(backend=config.torch_compile_backend, mode=config.torch_compile_mode)
+
+
+def _write_choices(files, teacher, eval_set, config) -> None:
+    """The teacher's class for every row of the evaluation set."""
+    path, number = files.folder / EVALUATION_NAME, len(eval_set)
+    if is_whole(path, CHOICE, number):
+        return
+    choices = np.empty(number, CHOICE)
+    batches = _batches(eval_set, [range(number)], config)
+    for start, batch in zip(range(0, number, config.eval_batch_size), batches, strict=True):
+        chosen = teacher({"pixel_values": batch["pixel_values"]}).logits.argmax(dim=1)
+        choices[start : start + len(chosen)] = chosen.cpu().numpy()
+    write_rows(path, choices)
+
+
+def _write_shards(files, teacher, train_set, config, shards: Sequence[tuple[int, int]]) -> None:
+    """Those that are not there, or damaged."""
+    dtype = files.format.dtype
+    missing = [key for key in shards if not is_whole(files.path(*key), dtype, len(files.rows_of(key[1])))]
+    total = sum(len(files.rows_of(shard)) for _, shard in missing)
+    hidden = config.disable_tqdm or not PartialState().is_main_process
+    with tqdm(total=total, unit="images", unit_scale=True, desc=str(files.folder), disable=hidden) as progress:
+        for epoch, group in itertools.groupby(missing, key=operator.itemgetter(0)):
+            group = list(group)
+            train_set.set_epoch(epoch)
+            batches = _batches(train_set, [files.rows_of(shard) for _, shard in group], config)
+            for _, shard in group:
+                rows = np.empty(len(files.rows_of(shard)), dtype)
+                for start in range(0, len(rows), config.eval_batch_size):
+                    part = files.format.encode([view.logits for view in teacher(next(batches)).views()])
+                    rows[start : start + len(part)] = part
+                    progress.update(len(part))
+                write_rows(files.path(epoch, shard), rows)
+
+
+def _batches(dataset, parts: Sequence[range], config) -> Iterator[dict[str, Tensor]]:
+    """Of each part of the rows, in their order, on the device."""
+    size = config.eval_batch_size
+    rows = [part[start : start + size] for part in parts for start in range(0, len(part), size)]
+    loader = DataLoader(
+        dataset, batch_sampler=rows, num_workers=config.dataloader_num_workers, collate_fn=collate_batch
+    )
+    for batch in loader:
+        yield {key: value.to(config.device, non_blocking=True) for key, value in batch.items()}

@@ -1,0 +1,90 @@
+"""`results.json`: what a run measured, written again after every evaluation so that a crash keeps it."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from ..runs.folder import RESULTS_NAME, write_whole
+
+
+class ResultsWriter(TrainerCallback):
+    """Adds one row an evaluation to `<output_dir>/results.json`; on a resumed run, to the rows before the checkpoint.
+
+    Only evaluations that give a top-1 count: a user's own metrics are none of its rows.
+
+    Attributes:
+        facts: what is known of a run before training: networks, losses, data set, published value, versions.
+        rows: what was measured, an evaluation each.
+        planned_steps: how many steps the run takes when nothing stops it.
+    """
+
+    def __init__(self):
+        self.facts: dict[str, Any] = {}
+        self.rows: list[dict[str, Any]] = []
+        self.planned_steps = 0
+        self._started = time.perf_counter()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        path = Path(args.output_dir, RESULTS_NAME)
+        if state.global_step > 0 and path.is_file():
+            rows = json.loads(path.read_text())["epochs"]
+            self.rows = [row for row in rows if row["step"] <= state.global_step]
+        self.planned_steps = state.max_steps
+        self._started = time.perf_counter()
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        if "eval_top1" not in metrics:
+            return
+        now = time.perf_counter()
+        epoch = round(state.epoch or 0.0, 4)
+        row = {"epoch": epoch, "step": state.global_step, "seconds": round(now - self._started, 2)}
+        self._started = now
+        training = next((entry for entry in reversed(state.log_history) if "loss" in entry), {})
+        row |= {key: value for key, value in training.items() if key not in ("epoch", "step")}
+        names = ("loss", "top1", "top5", "agreement", "teacher_top1")
+        row |= {f"eval_{name}": metrics[f"eval_{name}"] for name in names if f"eval_{name}" in metrics}
+        self.rows = [other for other in self.rows if other["step"] != row["step"]] + [row]
+        if args.should_save and not state.is_hyper_param_search:  # a search keeps the values of its trials itself
+            self.write(Path(args.output_dir, RESULTS_NAME))
+
+    def text(self) -> str:
+        """The best and the last top-1 in a sentence."""
+        best, last = max(self.rows, key=lambda row: row["eval_top1"]), self.rows[-1]
+        best_top1, last_top1 = best["eval_top1"], last["eval_top1"]
+        return f"Top-1: {best_top1:.2f} at its best (epoch {best['epoch']:g}), {last_top1:.2f} in the end."
+
+    def write(self, path: Path) -> None:
+        """Writes the file whole or not at all.
+
+        Raises:
+            OSError: if it cannot be written; what was there before is as it was.
+        """
+        summary = self.facts | {"planned_steps": self.planned_steps}
+        if self.rows:
+            summary |= {
+                "best": _summary(max(self.rows, key=lambda row: row["eval_top1"])),
+                "last": _summary(self.rows[-1]),
+                "seconds": round(sum(row["seconds"] for row in self.rows), 1),
+                "images_per_second": _mean(
+                    [row["images_per_second"] for row in self.rows if "images_per_second" in row]
+                ),
+            }
+        lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in summary.items()]
+        rows = ",\n".join(f"    {json.dumps(row)}" for row in self.rows)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, "{\n" + ",\n".join(lines) + ',\n  "epochs": [\n' + rows + "\n  ]\n}\n")
+
+
+def _summary(row: dict[str, Any]) -> dict[str, Any]:
+    keys = ("epoch", "step", "eval_top1", "eval_top5", "eval_agreement")
+    summary = {key.removeprefix("eval_"): row[key] for key in keys if key in row}
+    return summary | {"checkpoint": f"checkpoint-{row['step']}"}
+
+
+def _mean(values: list[float]) -> float | None:
+    return round(sum(values) / len(values), 1) if values else None
