@@ -8,8 +8,8 @@ import sys
 import time
 
 from . import __version__
-from .commands.messages import hide_token, raised_here
-from .errors import did_you_mean
+from .commands.messages import hide_token
+from .errors import HfkdError, did_you_mean
 
 # name: the function, which takes the arguments behind it, and what it does; imported when it is called.
 COMMANDS = {
@@ -55,13 +55,11 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print(f"hfkd {name}: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
-    except Exception as error:
-        if not raised_here(error):
-            raise
+    except HfkdError as error:
         if int(os.environ.get("LOCAL_RANK", 0)) > 0:
             time.sleep(10)  # where the first process fails alike, the launcher ends this one before it says so again
         print(f"hfkd {name}: error: {error}", file=sys.stderr)
-        raise SystemExit(2 if isinstance(error, (ValueError, FileNotFoundError)) else 1) from None
+        raise SystemExit(error.exit_code) from None
 
 
 def help_text() -> str:

@@ -18,6 +18,7 @@ from ..data import (
     load_image_splits,
     open_streams,
 )
+from ..errors import HfkdError
 from ..networks.features import InputSpec
 from ..networks.loading import load_student, load_teacher
 from ..networks.teacher import Teacher
@@ -60,7 +61,7 @@ def load_teachers(model_args: ModelArguments) -> list[Teacher]:
     names = model_args.teacher_name_or_path or []
     indices = model_args.teacher_class_indices
     if indices is not None and len(names) != 1:
-        raise ValueError(f"teacher_class_indices goes with one teacher, and teacher_name_or_path names {len(names)}.")
+        raise HfkdError(f"teacher_class_indices goes with one teacher, and teacher_name_or_path names {len(names)}.")
     checkpoints = model_args.teacher_checkpoint or [None] * len(names)
     device_map = model_args.teacher_device_map
     return [

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..errors import HfkdError
 from ..losses import DistillationLoss, build_losses
 from ..networks.loading import as_teacher, input_spec
 from ..recipe.parser import ArgumentParser
@@ -52,12 +53,12 @@ class CacheArguments:
 
     def __post_init__(self):
         if self.epochs is not None and self.epochs < 1:
-            raise ValueError(f"epochs must be 1 or more, got {self.epochs}.")
+            raise HfkdError(f"epochs must be 1 or more, got {self.epochs}.")
         if self.temperatures is not None and self.top_k is None:
-            raise ValueError("temperatures go with top_k: all logits can be read at any temperature. Leave them out.")
+            raise HfkdError("temperatures go with top_k: all logits can be read at any temperature. Leave them out.")
         for temperature in self.temperatures or ():
             if not (temperature > 0 and math.isfinite(temperature)):
-                raise ValueError(f"temperatures must be above 0, got {temperature}.")
+                raise HfkdError(f"temperatures must be above 0, got {temperature}.")
 
 
 def cache_teacher(argv: list[str] | None = None) -> Path:
@@ -81,14 +82,14 @@ def cache_teacher(argv: list[str] | None = None) -> Path:
     )
     model_args, data_args, config, _ = parse_recipe([*argv[:1], *rest], command="hfkd cache-teacher")
     if any(token.partition("=")[0] == "--output_dir" for token in rest):
-        raise ValueError("--output_dir is a run's: --cache_dir says where the cache goes.")
+        raise HfkdError("--output_dir is a run's: --cache_dir says where the cache goes.")
     folder = Path(cache_args.cache_dir or Path("runs", "cache", recipe_name(argv[0])))
     if not model_args.teacher_name_or_path:
-        raise ValueError(f"{argv[0]} names no teacher to cache: set teacher_name_or_path.")
+        raise HfkdError(f"{argv[0]} names no teacher to cache: set teacher_name_or_path.")
     if config.shard_teacher:
-        raise ValueError("Each process caches a part of the images with a teacher of its own: leave shard_teacher out.")
+        raise HfkdError("Each process caches a part of the images with a teacher of its own: leave shard_teacher out.")
     if data_args.streaming:
-        raise ValueError("A teacher cache knows images by their row, and a stream does not: set streaming: false.")
+        raise HfkdError("A teacher cache knows images by their row, and a stream does not: set streaming: false.")
     files = _write_from_arguments(folder, cache_args, model_args, data_args, config)
     if files is not None:
         size = sum(files.bytes_of(shard) for _, shard in files.shards()) / 2**20
@@ -104,7 +105,7 @@ def _write_from_arguments(folder, cache_args, model_args, data_args, config) -> 
     splits = load_splits(data_args)
     classes, views = len(splits[0].class_names), max([loss.views for loss in losses.values()], default=1)
     if cache_args.top_k is not None and not 1 <= cache_args.top_k <= classes:
-        raise ValueError(f"top_k must be 1 ... {classes}, the number of classes, got {cache_args.top_k}.")
+        raise HfkdError(f"top_k must be 1 ... {classes}, the number of classes, got {cache_args.top_k}.")
     names, checkpoints = model_args.teacher_name_or_path, model_args.teacher_checkpoint
     teacher = as_teacher(load_teachers(model_args), config.logit_standardization)
     spec = input_spec(build_student(model_args, data_args, splits[0].class_names))  # whose images they are
@@ -131,7 +132,7 @@ def temperatures_of(losses: Mapping[str, DistillationLoss], cache_args: CacheArg
     if not temperatures or None in temperatures:
         names = [name for name, loss in losses.items() if loss.teacher_temperature is None]
         reason = f"the loss '{names[0]}' needs all logits" if names else "the recipe has no loss that tells it"
-        raise ValueError(
+        raise HfkdError(
             f"top_k needs the temperature at which losses will read the logits, and {reason}: leave top_k out, or set "
             "--temperatures for other losses."
         )

@@ -13,7 +13,7 @@ from ..comparison.figure import save_comparison
 from ..comparison.gain import gain_text
 from ..comparison.rows import Row, compared, evaluated_on
 from ..comparison.table import LEGEND, csv_table, text_table
-from ..errors import require, unknown_key_error
+from ..errors import HfkdError, require, unknown_key_error
 from ..recipe.parser import ArgumentParser
 from ..runs.finished import find_runs
 from ..runs.folder import write_whole
@@ -61,7 +61,7 @@ def compare(argv: list[str] | None = None) -> list[Row]:
     if options:
         raise unknown_key_error(options[0].lstrip("-").partition("=")[0], ["output_dir", "teacher"], "the command line")
     if not paths:
-        raise ValueError(f"Name the runs to compare: {USAGE}.")
+        raise HfkdError(f"Name the runs to compare: {USAGE}.")
     logging.disable_progress_bar()  # of loading weights
     runs, left_out = find_runs(paths)
     rows = compared(runs)

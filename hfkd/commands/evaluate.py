@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from ..data import (
     ImageSource,
 )
+from ..errors import HfkdError
 from ..networks.class_matching import class_names_of
 from ..networks.loading import input_spec, load_pretrained
 from ..recipe.arguments import DataArguments, DistillationConfig
@@ -73,7 +74,7 @@ def parse_model(argv: list[str], usage: str, *argument_classes: type) -> tuple:
         parser.parse_args(["--help"])
     if not argv or argv[0].startswith("-"):
         given = argv[0] if argv else ""
-        raise ValueError(f"The first argument must be the model's folder or Hub id, got '{given}'. Usage: {usage}")
+        raise HfkdError(f"The first argument must be the model's folder or Hub id, got '{given}'. Usage: {usage}")
     name, overrides = argv[0], argv[1:]
     if (Path(name) / RESULTS_NAME).is_file():
         name = str(read_run(name).export or name)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .. import __version__
+from ..errors import HfkdError, NotFoundError
 from ..export.formats import FORMATS, PREPROCESSING_NAME, FileFormat, FileModel, write_model
 from ..export.preprocessing import Preprocessing, preprocessing_of
 from ..names import architecture_of, hub_id
@@ -96,7 +97,7 @@ def _parse(argv: list[str]) -> tuple[str, ExportArguments]:
         parser.parse_args(["--help"])
     if not argv or argv[0].startswith("-"):
         given = argv[0] if argv else ""
-        raise ValueError(f"The first argument must be the model's folder or Hub id, got '{given}'. Usage: {USAGE}")
+        raise HfkdError(f"The first argument must be the model's folder or Hub id, got '{given}'. Usage: {USAGE}")
     return argv[0], *parser.parse(argv[1:])
 
 
@@ -104,13 +105,13 @@ def _check_model(name: str) -> None:
     folder = Path(name)
     if not folder.is_dir():
         if hub_id(name) is None:
-            raise FileNotFoundError(f"There is no model at {name}: give the folder of a trained model, or a Hub id.")
+            raise NotFoundError(f"There is no model at {name}: give the folder of a trained model, or a Hub id.")
         return
     if (folder / "config.json").is_file():
         return
     near = [folder / role for role in ("student", "teacher") if (folder / role / "config.json").is_file()]
     hint = f"Did you mean {near[0]}?" if near else "Give the folder of a trained model, such as runs/.../student."
-    raise FileNotFoundError(f"{name} holds no model (config.json). {hint}")
+    raise NotFoundError(f"{name} holds no model (config.json). {hint}")
 
 
 def _beside(name: str) -> Path:

@@ -13,6 +13,7 @@ from huggingface_hub import (
     ModelCard,
 )
 
+from ..errors import HfkdError
 from ..hub.card import write_card
 from ..hub.repository import (
     WEIGHTS_NAME,
@@ -62,7 +63,7 @@ def push(argv: list[str] | None = None) -> CommitInfo:
         parser.parse_args(["--help"])
     name = argv[0].partition("=")[0] if argv else ""  # what is behind it may be the token
     if not name or name.startswith("-"):
-        raise ValueError(f"The first argument must be the folder to push, got '{name}': {usage}.")
+        raise HfkdError(f"The first argument must be the folder to push, got '{name}': {usage}.")
     [args] = parser.parse(argv[1:])
     folder = find_export(Path(argv[0]))
     access = {"token": args.hub_token, "revision": args.hub_revision}
@@ -90,15 +91,15 @@ def find_export(folder: Path) -> Path:
         ValueError: if it is none and holds none, or several.
     """
     if not folder.is_dir():
-        raise ValueError(f"There is no folder {folder} to push.")
+        raise HfkdError(f"There is no folder {folder} to push.")
     candidates = [folder, *(folder / role for role in ROLES)]
     found = [place for place in candidates if all((place / name).is_file() for name in PARTS)]
     if len(found) == 1:
         return found[0]
     if found:
-        raise ValueError(f"{folder} holds several exports: push one of {', '.join(map(str, found))}.")
+        raise HfkdError(f"{folder} holds several exports: push one of {', '.join(map(str, found))}.")
     missing = ", ".join(name for name in PARTS if not (folder / name).is_file())
-    raise ValueError(
+    raise HfkdError(
         f"{folder} is no export: it has no {missing}. Give the folder that a run wrote for its trained model, such as "
         f"{folder / ROLES[0]}, or the run's own."
     )
@@ -108,4 +109,4 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): export the model again.") from error
+        raise HfkdError(f"{path} is damaged ({error}): export the model again.") from error

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from ..comparison.rows import Row, compared
 from ..comparison.table import LEGEND, Gap, csv_table, text_table
+from ..errors import HfkdError
 from ..recipe.parser import ArgumentParser
 from ..runs.cells import RUNS, Cell, planned_cells, recipe_folder, recipes_of
 from ..runs.folder import write_whole
 from ..training.preemption import EXIT_CODE
-from .messages import raised_here
 from .train import train
 
 USAGE = "hfkd reproduce PAIR [--methods a,b] [--seeds N] [--epochs_scale S] [--time_limit SECONDS] [--key value ...]"
@@ -148,26 +148,26 @@ def parse(argv: list[str]) -> tuple[str, ReproductionArguments, list[str]]:
     if not {"-h", "--help"}.isdisjoint(argv):
         parser.parse_args(["--help"])
     if not argv or argv[0].startswith("-"):
-        raise ValueError(f"The first argument must be a pair, got '{argv[0] if argv else ''}'. Usage: {USAGE}")
+        raise HfkdError(f"The first argument must be a pair, got '{argv[0] if argv else ''}'. Usage: {USAGE}")
     args, overrides = parser.parse_args_into_dataclasses(
         argv[1:], return_remaining_strings=True, look_for_args_file=False
     )
     if args.seeds < 1:
-        raise ValueError(f"seeds is {args.seeds}: give 1 or more.")
+        raise HfkdError(f"seeds is {args.seeds}: give 1 or more.")
     if not 0 < args.epochs_scale <= 1:
-        raise ValueError(f"epochs_scale is {args.epochs_scale:g}: give a share above 0 and at most 1.")
+        raise HfkdError(f"epochs_scale is {args.epochs_scale:g}: give a share above 0 and at most 1.")
     if args.time_limit is not None and not args.time_limit >= SHORTEST_SLICE:
-        raise ValueError(
+        raise HfkdError(
             f"time_limit is {args.time_limit:g} s, in which nothing is done but to load networks and images: give "
             f"{SHORTEST_SLICE:g} or more."
         )
     for token in overrides:
         key = token.lstrip("-").partition("=")[0].partition(".")[0].replace("-", "_")
         if token.startswith("--") and key in SETTLED:
-            raise ValueError(f"{token.partition('=')[0]} cannot be given here: {SETTLED[key]}.")
+            raise HfkdError(f"{token.partition('=')[0]} cannot be given here: {SETTLED[key]}.")
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if processes > 1:
-        raise ValueError(
+        raise HfkdError(
             f"reproduce runs in one process, and these are {processes}. On several GPUs start it on each "
             "(CUDA_VISIBLE_DEVICES) with other --methods, once the teacher is trained; for one run on all of them "
             "`accelerate launch -m hfkd distill`."
@@ -205,7 +205,7 @@ def attempt(cell: Cell, clock: Slice) -> str | None:
         if end.code != EXIT_CODE or not clock.ended:
             raise
     except Exception as error:
-        if raised_here(error):
+        if isinstance(error, HfkdError):
             print(f"{cell.title}: error: {error}", file=sys.stderr)
         else:
             traceback.print_exc()

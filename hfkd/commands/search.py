@@ -15,7 +15,7 @@ from torch.utils.data import Subset
 from transformers import set_seed
 from transformers.utils import logging
 
-from ..errors import require
+from ..errors import HfkdError, require
 from ..networks.loading import input_spec
 from ..recipe.arguments import DataArguments, DistillationConfig, ModelArguments
 from ..recipe.keys import recipe_differences
@@ -65,9 +65,9 @@ class SearchArguments:
 
     def __post_init__(self):
         if self.n_trials < 1:
-            raise ValueError(f"n_trials must be 1 or more, got {self.n_trials}.")
+            raise HfkdError(f"n_trials must be 1 or more, got {self.n_trials}.")
         if not 0 <= self.held_out < 1:
-            raise ValueError(f"held_out is a share, 0 or above and below 1, got {self.held_out}.")
+            raise HfkdError(f"held_out is a share, 0 or above and below 1, got {self.held_out}.")
 
 
 def search(argv: list[str] | None = None) -> list[SearchedTrial]:
@@ -126,7 +126,7 @@ def _parsed(argv: list[str]) -> tuple[SearchArguments, ModelArguments, DataArgum
         argv[1:], return_remaining_strings=True, look_for_args_file=False
     )
     if any(word.partition("=")[0] in ("--output_dir", "--output-dir") for word in rest):
-        raise ValueError("output_dir is the folder of a run, and a search has many: give --search_dir.")
+        raise HfkdError("output_dir is the folder of a run, and a search has many: give --search_dir.")
     return search_args, *parse_recipe([*argv[:1], *rest, *OF_A_TRIAL], command="hfkd search")
 
 
@@ -139,18 +139,18 @@ def _check(
 ) -> None:
     """Raises ValueError for what cannot go with a search, before anything is loaded."""
     if config.world_size > 1:
-        raise ValueError(
+        raise HfkdError(
             f"A trial is trained by one process, and {config.world_size} were started: start `hfkd search` itself, as "
             "often as there are GPUs (CUDA_VISIBLE_DEVICES=0 hfkd search ...); they share the trials."
         )
     if data_args.streaming and search_args.held_out:
-        raise ValueError("Of a stream no images can be held out: set streaming: false, or --held_out 0.")
+        raise HfkdError("Of a stream no images can be held out: set streaming: false, or --held_out 0.")
     if model_args.teacher_cache is None:
         return
     top_k = read_facts(Path(model_args.teacher_cache))["row"]["top_k"]
     for parameter in space:
         if top_k is not None and parameter.choices is None and parameter.key.endswith(".temperature"):
-            raise ValueError(
+            raise HfkdError(
                 f"{parameter.key} is searched, and the teacher cache {model_args.teacher_cache} holds the largest "
                 f"{top_k} logits for some temperatures only: write a cache without --top_k, or give `choices`."
             )
@@ -164,7 +164,7 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
     """
     different = recipe_differences(folder / SETTINGS_NAME, settings)
     if different:
-        raise ValueError(
+        raise HfkdError(
             f"{folder} holds another search, whose trials do not compare with these:\n  " + "\n  ".join(different) + ""
             "\nGive another --search_dir, or remove the folder."
         )
@@ -209,7 +209,7 @@ def _divided(rows: int, share: float, seed: int) -> tuple[list[int], list[int]]:
     """
     count = round(share * rows)
     if not 0 < count < rows:
-        raise ValueError(
+        raise HfkdError(
             f"held_out {share:g} of {rows:,} training images leaves none to {'hold out' if not count else 'train on'}."
         )
     drawn = torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).tolist()

@@ -12,6 +12,7 @@ from transformers import AutoImageProcessor, set_seed
 from transformers.models.timm_wrapper import TimmWrapperForImageClassification
 from transformers.utils import logging
 
+from ..errors import HfkdError
 from ..names import hub_id, last_part
 from ..networks.loading import input_spec
 from ..recipe.arguments import DataArguments, DistillationConfig, ModelArguments
@@ -46,7 +47,7 @@ def train_teacher(argv: list[str] | None = None) -> DistillationTrainer:
     argv = sys.argv[1:] if argv is None else argv
     model_args, data_args, config, recipe = parse_recipe(argv, command="hfkd train-teacher")
     if model_args.teacher_name_or_path or model_args.teacher_cache or config.losses:
-        raise ValueError("train-teacher trains from the labels alone: use distill for a recipe with a teacher.")
+        raise HfkdError("train-teacher trains from the labels alone: use distill for a recipe with a teacher.")
     return train(model_args, data_args, config, recipe, role="teacher", name=recipe_name(argv[0]))
 
 
@@ -139,13 +140,13 @@ def claim_output_dir(config: DistillationConfig, recipe: dict[str, Any]) -> str 
             continue
         text = f"{folder} holds the run of another recipe:\n  " + "\n  ".join(different)
         if not checkpoint:
-            raise ValueError(f"{text}\nGive another --output_dir, or remove the folder.")
+            raise HfkdError(f"{text}\nGive another --output_dir, or remove the folder.")
         if not config.allow_recipe_change:
-            raise ValueError(f"{text}\nGo on with the recipe given here by --allow_recipe_change true.")
+            raise HfkdError(f"{text}\nGo on with the recipe given here by --allow_recipe_change true.")
         logger.warning(f"{text}\nTraining goes on from {checkpoint} with the recipe given here.")
     done = checkpoints(output_dir) or (output_dir / RESULTS_NAME).is_file()
     if done and resume in ("false", "none") and (output_dir / RECIPE_NAME).is_file():
-        raise ValueError(
+        raise HfkdError(
             f"{output_dir} holds a run of this recipe. Continue it with --resume_from_checkpoint true, give another "
             "--output_dir, or remove the folder."
         )

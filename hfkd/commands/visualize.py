@@ -17,7 +17,7 @@ from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
 from ..data import IndexedImageSource
-from ..errors import did_you_mean, require
+from ..errors import HfkdError, did_you_mean, require
 from ..figures import class_matrices, embeddings, logit_spread, reliability, temperature
 from ..figures.observations import Observations, observe
 from ..figures.tables import LeftOutError, Table, write_csv
@@ -73,12 +73,12 @@ class FigureArguments:
     def __post_init__(self):
         for name in self.figures or []:
             if name not in FIGURES:
-                raise ValueError(f"There is no figure '{name}'.{did_you_mean(name, FIGURES)}")
+                raise HfkdError(f"There is no figure '{name}'.{did_you_mean(name, FIGURES)}")
         for key in ("max_images", "tsne_classes", "tsne_images"):
             count(key, getattr(self, key))
         positive("tsne_perplexity", self.tsne_perplexity)
         if self.teacher is None and (self.teacher_checkpoint or self.teacher_class_indices):
-            raise ValueError("teacher_checkpoint and teacher_class_indices go with --teacher: name it, too.")
+            raise HfkdError("teacher_checkpoint and teacher_class_indices go with --teacher: name it, too.")
 
 
 class Subject:

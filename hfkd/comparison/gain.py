@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from ..errors import NotFoundError
 from ..models.checkpoints import load_architecture
 from ..names import architecture_of, hub_id
 from ..networks.costs import latencies, multiply_adds
@@ -73,7 +74,7 @@ def gain_text(rows: Sequence[Row], teacher: str | None = None, rounds: int = ROU
 def _student(row: Row) -> nn.Module:
     folder = next((run.export for run in row.runs if run.export is not None), None)
     if folder is None:
-        raise FileNotFoundError(f"{row.first.folder} holds no trained model")
+        raise NotFoundError(f"{row.first.folder} holds no trained model")
     return load_pretrained(str(folder))
 
 
@@ -101,7 +102,7 @@ def _teacher(row: Row, given: str | None) -> list[nn.Module]:
             reasons.append(f"what lies at {members[0][0]} has {parameters:,} parameters, the teacher had {expected:,}")
         except UNREADABLE as error:
             reasons.append(str(error).splitlines()[0].rstrip("."))
-    raise FileNotFoundError(f"{'; '.join(reasons)}: give the teacher with --teacher")
+    raise NotFoundError(f"{'; '.join(reasons)}: give the teacher with --teacher")
 
 
 def _variants(members: Sequence[tuple[str, str | None]], classes: int | None) -> Iterator[list[nn.Module]]:
@@ -115,7 +116,7 @@ def _network(name: str, checkpoint: str | None) -> nn.Module:
     if timm.is_model(name):  # the costs do not depend on the weights
         return timm.create_model(name) if checkpoint is None else load_architecture(name, checkpoint)
     if not os.path.isdir(name) and hub_id(name) is None:
-        raise FileNotFoundError(f"teacher not found at {name}")
+        raise NotFoundError(f"teacher not found at {name}")
     return load_pretrained(name)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import HfkdError
 from ..recipe.keys import WITHOUT_EFFECT
 from ..runs.finished import FinishedRun
 from ..runs.published import PublishedRun, departures, processes, published_runs
@@ -124,7 +125,7 @@ def check_same_images(runs: Sequence[FinishedRun]) -> None:
             + (f" and {len(group) - 4} more" if len(group) > 4 else "")
             for images, group in groups.items()
         ]
-        raise ValueError(
+        raise HfkdError(
             "These runs were evaluated on different images, so that their accuracies cannot be compared:\n  "
             + "\n  ".join(lines)
             + "\nName those of one data set."

@@ -1,11 +1,12 @@
 """Which columns of a data set hold the images and the labels, and what the classes are called."""
 
-import difflib
 from dataclasses import dataclass
 
 import datasets
 import numpy as np
 import pyarrow.compute
+
+from ..errors import HfkdError, nearest
 
 LABEL_NAMES = ("label", "labels")  # preferred where several columns or plain integers could be labels
 
@@ -48,7 +49,7 @@ class ImageSplit:
         if len(wrong):
             value = labels[wrong[0]]
             reason = "-1 marks an unlabelled row" if value == -1 else f"the classes are 0 ... {classes - 1}"
-            raise ValueError(
+            raise HfkdError(
                 f"{self.name}: column '{self.label_column}' holds {value} in row {wrong[0]}; {reason}. "
                 f"Rows like it: {len(wrong)}. Choose another split or column, or remove these rows."
             )
@@ -65,14 +66,14 @@ def find_image_column(features: datasets.Features, requested: str | None, where:
     if requested is not None:
         _check_exists("image_column", requested, features, where)
         if requested not in images:
-            raise ValueError(
+            raise HfkdError(
                 f"image_column: column '{requested}' of {where} is {_describe(features[requested])}, not an "
                 f"image. Columns of images: {_listed(images)}."
             )
         return requested
     if len(images) != 1:
         problem = f"several columns hold images: {_listed(images)}" if images else "no column holds images"
-        raise ValueError(f"{where}: {problem}. Set image_column to one of the columns: {_listed(features)}.")
+        raise HfkdError(f"{where}: {problem}. Set image_column to one of the columns: {_listed(features)}.")
     return images[0]
 
 
@@ -90,7 +91,7 @@ def find_label_column(
     if requested is not None:
         _check_exists("label_column", requested, features, where)
         if not _is_label(features[requested]):
-            raise ValueError(
+            raise HfkdError(
                 f"label_column: column '{requested}' of {where} is {_describe(features[requested])}, but "
                 f"labels are a ClassLabel or whole numbers. Candidates: {_label_candidates(features)}."
             )
@@ -105,7 +106,7 @@ def find_label_column(
     if len(matching) == 1:
         return matching[0]
     problem = "several columns hold class labels" if labels else "no column holds class labels"
-    raise ValueError(
+    raise HfkdError(
         f"{where}: {problem}. Set label_column. Candidates: {_label_candidates(features)}. Text can be made class "
         "labels with `Dataset.class_encode_column`."
     )
@@ -118,7 +119,7 @@ def find_class_names(splits: list[tuple[datasets.Dataset, str]], label_column: s
         return list(feature.names)
     labels = np.unique(np.concatenate([_integers(rows, label_column, name) for rows, name in splits]))
     if labels.max() > 10 * len(labels):
-        raise ValueError(
+        raise HfkdError(
             f"label_column: '{label_column}' of {splits[0][1]} has {len(labels)} different numbers up to "
             f"{labels.max()}; classes are numbered from 0 without gaps. `Dataset.class_encode_column` renumbers them."
         )
@@ -128,7 +129,7 @@ def find_class_names(splits: list[tuple[datasets.Dataset, str]], label_column: s
 def check_order(names: list[str], expected: list[str] | None, label_column: str, where: str) -> None:
     """Raises ValueError if a data set has the expected classes under other numbers."""
     if expected and names != expected and sorted(names) == sorted(expected):
-        raise ValueError(
+        raise HfkdError(
             f"label_column: '{label_column}' of {where} numbers the expected classes in another order ({names[:3]}... "
             f"against {expected[:3]}...). Renumber it, e.g. with datasets' `align_labels_with_mapping`."
         )
@@ -139,7 +140,7 @@ def _integers(dataset, column, where):
     values = dataset.select_columns(column).with_format("arrow")[:][column]
     if values.null_count:  # to_numpy would make floats of them
         row = pyarrow.compute.index(values.is_null(), True).as_py()
-        raise ValueError(
+        raise HfkdError(
             f"{where}: column '{column}' is empty in row {row}. Rows like it: {values.null_count}. Choose "
             "another split or column, or remove these rows."
         )
@@ -154,10 +155,8 @@ def _is_label(feature):
 
 def _check_exists(key, name, features, where):
     if name not in features:
-        nearest = difflib.get_close_matches(name, features, n=1, cutoff=0)[0]
-        raise ValueError(
-            f"{key}: {where} has no column '{name}'. Did you mean '{nearest}'? Columns: {_listed(features)}."
-        )
+        [near] = nearest(name, features, cutoff=0)
+        raise HfkdError(f"{key}: {where} has no column '{name}'. Did you mean '{near}'? Columns: {_listed(features)}.")
 
 
 def _label_candidates(features):

@@ -7,6 +7,7 @@ import datasets
 import numpy as np
 from PIL import Image
 
+from ..errors import HfkdError
 from .columns import ImageSplit, check_order, find_class_names, find_image_column, find_label_column
 
 VALIDATION_SPLITS = ("validation", "val", "valid")
@@ -88,7 +89,7 @@ def _load(name, path, config_name, revision, cache_dir):
                 "there is no such folder, and the Hub does not give it. Without a network, give the path of "
                 "a local folder instead"
             )
-        raise ValueError(f"The data set '{name}' cannot be loaded: {reason}. ({error})") from error
+        raise HfkdError(f"The data set '{name}' cannot be loaded: {reason}. ({error})") from error
 
 
 def _digits():
@@ -131,7 +132,7 @@ def _image_folder(folder, split_folders):
     for split, class_folders in split_folders.items():
         unknown = [name for name in class_folders if name not in names]
         if unknown:
-            raise ValueError(
+            raise HfkdError(
                 f"{folder}: {split} has class folders that the training split has not: {', '.join(unknown)}. "
                 f"The classes are: {', '.join(names)}."
             )
@@ -139,7 +140,7 @@ def _image_folder(folder, split_folders):
         for name, class_folder in class_folders.items():
             files = [str(file) for file in class_folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES]
             if not files:
-                raise ValueError(
+                raise HfkdError(
                     f"The class folder {class_folder} holds no image, that is, no file that ends in one of "
                     f"{', '.join(sorted(IMAGE_SUFFIXES))}. Put the class's images there, or remove the folder."
                 )
@@ -162,7 +163,7 @@ def find_eval_split(name: str, splits: Container[str], requested: str | None) ->
     for split in EVAL_SPLITS:
         if split in splits:
             return split
-    raise ValueError(
+    raise HfkdError(
         f"eval_split: {name} has none of the splits {', '.join(EVAL_SPLITS)}. It has: {', '.join(splits)}. "
         "Set eval_split to one of these, or to a part of one, e.g. train_split: train[:90%] and eval_split: "
         "train[90%:]."
@@ -173,16 +174,16 @@ def _take(name, splits, key, spec):
     """The rows that `spec`, e.g. "train" or "train[:10%]", stands for."""
     split, bracket, _ = spec.partition("[")
     if split not in splits:
-        raise ValueError(f"{key}: {name} has no split '{split}'. It has: {', '.join(splits)}.")
+        raise HfkdError(f"{key}: {name} has no split '{split}'. It has: {', '.join(splits)}.")
     rows = splits[split]
     if bracket:
         try:
             (part,) = datasets.ReadInstruction.from_spec(spec).to_absolute({split: len(rows)})
         except (ValueError, AssertionError) as error:
-            raise ValueError(f"{key}: '{spec}' is no slice like {split}[:90%] or {split}[5:9] ({error}).") from error
+            raise HfkdError(f"{key}: '{spec}' is no slice like {split}[:90%] or {split}[5:9] ({error}).") from error
         # Rows are often sorted by class, so that a slice of them as they stand could miss whole classes.
         order = np.random.default_rng(0).permutation(len(rows))
         rows = rows.select(order[part.from_ : part.to])
     if len(rows) == 0:
-        raise ValueError(f"{key}: {name}, split '{spec}' is empty.")
+        raise HfkdError(f"{key}: {name}, split '{spec}' is empty.")
     return rows

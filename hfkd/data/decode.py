@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ..errors import HfkdError
 from .columns import ImageSplit
 
 # Image.open tries its plugins in this order. Without it a WebP takes 55 us to open instead of 8, as long as a
@@ -21,7 +22,7 @@ _MAX_THREADS = 8  # more would mostly wait for the interpreter
 _GIB = 2**30
 
 
-class BadImageError(ValueError):
+class BadImageError(HfkdError):
     """An image that is missing or cannot be decoded."""
 
 
@@ -118,7 +119,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         ValueError: for more than 8 bits a channel, which PIL would clip to white.
     """
     if image.mode.startswith(("I", "F")):
-        raise ValueError(f"mode {image.mode} has more than 8 bits a channel; convert it to 8 bits")
+        raise HfkdError(f"mode {image.mode} has more than 8 bits a channel; convert it to 8 bits")
     image.load()
     ImageOps.exif_transpose(image, in_place=True)
     return image if image.mode == "RGB" else image.convert("RGB")
@@ -140,7 +141,7 @@ def to_square(image: Image.Image, image_size: int) -> Image.Image:
 def _check_memory(where, shape):
     needed, available = int(np.prod(shape, dtype=np.int64)), psutil.virtual_memory().available
     if needed > available:
-        raise ValueError(
+        raise HfkdError(
             f"{where}: {shape[0]} images of {shape[2]} x {shape[3]} take {needed / _GIB:.3g} GiB once "
             f"decoded, and {available / _GIB:.3g} GiB of memory are available. Choose a smaller "
             "image_size or fewer rows."

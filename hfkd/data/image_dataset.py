@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import default_data_collator
 
+from ..errors import HfkdError
 from .augment import NoAugmentation, StrongAugmentation, random_bits
 from .columns import ImageSplit
 from .decode import decode_split
@@ -132,10 +133,10 @@ class ImageDataset(IndexedImageSource):
 
 def _check(images, labels):
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"images must be (N, 3, H, W) uint8, but are {tuple(images.shape)} {images.dtype}.")
+        raise HfkdError(f"images must be (N, 3, H, W) uint8, but are {tuple(images.shape)} {images.dtype}.")
     if len(images) == 0:
-        raise ValueError("There are no images.")
+        raise HfkdError("There are no images.")
     if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-        raise ValueError(
+        raise HfkdError(
             f"labels must be ({len(images)},) int64, one an image, but are {tuple(labels.shape)} {labels.dtype}."
         )

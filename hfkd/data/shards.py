@@ -17,6 +17,7 @@ from datasets.table import table_cast
 from fsspec.implementations.local import LocalFileSystem
 from pyarrow.parquet import FileMetaData, ParquetFile
 
+from ..errors import HfkdError, RunError
 from .columns import ImageSplit, check_order, find_image_column, find_label_column
 from .datasets import EVAL_SPLITS, _split_folders, find_eval_split, load_image_splits
 
@@ -74,7 +75,7 @@ def open_streams(
     """
     for key, split in (("train_split", train_split), ("eval_split", eval_split)):
         if split is not None and "[" in split:
-            raise ValueError(
+            raise HfkdError(
                 f"{key}: '{split}' is a part of a split, and streaming reads whole splits. Name one, e.g. 'train', or "
                 "set streaming: false."
             )
@@ -205,7 +206,7 @@ def _open(footer):
 
 def _ended_early(name, what, came, expected, error):
     reason = " ".join(str(error).split())  # Arrow's has line breaks
-    return RuntimeError(
+    return RunError(
         f"{name}: the stream ended early: {what} gave {came} of {expected} rows ({reason}). Once it can be read again, "
         "continue with --resume_from_checkpoint true."
     )
@@ -217,18 +218,18 @@ def _ended_early(name, what, came, expected, error):
 def _parquet_builder(name, config_name, revision):
     """What `datasets` finds out without reading the data: the files of each split, and perhaps the features."""
     if name == "digits":
-        raise ValueError("streaming: the digits lie in memory; set streaming: false.")
+        raise HfkdError("streaming: the digits lie in memory; set streaming: false.")
     try:
         path = Path(name).expanduser()
         builder = datasets.load_dataset_builder(str(path) if path.is_dir() else name, config_name, revision=revision)
     except Exception as error:  # the Hub, the network and the readers have types of their own
-        raise ValueError(
+        raise HfkdError(
             f"The data set '{name}' cannot be opened: there is no such folder with data in it, and the Hub does not "
             f"give it. ({error})"
         ) from error
     if not isinstance(builder, Parquet):
         files = [file for split in (builder.config.data_files or {}).values() for file in split]
-        raise ValueError(
+        raise HfkdError(
             f"streaming: {name} is not made of Parquet files (found: {files[0] if files else 'a prepared copy'}). "
             "Streaming reads Parquet files in a local folder or on the Hub, and a local folder of train and test "
             "folders, each with a folder of images for every class. Convert it with `Dataset.to_parquet`, or set "
@@ -239,11 +240,11 @@ def _parquet_builder(name, config_name, revision):
 
 def _footers(name, key, split, urls) -> list[_Footer]:
     if split not in urls:
-        raise ValueError(f"{key}: {name} has no split '{split}'. It has: {', '.join(urls)}.")
+        raise HfkdError(f"{key}: {name} has no split '{split}'. It has: {', '.join(urls)}.")
     with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
         footers = list(pool.map(_read_footer, urls[split]))
     if not any(footer.metadata.num_rows for footer in footers):
-        raise ValueError(f"{key}: {name}, split '{split}' is empty.")
+        raise HfkdError(f"{key}: {name}, split '{split}' is empty.")
     return footers
 
 
@@ -254,7 +255,7 @@ def _read_footer(url):
             file = ParquetFile(stream)
             return _Footer(url, file_system.size(path), file.metadata, file.schema_arrow)
     except Exception as error:  # as in _read_group
-        raise ValueError(f"{url} is no whole Parquet file; was it cut off? ({error})") from error
+        raise HfkdError(f"{url} is no whole Parquet file; was it cut off? ({error})") from error
 
 
 def _parquet_streams(name, features, splits, image_column, label_column, class_names) -> list[StreamSplit]:
@@ -266,7 +267,7 @@ def _parquet_streams(name, features, splits, image_column, label_column, class_n
     for footer in footers:
         missing = {image_column, label_column}.difference(footer.schema.names)
         if missing:
-            raise ValueError(f"{footer.url} has no column '{missing.pop()}', unlike the other files of {name}.")
+            raise HfkdError(f"{footer.url} has no column '{missing.pop()}', unlike the other files of {name}.")
     label = features[label_column]
     names = _class_names(name, label, footers, label_column)
     check_order(names, class_names, label_column, name)
@@ -293,7 +294,7 @@ def _class_names(name, label, footers, column) -> list[str]:
         problem = f"its numbers go up to {largest}, so that they do not number classes from 0 without gaps"
     else:
         return [str(i) for i in range(largest + 1)]
-    raise ValueError(
+    raise HfkdError(
         f"label_column: '{column}' of {name} holds plain numbers, and {problem}. Streaming cannot count the classes "
         "without reading all of the data: make it a ClassLabel, e.g. with `Dataset.class_encode_column`, or set "
         "streaming: false."
@@ -328,6 +329,6 @@ def _label_statistics(footer, column) -> list[tuple[int, Any]]:
 def _wrong_label(where, column, label, num_classes):
     reason = "-1 marks an unlabelled row" if label == -1 else f"the classes are 0 ... {num_classes - 1}"
     value = "no label" if label is None else label
-    return ValueError(
+    return HfkdError(
         f"{where}: column '{column}' holds {value}; {reason}. Choose another split or column, or remove these rows."
     )

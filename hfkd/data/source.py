@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..errors import HfkdError
+
 _SAMPLE = 64  # images that stand for all of a data set
 
 
@@ -57,9 +59,9 @@ class ImageSource:
         augmented: bool,
     ):
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise ValueError(f"mean and std must be three numbers each, std positive, but are {mean} and {std}.")
+            raise HfkdError(f"mean and std must be three numbers each, std positive, but are {mean} and {std}.")
         if views not in (1, 2):
-            raise ValueError(f"views must be 1 or 2, but is {views}.")
+            raise HfkdError(f"views must be 1 or 2, but is {views}.")
         self.class_names = list(class_names)
         self.num_rows = num_rows
         self.image_size = image_size

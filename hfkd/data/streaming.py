@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from ..errors import HfkdError, RunError
 from .augment import random_bits, random_integers
 from .decode import BadImageError, decode_cell
 from .shards import Sample, StreamSplit
@@ -83,7 +84,7 @@ class StreamingImageDataset(IterableDataset, ImageSource):
             augmented=transform.augmented,
         )
         if shuffle_buffer_size < 1:
-            raise ValueError(f"shuffle_buffer_size must be at least 1 (no shuffling), but is {shuffle_buffer_size}.")
+            raise HfkdError(f"shuffle_buffer_size must be at least 1 (no shuffling), but is {shuffle_buffer_size}.")
         self.name = split.name
         self.transform = transform
         self.shuffle_buffer_size = shuffle_buffer_size
@@ -111,7 +112,7 @@ class StreamingImageDataset(IterableDataset, ImageSource):
         if drop_last:
             rows = self.num_rows // (world_size * batch_size) * batch_size
             if rows == 0:
-                raise ValueError(
+                raise HfkdError(
                     f"{self.name}: {self.num_rows} rows fill no batch of {batch_size} for each of {world_size} "
                     "processes. Set a smaller batch size, or dataloader_drop_last: false."
                 )
@@ -120,7 +121,7 @@ class StreamingImageDataset(IterableDataset, ImageSource):
     def __len__(self) -> int:
         """The number of batches of this process."""
         if self._part is None:
-            raise RuntimeError("Call shard(rank, world_size, batch_size, drop_last) first: it says what a batch is.")
+            raise RunError("Call shard(rank, world_size, batch_size, drop_last) first: it says what a batch is.")
         return self._part.num_batches
 
     def set_epoch(self, epoch: int) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
+from ..errors import HfkdError
 from . import ImageSource, IndexedImageSource, LazyImageDataset
 
 
@@ -24,13 +25,13 @@ def training_labels(dataset) -> Tensor:
     """
     source = image_source(dataset)
     if not isinstance(source, IndexedImageSource):
-        raise ValueError(
+        raise HfkdError(
             "it remembers every training image, so it needs the images' rows and labels, and a "
             f"{type(source or dataset).__name__} does not know them. Set streaming to false, or take a data set of "
             "hfkd.data."
         )
     if dataset is not source and isinstance(source, LazyImageDataset) and source.skip_bad_images:
-        raise ValueError(
+        raise HfkdError(
             "it remembers the images of a Subset, and with skip_bad_images an image beside the subset may stand in for "
             "a bad one: make the data set of the rows that are to be trained on, such as train_split: train[:10%]"
         )

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 from torchvision.transforms import Compose
 
+from ..errors import HfkdError
 from .augment import NoAugmentation, StrongAugmentation, random_bits
 from .source import pixel_scale
 
@@ -193,7 +194,7 @@ class RandomResizedCrop(ImageTransform):
         except (AssertionError, KeyError, ValueError) as error:
             if auto_augment is None:
                 raise
-            raise ValueError(
+            raise HfkdError(
                 f"auto_augment: timm does not know the policy '{auto_augment}' ({error}); it writes RandAugment as "
                 "rand-m9-mstd0.5-inc1."
             ) from error
@@ -292,4 +293,4 @@ def _new_batch(shape):
 
 def _check_interpolation(interpolation):
     if interpolation not in INTERPOLATIONS:
-        raise ValueError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}, but is '{interpolation}'.")
+        raise HfkdError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}, but is '{interpolation}'.")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from ..errors import require
+from ..errors import HfkdError, RunError, require
 from ..names import architecture_of
 from ..networks.features import logits_of
 
@@ -83,7 +83,7 @@ def write_model(
         _check_logits(file_format.read(partial), model, image_size)
         os.replace(partial, path)
     except OSError as error:
-        raise RuntimeError(f"{path} could not be written ({error}). What was there before is as it was.") from error
+        raise RunError(f"{path} could not be written ({error}). What was there before is as it was.") from error
     finally:
         partial.unlink(missing_ok=True)
     return file_format.read(path)
@@ -109,7 +109,7 @@ def _captured(model: nn.Module, image_size: int) -> ExportedProgram:
     try:
         program = torch.export.export(logits, (images,), dynamic_shapes={INPUT: {0: Dim("batch")}})
     except Exception as error:  # of many kinds: tracing runs the model's own code
-        raise ValueError(
+        raise HfkdError(
             f"torch.export cannot follow the forward of {architecture_of(model)}, which both formats need: "
             f"{_first_line(error)}{_line_of_code(error)} A branch on the values of a tensor can be written with "
             "torch.where or torch.cond; a batch of one fixed size, or a detour over numpy, is to be taken out."
@@ -142,7 +142,7 @@ def _check_logits(file_model: FileModel, model: nn.Module, image_size: int) -> N
         images = torch.randn(batch_size, 3, image_size, image_size, generator=generator)
         expected, given = logits_of(model, images), file_model(images)
         if not torch.allclose(given, expected, rtol=TOLERANCE, atol=TOLERANCE):
-            raise ValueError(
+            raise HfkdError(
                 f"What was exported of {architecture_of(model)} gives other logits than the model, by up to "
                 f"{(given - expected).abs().max():.2g} in a batch of {batch_size}: expected at most {TOLERANCE:g}. "
                 "No file was left. Try the other --format."
@@ -152,7 +152,7 @@ def _check_logits(file_model: FileModel, model: nn.Module, image_size: int) -> N
 def _write_onnx(program: ExportedProgram, path: Path, preprocessing: str) -> None:
     size = sum(value.numel() * value.element_size() for value in program.state_dict.values())
     if size >= LARGEST_ONNX:
-        raise ValueError(
+        raise HfkdError(
             f"The weights take {size / 1e9:.1f} GB, and one ONNX file holds less than 2 GiB: give --format torch."
         )
     try:
@@ -160,7 +160,7 @@ def _write_onnx(program: ExportedProgram, path: Path, preprocessing: str) -> Non
     except torch.onnx.errors.OnnxExporterError as error:
         found = re.search(r"op='([\w.]+)'|target=torch\.ops\.([\w.]+)", str(error))
         operator = f"the operator {found[1] or found[2]}" if found else f"this model ({_first_line(error)})"
-        raise ValueError(
+        raise HfkdError(
             f"ONNX cannot express {operator}. Write that part of the model with other operators of torch, or give "
             "--format torch."
         ) from error

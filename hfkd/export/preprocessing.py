@@ -13,6 +13,7 @@ from timm.data import create_transform
 from transformers import AutoImageProcessor, PreTrainedModel
 from transformers.models.timm_wrapper import TimmWrapperForImageClassification
 
+from ..errors import HfkdError
 from ..networks.loading import input_spec
 
 
@@ -62,7 +63,7 @@ def preprocessing_of(model: PreTrainedModel) -> Preprocessing:
     try:
         processor = AutoImageProcessor.from_pretrained(name)
     except OSError as error:
-        raise ValueError(
+        raise HfkdError(
             f"{name} does not say how images are prepared (preprocessor_config.json): save its image processor there, "
             "by processor.save_pretrained."
         ) from error
@@ -75,7 +76,7 @@ def preprocessing_of(model: PreTrainedModel) -> Preprocessing:
     # Libraries round an odd margin of the cut to one side or the other: a pixel, and rounding to 8 bits.
     tolerance = (1.5 / spec.image_size + 2 / 255) / min(spec.std)
     if expected.shape != given.shape or (expected - given).abs().max() > tolerance:
-        raise ValueError(
+        raise HfkdError(
             f"The image processor of {name} ({type(processor).__name__}) prepares images in a way that cannot be "
             f"written into the file. Nearest: {found.text} Set it to that, or export the model by optimum."
         )

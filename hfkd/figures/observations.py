@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..data import ImageSource
+from ..errors import HfkdError
 from ..networks.features import EMBEDDING
 from ..networks.teacher import Teacher, TeacherEnsemble
 
@@ -73,11 +74,11 @@ def observe(
         for role, network in networks.items():
             said = network(batch)
             if said.logits.shape[1] != len(class_names):
-                raise ValueError(f"The {role} has {said.logits.shape[1]} classes and the data set {len(class_names)}.")
+                raise HfkdError(f"The {role} has {said.logits.shape[1]} classes and the data set {len(class_names)}.")
             kept = [said.logits, said.features.get(EMBEDDING)]
             outputs[role].append([None if values is None else values.float().cpu() for values in kept])
     if not labels:
-        raise ValueError("There is no image to look at: the evaluation set is empty.")
+        raise HfkdError("There is no image to look at: the evaluation set is empty.")
     return Observations(
         class_names,
         torch.cat(labels).numpy(),

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
+from ..errors import HfkdError
+
 # Columns of equal length, in order.
 Table = dict[str, np.ndarray]
 
 
-class LeftOutError(ValueError):
+class LeftOutError(HfkdError):
     """Says why a figure cannot be drawn of a run."""
 
 

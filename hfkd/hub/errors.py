@@ -18,12 +18,14 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from ..errors import RunError
+
 CONNECTING, SILENCE = 10, 60  # seconds without a connection, or without a byte, that are taken for a dead network
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"
 WAYS_TO_LOG_IN = "`hf auth login`, HF_TOKEN or hub_token"
 
 
-class PushError(RuntimeError):
+class PushError(RunError):
     """The Hub refused or was not reached; what is on disk is whole."""
 
 

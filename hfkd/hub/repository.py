@@ -23,6 +23,7 @@ from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from transformers.trainer import TRAINING_ARGS_NAME
 
+from ..errors import HfkdError
 from .errors import SILENCE, PushError, asking, no_right
 
 WEIGHTS_NAME = "model.safetensors"
@@ -43,7 +44,7 @@ def open_repository(repo_id: str, config: Mapping[str, Any] | None, **settings: 
     try:
         return ensure_repository(repo_id, config, **settings)
     except PushError as error:
-        raise ValueError(
+        raise HfkdError(
             f"{error} Training has not started. Without push_to_hub it does without the Hub, and `hfkd push` uploads "
             "the result later."
         ) from error.__cause__

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import did_you_mean
+from ..errors import HfkdError, did_you_mean
 from .at import ATLoss, at_loss
 from .base import DistillationLoss
 from .checks import checked_arguments
@@ -92,12 +92,12 @@ def build_losses(
             name that cannot be a module's.
     """
     if not isinstance(losses, Mapping):
-        raise ValueError(f"losses is {losses!r}: give a mapping of methods, such as {{'kd': {{'temperature': 4.0}}}}")
+        raise HfkdError(f"losses is {losses!r}: give a mapping of methods, such as {{'kd': {{'temperature': 4.0}}}}")
     modules = nn.ModuleDict()
     for name, given in losses.items():
         loss = given if isinstance(given, DistillationLoss) else _build(name, given)
         if not (isinstance(name, str) and name.isidentifier()) or name in dir(modules):
-            raise ValueError(f"losses: {name!r} cannot name a loss; take letters, digits and underscores")
+            raise HfkdError(f"losses: {name!r} cannot name a loss; take letters, digits and underscores")
         loss.logit_standardization = logit_standardization
         modules[name] = loss
     return modules
@@ -105,9 +105,9 @@ def build_losses(
 
 def _build(name: str, arguments: Mapping[str, Any] | None) -> DistillationLoss:
     if name not in LOSSES:
-        raise ValueError(f"losses: no method {name!r}.{did_you_mean(name, LOSSES)}")
+        raise HfkdError(f"losses: no method {name!r}.{did_you_mean(name, LOSSES)}")
     if arguments is not None and not isinstance(arguments, Mapping):
-        raise ValueError(
+        raise HfkdError(
             f"losses.{name} is {arguments!r}: give its parameters by name, nothing for the defaults, "
             "or an instance of a DistillationLoss"
         )
@@ -115,6 +115,6 @@ def _build(name: str, arguments: Mapping[str, Any] | None) -> DistillationLoss:
     try:
         loss = LOSSES[name](**arguments)
     except ValueError as error:
-        raise ValueError(f"losses.{name}: {error}") from error
+        raise HfkdError(f"losses.{name}: {error}") from error
     loss.arguments = arguments
     return loss

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import HfkdError
 from .base import Outputs
 from .feature_maps import MapPairsLoss, pooled_to_smaller
 from .standardize import at_least_float32
@@ -33,7 +34,7 @@ def at_loss(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> T
     loss = 0.0
     for student, teacher in zip(student_maps, teacher_maps, strict=True):
         if student.ndim != 4 or teacher.ndim != 4 or len(student) != len(teacher):
-            raise ValueError(
+            raise HfkdError(
                 f"two maps (B, C, H, W) of one batch expected, got {tuple(student.shape)} and {tuple(teacher.shape)}"
             )
         student, teacher = pooled_to_smaller(at_least_float32(student), at_least_float32(teacher))

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..errors import HfkdError
 from .checks import not_negative
 from .standardize import at_least_float32, standardize
 
@@ -131,12 +132,12 @@ def paired(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tens
         ValueError: the shapes differ, or are not (B, C) with two classes or more.
     """
     if student_logits.shape != teacher_logits.shape:
-        raise ValueError(
+        raise HfkdError(
             "student and teacher logits must have one shape (B, C), "
             f"got {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
         )
     if student_logits.ndim != 2 or student_logits.shape[1] < 2:
-        raise ValueError(f"logits of shape (B, C) with C >= 2 expected, got {tuple(student_logits.shape)}")
+        raise HfkdError(f"logits of shape (B, C) with C >= 2 expected, got {tuple(student_logits.shape)}")
     return at_least_float32(student_logits), at_least_float32(teacher_logits)
 
 

@@ -8,34 +8,34 @@ from collections.abc import Mapping
 from numbers import Real
 from typing import Any, get_type_hints
 
-from ..errors import did_you_mean
+from ..errors import HfkdError, did_you_mean
 
 
 def positive(key: str, value: float) -> float:
     """value, if it is a finite number above 0; ValueError if not."""
     if not (_is_finite_number(value) and value > 0):
-        raise ValueError(f"{key} is {value!r}: give a finite number above 0")
+        raise HfkdError(f"{key} is {value!r}: give a finite number above 0")
     return float(value)
 
 
 def not_negative(key: str, value: float) -> float:
     """value, if it is a finite number, 0 or above; ValueError if not."""
     if not (_is_finite_number(value) and value >= 0):
-        raise ValueError(f"{key} is {value!r}: give a finite number, 0 or above")
+        raise HfkdError(f"{key} is {value!r}: give a finite number, 0 or above")
     return float(value)
 
 
 def count(key: str, value: int, least: int = 1) -> int:
     """value, if it is a whole number, `least` or above; ValueError if not."""
     if type(value) is not int or value < least:
-        raise ValueError(f"{key} is {value!r}: give a whole number, {least} or above")
+        raise HfkdError(f"{key} is {value!r}: give a whole number, {least} or above")
     return value
 
 
 def layers_of(key: str, value: list[int | str]) -> list[int | str]:
     """value, if it is a list of stage indices and module paths, one at least; ValueError if not."""
     if not isinstance(value, list) or not value or not all(type(layer) in (int, str) for layer in value):
-        raise ValueError(f"{key} is {value!r}: give a list of stage indices or module paths, such as [0, blocks.6]")
+        raise HfkdError(f"{key} is {value!r}: give a list of stage indices or module paths, such as [0, blocks.6]")
     return value
 
 
@@ -58,10 +58,10 @@ def checked_arguments(method: str, loss_class: type, arguments: Mapping[str, Any
     hints = get_type_hints(loss_class.__init__)
     for key in arguments:
         if key not in parameters:
-            raise ValueError(f"losses.{method} takes no parameter {key!r}.{did_you_mean(key, parameters)}")
+            raise HfkdError(f"losses.{method} takes no parameter {key!r}.{did_you_mean(key, parameters)}")
     for key, parameter in parameters.items():
         if parameter.default is parameter.empty and key not in arguments:
-            raise ValueError(f"losses.{method} needs the parameter {key!r}. Add losses.{method}.{key}")
+            raise HfkdError(f"losses.{method} needs the parameter {key!r}. Add losses.{method}.{key}")
     given = {key: _converted(f"losses.{method}.{key}", value, hints.get(key)) for key, value in arguments.items()}
     return {key: given.get(key, parameter.default) for key, parameter in parameters.items()}
 
@@ -70,11 +70,11 @@ def _converted(key: str, value: Any, wanted: Any) -> Any:
     if wanted is float or wanted is int:
         number = _parsed_number(value)
         if number is None or (wanted is int and not number.is_integer()):
-            raise ValueError(f"{key} is {value!r} ({type(value).__name__}): give a number ({wanted.__name__})")
+            raise HfkdError(f"{key} is {value!r} ({type(value).__name__}): give a number ({wanted.__name__})")
         return wanted(number)
     if wanted in (bool, str) and not isinstance(value, wanted):
         example = "true or false" if wanted is bool else "a string"
-        raise ValueError(f"{key} is {value!r} ({type(value).__name__}): give {example}")
+        raise HfkdError(f"{key} is {value!r} ({type(value).__name__}): give {example}")
     return value
 
 

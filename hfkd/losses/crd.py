@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..errors import HfkdError
 from .base import DistillationLoss, Outputs
 from .checks import count, not_negative, positive
 from .standardize import at_least_float32
@@ -93,7 +94,7 @@ def _check_shapes(student: Tensor, teacher: Tensor, *others: Tensor) -> None:
         and contrast_rows.shape[1] >= 2
     ):
         given = ", ".join(str(tuple(tensor.shape)) for tensor in (student, teacher, *others))
-        raise ValueError(
+        raise HfkdError(
             f"embeddings (B, D) twice, memories (N, D) twice and contrast rows (B, 1 + K) expected, got {given}"
         )
 
@@ -202,7 +203,7 @@ class CRDLoss(DistillationLoss):
         self.temperature = positive("temperature", temperature)
         self.momentum = not_negative("momentum", momentum)
         if self.momentum >= 1:
-            raise ValueError(f"momentum is {momentum!r}: give a number below 1, or the memories never change")
+            raise HfkdError(f"momentum is {momentum!r}: give a number below 1, or the memories never change")
         self.dimension = count("dimension", dimension)
         self.relaxed_positives = relaxed_positives
         self.register_buffer("places", None)
@@ -217,7 +218,7 @@ class CRDLoss(DistillationLoss):
         order = order[labels[order] >= 0]
         classes, sizes = labels[order].unique_consecutive(return_counts=True)
         if len(classes) < 2:
-            raise ValueError(
+            raise HfkdError(
                 f"negatives are images of other classes, and the training set has {len(classes)} class: give images of "
                 "two classes or more"
             )
@@ -253,7 +254,7 @@ class CRDLoss(DistillationLoss):
     @torch.compiler.disable  # compiled, the backward pass would read the memories as they are after the step
     def forward(self, student: Outputs, teacher: Outputs, batch: Mapping[str, Tensor]) -> Tensor:
         if self.places is None or "index" not in batch:
-            raise ValueError(
+            raise HfkdError(
                 "CRD remembers every training image: `setup_rows` must have got the labels, and the batch must hold "
                 f"'index', the images' rows in the data set. The batch holds {sorted(batch)}."
             )

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import HfkdError
 from .base import DistillationLoss, Outputs, epoch_number, paired
 from .checks import not_negative, positive
 from .kd import kd_loss
@@ -37,7 +38,7 @@ def ctkd_instance_loss(student_logits: Tensor, teacher_logits: Tensor, temperatu
     """
     student_logits, teacher_logits = paired(student_logits, teacher_logits)
     if temperature.shape != student_logits.shape[:1]:
-        raise ValueError(f"temperature of shape ({student_logits.shape[0]},) expected, got {tuple(temperature.shape)}")
+        raise HfkdError(f"temperature of shape ({student_logits.shape[0]},) expected, got {tuple(temperature.shape)}")
     column = temperature[:, None]
     student_log_probs = F.log_softmax(student_logits / column, dim=1)
     teacher_probs = F.softmax(teacher_logits / column, dim=1) + 1e-7

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import HfkdError
 from .base import DistillationLoss, Outputs, epoch_number, paired
 from .checks import not_negative, positive
 
@@ -41,7 +42,7 @@ def dkd_loss(
     """
     student_logits, teacher_logits = paired(student_logits, teacher_logits)
     if labels.shape != student_logits.shape[:1]:
-        raise ValueError(
+        raise HfkdError(
             f"labels of shape ({student_logits.shape[0]},) expected: one class index for each row of logits, "
             f"got {tuple(labels.shape)}"
         )

@@ -5,6 +5,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import HfkdError
 from .base import DistillationLoss, Outputs
 from .checks import layers_of
 
@@ -25,7 +26,7 @@ def as_map(feature: Tensor) -> Tensor:
         prefix = feature.shape[1] - side * side
         if side > 0 and prefix <= 3:
             return feature[:, prefix:].transpose(1, 2).unflatten(2, (side, side))
-    raise ValueError(
+    raise HfkdError(
         f"the layer gives {tuple(feature.shape)}; expected a map (B, C, H, W), or the tokens (B, N, C) of a square "
         "image after at most three others"
     )
@@ -41,7 +42,7 @@ def _map_of(outputs: Outputs, role: str, layer: int | str) -> Tensor:
     try:
         return as_map(outputs.features[layer])
     except ValueError as error:
-        raise ValueError(f"{role}_layers: {layer!r}: {error}") from error
+        raise HfkdError(f"{role}_layers: {layer!r}: {error}") from error
 
 
 class MapsLoss(DistillationLoss):
@@ -88,7 +89,7 @@ class MapPairsLoss(MapsLoss):
 
     def _check_pairs(self) -> None:
         if len(self.student_layers) != len(self.teacher_layers):
-            raise ValueError(
+            raise HfkdError(
                 f"student_layers is {self.student_layers} and teacher_layers {self.teacher_layers}: give as many of "
                 "the one as of the other"
             )

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import HfkdError
 from .base import Outputs
 from .checks import layers_of
 from .feature_maps import MapPairsLoss
@@ -32,7 +33,7 @@ def locality_guidance_loss(student_maps: Sequence[Tensor], teacher_maps: Sequenc
     for student, teacher in zip(student_maps, teacher_maps, strict=True):
         student = at_least_float32(student)
         if student.shape[:2] != teacher.shape[:2]:
-            raise ValueError(
+            raise HfkdError(
                 f"maps of one batch and one number of channels expected, got {tuple(student.shape)} and "
                 f"{tuple(teacher.shape)}"
             )

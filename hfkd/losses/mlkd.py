@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import HfkdError
 from .base import DistillationLoss, Outputs, paired
 from .checks import positive
 from .standardize import standardize
@@ -155,7 +156,7 @@ class MLKDLoss(DistillationLoss):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if student.strong is None or teacher.strong is None:
-            raise ValueError("mlkd reads two views of each image: the outputs hold no strong view")
+            raise HfkdError("mlkd reads two views of each image: the outputs hold no strong view")
         return mlkd_loss(
             student.logits,
             teacher.logits,

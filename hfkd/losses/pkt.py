@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..errors import HfkdError
 from .base import DistillationLoss, Outputs
 from .standardize import at_least_float32
 
@@ -32,7 +33,7 @@ def pkt_loss(student_embedding: Tensor, teacher_embedding: Tensor) -> Tensor:
     """
     shapes = tuple(student_embedding.shape), tuple(teacher_embedding.shape)
     if [len(shape) for shape in shapes] != [2, 2] or shapes[0][0] != shapes[1][0]:
-        raise ValueError(f"embeddings (B, D) and (B, D') of one batch expected, got {shapes[0]} and {shapes[1]}")
+        raise HfkdError(f"embeddings (B, D) and (B, D') of one batch expected, got {shapes[0]} and {shapes[1]}")
     student, teacher = _neighbour_probs(student_embedding), _neighbour_probs(teacher_embedding)
     return (teacher * torch.log((teacher + EPS) / (student + EPS))).mean()
 

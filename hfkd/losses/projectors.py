@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ..errors import HfkdError
 from .feature_maps import pooled_to_smaller
 from .standardize import at_least_float32
 
@@ -19,7 +20,7 @@ def comparable(projected: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: the batches or the channels differ.
     """
     if projected.shape[:2] != teacher.shape[:2]:
-        raise ValueError(
+        raise HfkdError(
             "a projected map of the student and a map of the teacher must have one (B, C), got "
             f"{tuple(projected.shape)} and {tuple(teacher.shape)}: give the projector the teacher's channels"
         )

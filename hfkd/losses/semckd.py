@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import HfkdError
 from .base import Outputs
 from .checks import count
 from .feature_maps import MapsLoss, pooled_to_smaller
@@ -39,7 +40,7 @@ def semckd_loss(
     rows = [[_distances(*pair) for pair in zip(row, teacher_maps, strict=True)] for row in projected_maps]
     distances = torch.stack([torch.stack(row, dim=1) for row in rows], dim=1)
     if attention.shape != distances.shape:
-        raise ValueError(f"attention of shape {tuple(distances.shape)} expected, got {tuple(attention.shape)}")
+        raise HfkdError(f"attention of shape {tuple(distances.shape)} expected, got {tuple(attention.shape)}")
     return (attention * distances).sum(dim=2).mean()
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import HfkdError
 from .base import DistillationLoss, Outputs, ReusedClassifier
 from .checks import count
 from .feature_maps import as_map
@@ -31,8 +32,9 @@ def simkd_loss(projected: Tensor, teacher_map: Tensor) -> Tensor:
 
 
 class SimKDLoss(DistillationLoss):
-    """`simkd_loss` as a method of a recipe. It changes the student: see `hfkd.networks.simkd_student`. The projector's BatchNorm
-    takes its statistics over the images of one process.
+    """`simkd_loss` as a method of a recipe. It changes the student: see `hfkd.networks.simkd_student`.
+
+    The projector's BatchNorm takes its statistics over the images of one process.
 
     Published alone, with `ce_weight` 0 and no loss that reads logits: the classifier is the teacher's and does not
     learn.
@@ -63,15 +65,15 @@ class SimKDLoss(DistillationLoss):
     def __init__(self, factor: int = 2, student_layer: int = -1, teacher_layer: int | str = -1, weight: float = 1.0):
         super().__init__(weight)
         if type(student_layer) is not int:
-            raise ValueError(f"student_layer is {student_layer!r}: give a stage index, such as -1")
+            raise HfkdError(f"student_layer is {student_layer!r}: give a stage index, such as -1")
         if type(teacher_layer) not in (int, str):
-            raise ValueError(f"teacher_layer is {teacher_layer!r}: give a stage index, a module path or embedding")
+            raise HfkdError(f"teacher_layer is {teacher_layer!r}: give a stage index, a module path or embedding")
         self.reuses_classifier = ReusedClassifier(student_layer, teacher_layer, count("factor", factor))
         self.teacher_layers = [teacher_layer, "embedding"]
 
     def setup(self, student: Outputs, teacher: Outputs) -> None:
         if teacher.classifier is None:
-            raise ValueError(
+            raise HfkdError(
                 "SimKD needs a teacher whose classifier is one linear layer over its embedding, and this one's logits "
                 "are not those of such a layer (two averaged heads, say): give another teacher"
             )
@@ -79,7 +81,7 @@ class SimKDLoss(DistillationLoss):
         averaged, embedding = self._teacher_map(teacher).mean(dim=(2, 3)), teacher.embedding
         # In bf16 they are about 0.01 apart.
         if averaged.shape != embedding.shape or (averaged - embedding).abs().max() > 0.05 * embedding.abs().max():
-            raise ValueError(
+            raise HfkdError(
                 f"teacher_layer is {layer!r}, and the average of its map {tuple(self._teacher_map(teacher).shape)} is "
                 f"not the embedding {tuple(embedding.shape)} that the teacher's classifier reads: name the layer that "
                 "the teacher averages last (a norm or activation behind the deepest stage, say), or embedding where "

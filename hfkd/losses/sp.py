@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..errors import HfkdError
 from .base import Outputs
 from .feature_maps import MapPairsLoss
 from .standardize import at_least_float32
@@ -32,7 +33,7 @@ def sp_loss(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> T
     loss = 0.0
     for student, teacher in zip(student_maps, teacher_maps, strict=True):
         if len(student) != len(teacher):
-            raise ValueError(
+            raise HfkdError(
                 f"two maps (B, C, H, W) of one batch expected, got {tuple(student.shape)} and {tuple(teacher.shape)}"
             )
         loss = loss + (_similarities(student) - _similarities(teacher)).pow(2).mean()

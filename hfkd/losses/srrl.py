@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import HfkdError
 from .base import DistillationLoss, Outputs
 from .standardize import at_least_float32
 
@@ -33,12 +34,12 @@ def srrl_loss(
     """
     classes, width = teacher_classifier.weight.shape
     if projected.shape != teacher_embedding.shape or projected.shape[1:] != (width,):
-        raise ValueError(
+        raise HfkdError(
             f"embeddings (B, {width}), which the teacher's classifier reads, expected, got {tuple(projected.shape)} "
             f"and {tuple(teacher_embedding.shape)}"
         )
     if teacher_logits.shape != (len(projected), classes):
-        raise ValueError(
+        raise HfkdError(
             f"teacher logits {(len(projected), classes)}, as the teacher's classifier gives, expected, got "
             f"{tuple(teacher_logits.shape)}"
         )
@@ -77,7 +78,7 @@ class SRRLLoss(DistillationLoss):
 
     def setup(self, student: Outputs, teacher: Outputs) -> None:
         if teacher.classifier is None:
-            raise ValueError(
+            raise HfkdError(
                 "the teacher's logits are not those of one linear layer over its embedding (two averaged heads, say), "
                 "and that layer is what the student's embedding is to be read by: give another teacher"
             )

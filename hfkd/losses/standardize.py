@@ -6,6 +6,8 @@ Paper: Sun, Ren, Li, Wang and Cao, Logit Standardization in Knowledge Distillati
 import torch
 from torch import Tensor
 
+from ..errors import HfkdError
+
 # As `DistillationLoss.citation`: of a run with `logit_standardization`.
 CITATION = """
     @inproceedings{sun2024logit,
@@ -41,7 +43,7 @@ def standardize(logits: Tensor, eps: float = 1e-7) -> Tensor:
         ValueError: logits are not (B, C) with two classes or more.
     """
     if logits.ndim != 2 or logits.shape[1] < 2:
-        raise ValueError(f"logits of shape (B, C) with C >= 2 expected, got {tuple(logits.shape)}")
+        raise HfkdError(f"logits of shape (B, C) with C >= 2 expected, got {tuple(logits.shape)}")
     logits = at_least_float32(logits)
     std, mean = torch.std_mean(logits, dim=1, keepdim=True)
     return (logits - mean) / torch.where(std == 0, 1.0, eps + std)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import HfkdError
 from .base import Outputs
 from .feature_maps import MapPairsLoss, pooled_to_smaller
 from .projectors import comparable
@@ -40,7 +41,7 @@ def vid_loss(predicted_maps: Sequence[Tensor], log_scales: Sequence[Tensor], tea
     for predicted, log_scale, teacher in zip(predicted_maps, log_scales, teacher_maps, strict=True):
         predicted, teacher = comparable(predicted, teacher)
         if log_scale.shape != teacher.shape[1:2]:
-            raise ValueError(f"log_scales of shape ({teacher.shape[1]},) expected, got {tuple(log_scale.shape)}")
+            raise HfkdError(f"log_scales of shape ({teacher.shape[1]},) expected, got {tuple(log_scale.shape)}")
         variance = F.softplus(at_least_float32(log_scale)).view(1, -1, 1, 1) + LEAST_VARIANCE
         loss = loss + ((predicted - teacher) ** 2 / variance + variance.log()).mean() / 2
     return loss

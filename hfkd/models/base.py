@@ -21,6 +21,8 @@ from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
+from ..errors import HfkdError
+
 CIFAR_MEAN = (0.5071, 0.4867, 0.4408)
 CIFAR_STD = (0.2675, 0.2565, 0.2761)
 
@@ -136,7 +138,7 @@ class CifarModel(nn.Module):
             ValueError: another `output_fmt`.
         """
         if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt is {output_fmt!r}; {type(self).__name__} gives maps, use 'NCHW'")
+            raise HfkdError(f"output_fmt is {output_fmt!r}; {type(self).__name__} gives maps, use 'NCHW'")
         take_indices, deepest = feature_take_indices(len(self.stages), indices)
         stages = self.stages[: deepest + 1] if stop_early else self.stages
         intermediates = []

@@ -11,6 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..errors import HfkdError, NotFoundError
+
 TORCH_SUFFIXES = (".pth", ".pt", ".tar", ".bin")
 SHOWN = 5  # names listed of each kind of mismatch; the rest is counted
 
@@ -49,7 +51,7 @@ def load_architecture(architecture: str, path: str | PathLike) -> nn.Module:
 
 def _read_state_dict(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint file at {path}")
+        raise NotFoundError(f"no checkpoint file at {path}")
     return _drop_module_prefix(_find_state_dict(_read(path), path))
 
 
@@ -68,17 +70,17 @@ def _read(path: Path) -> Any:
         try:
             return load_file(path)
         except SafetensorError as error:
-            raise ValueError(f"{path} is not a safetensors file: {error}") from error
+            raise HfkdError(f"{path} is not a safetensors file: {error}") from error
     if path.suffix in TORCH_SUFFIXES:
         return _read_torch(path)
-    raise ValueError(f"{path} is not a checkpoint: its name must end in .safetensors, {', '.join(TORCH_SUFFIXES)}")
+    raise HfkdError(f"{path} is not a checkpoint: its name must end in .safetensors, {', '.join(TORCH_SUFFIXES)}")
 
 
 def _read_torch(path: Path) -> Any:
     with path.open("rb") as file:
         start = file.read(2)
     if start != b"PK" and start[:1] != b"\x80":  # torch.save writes a zip archive; before 1.6, a pickle
-        raise ValueError(f"{path} is not a checkpoint: torch.save did not write it")
+        raise HfkdError(f"{path} is not a checkpoint: torch.save did not write it")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
@@ -86,8 +88,8 @@ def _read_torch(path: Path) -> Any:
     except Exception as error:  # damaged bytes can fail anywhere in the unpickler
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         if refused is None:
-            raise ValueError(f"{path} is not a whole checkpoint: it is cut short or damaged") from error
-        raise ValueError(
+            raise HfkdError(f"{path} is not a whole checkpoint: it is cut short or damaged") from error
+        raise HfkdError(
             f"{path} holds pickled objects beside its tensors (first: {refused[1]}); reading it can run any "
             "code. If you trust its origin, write the tensors to a new file once, where that class can be "
             f"imported: torch.save(torch.load({str(path)!r}, weights_only=False)['model'], 'new.pth'); no "
@@ -107,7 +109,7 @@ def _find_state_dict(content: Any, path: Path) -> dict[str, Tensor]:
         return found
     else:
         held = f"the keys [{_shorten([repr(key) for key in found])}]"
-    raise ValueError(
+    raise HfkdError(
         f"{path} holds no state dict: expected names and tensors, alone or under 'model' or 'state_dict', got {held}"
     )
 
@@ -126,7 +128,7 @@ def _check_fit(model: nn.Module, given: dict[str, Tensor], expected: dict[str, T
         return
     if not missing and not unexpected and _is_classifier(model, reshaped, given, expected):
         classes, wanted = len(given[reshaped[0]]), len(expected[reshaped[0]])
-        raise ValueError(
+        raise HfkdError(
             f"{path} fits {type(model).__name__} but for the classifier ({', '.join(reshaped)}): "
             f"checkpoint has {classes} classes, model {wanted}. Create the model with num_classes={classes}, "
             f"load, and call reset_classifier({wanted}) for a fresh classifier on the loaded features"
@@ -135,7 +137,7 @@ def _check_fit(model: nn.Module, given: dict[str, Tensor], expected: dict[str, T
     kinds = {"missing": missing, "unexpected": unexpected, "of another shape (given for expected)": shapes}
     lines = [f"  {len(names)} {kind}: {_shorten(names)}" for kind, names in kinds.items() if names]
     advice = "It comes from another architecture: create that model, or name a checkpoint of this one"
-    raise ValueError("\n".join([f"{path} does not fit {type(model).__name__}:", *lines, advice]))
+    raise HfkdError("\n".join([f"{path} does not fit {type(model).__name__}:", *lines, advice]))
 
 
 def _is_classifier(model: nn.Module, names: list[str], given: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:

@@ -10,6 +10,8 @@ from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
+from ..errors import HfkdError
+
 
 class TokenClassifier(nn.Module):
     """Base of `t2t_vit_*` and `pvt_*`: everything of timm's interface except the layers.
@@ -25,7 +27,7 @@ class TokenClassifier(nn.Module):
         if any(side < multiple or side % multiple for side in self.img_size):
             below = tuple(max(1, side // multiple) * multiple for side in self.img_size)
             above = tuple(max(1, -(-side // multiple)) * multiple for side in self.img_size)
-            raise ValueError(
+            raise HfkdError(
                 f"img_size is {img_size}; {type(self).__name__} needs height and width in multiples of {multiple}. "
                 f"Nearest (height, width): {below}" + (f" or {above}" if above != below else "")
             )
@@ -63,7 +65,7 @@ class TokenClassifier(nn.Module):
             ValueError: `global_pool` is not "token" (the class token), "avg" (of the others) or "" (none).
         """
         if global_pool not in (None, "token", "avg", ""):
-            raise ValueError(f"global_pool is {global_pool!r}; {type(self).__name__} takes 'token', 'avg' or ''")
+            raise HfkdError(f"global_pool is {global_pool!r}; {type(self).__name__} takes 'token', 'avg' or ''")
         if global_pool is not None:
             self.global_pool = global_pool
         self.num_classes = num_classes
@@ -79,7 +81,7 @@ class TokenClassifier(nn.Module):
         """Images through the first `count` blocks -> the last tokens, and the tokens of the blocks in `take`."""
         expected = (self.in_chans, *self.img_size)
         if tuple(x.shape[1:]) != expected:
-            raise ValueError(
+            raise HfkdError(
                 f"images are {tuple(x.shape[1:])}, this {type(self).__name__} takes {expected}: "
                 "resize them, or build the model with their img_size and in_chans"
             )
@@ -134,7 +136,7 @@ class TokenClassifier(nn.Module):
             ValueError: another `output_fmt`, or images of another size than the model's.
         """
         if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt is {output_fmt!r}; {type(self).__name__} gives 'NCHW' or 'NLC'")
+            raise HfkdError(f"output_fmt is {output_fmt!r}; {type(self).__name__} gives 'NCHW' or 'NLC'")
         depth = len(self.feature_info)
         take, deepest = feature_take_indices(depth, indices)
         count = deepest + 1 if stop_early else depth

@@ -10,6 +10,8 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..errors import HfkdError
+
 # Published label lists of one data set differ in a few names (ImageNet has two cranes): lists of the same length that
 # agree in place this far are the same classes.
 SAME_CLASSES = 0.9
@@ -70,7 +72,7 @@ def match_classes(student_names: Sequence[str], teacher: nn.Module, teacher_clas
     known = {_normal(name) for names in lists for name in names}
     missing = [name for name in student_names if _normal(name) not in known]
     reason = f"the teacher has no {_listed(missing)}" if lists and missing else "both need names, each its own"
-    raise ValueError(
+    raise HfkdError(
         f"The teacher has {teacher_classes} classes and the student {len(wanted)}, and their names do not say which is "
         f"which ({reason}). Set teacher_class_indices: for each of the student's classes, in order, the index of the "
         "teacher's."
@@ -80,13 +82,13 @@ def match_classes(student_names: Sequence[str], teacher: nn.Module, teacher_clas
 def check_class_indices(indices: Sequence[int], student_classes: int, teacher_classes: int) -> None:
     """Raises ValueError unless `indices` name one of the teacher's classes for each of the student's."""
     if len(indices) != student_classes:
-        raise ValueError(
+        raise HfkdError(
             f"teacher_class_indices has {len(indices)} entries and the student {student_classes} classes: give the "
             "teacher's class for each of the student's, in order."
         )
     wrong = [index for index in indices if not 0 <= index < teacher_classes]
     if wrong:
-        raise ValueError(
+        raise HfkdError(
             f"teacher_class_indices holds {wrong[0]}; the teacher's classes are 0 ... {teacher_classes - 1}."
         )
 

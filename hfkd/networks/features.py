@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import DeiTForImageClassificationWithTeacher
 from transformers.models.timm_wrapper import TimmWrapperForImageClassification
 
+from ..errors import HfkdError, WrongTypeError, nearest
 from .gradient_checkpointing import recomputing
 
 # A stage index into timm's `feature_info` (negative: from the end), a module path, or EMBEDDING.
@@ -96,7 +96,7 @@ class Taps:
             return
         output = output[0] if isinstance(output, tuple) else output  # transformers' blocks, PiT's stages
         if not isinstance(output, Tensor):
-            raise ValueError(f"The layer {layer!r} gives {type(output).__name__}, not a tensor: name another one.")
+            raise HfkdError(f"The layer {layer!r} gives {type(output).__name__}, not a tensor: name another one.")
         self._recorded[layer] = output.permute(0, 3, 1, 2) if self._channels_last and output.ndim == 4 else output
 
     def _record_embedding(self, classifier: nn.Module, arguments: tuple) -> None:
@@ -104,7 +104,7 @@ class Taps:
         if embedding.ndim == 4 and embedding.shape[2:] == (1, 1):  # a 1 x 1 convolution classifies
             embedding = embedding.flatten(1)
         if embedding.ndim != 2:
-            raise ValueError(
+            raise HfkdError(
                 f"The classifier ({type(classifier).__name__}) reads {tuple(embedding.shape)}: expected an embedding "
                 "(B, D)."
             )
@@ -119,7 +119,7 @@ class Taps:
         recorded, self._recorded = self._recorded, {}
         missing = [layer for layer in self.layers if layer not in recorded]
         if missing:
-            raise ValueError(f"The forward does not call the layer {missing[0]!r}: name another one.")
+            raise HfkdError(f"The forward does not call the layer {missing[0]!r}: name another one.")
         return recorded
 
 
@@ -141,12 +141,12 @@ def find_layer(model: nn.Module, layer: Layer) -> nn.Module:
     if isinstance(layer, str):
         if layer in modules:
             return modules[layer]
-        near = difflib.get_close_matches(layer, modules, n=3, cutoff=0.3)
-        raise ValueError(f"{name} has no layer '{layer}'. Near are {', '.join(near) or ', '.join(list(modules)[1:9])}.")
+        near = nearest(layer, modules, n=3, cutoff=0.3)
+        raise HfkdError(f"{name} has no layer '{layer}'. Near are {', '.join(near) or ', '.join(list(modules)[1:9])}.")
     paths = stages_of(model)
     if not -len(paths) <= layer < len(paths):
         listed = ", ".join(f"{index} ({path})" for index, path in enumerate(paths))
-        raise ValueError(f"{name} has no stage {layer}. Stages: {listed}.")
+        raise HfkdError(f"{name} has no stage {layer}. Stages: {listed}.")
     return modules[paths[layer]]
 
 
@@ -159,7 +159,7 @@ def stages_of(model: nn.Module) -> list[str]:
     inner = timm_model_of(model)
     stages = getattr(inner, "feature_info", None)
     if stages is None:
-        raise ValueError(
+        raise HfkdError(
             f"{type(inner).__name__} has no stage indices, which are timm's: name its layers by their module paths, "
             f"e.g. '{[path for path, _ in inner.named_modules()][-1]}'."
         )
@@ -178,7 +178,7 @@ def find_classifier(model: nn.Module) -> nn.Module:
         return classifiers[-1] if isinstance(classifiers, tuple) else classifiers
     linear = [module for module in inner.modules() if isinstance(module, nn.Linear)]
     if not linear:
-        raise ValueError(f"{type(inner).__name__} has no linear layer to take for its classifier.")
+        raise HfkdError(f"{type(inner).__name__} has no linear layer to take for its classifier.")
     return linear[-1]
 
 
@@ -234,7 +234,7 @@ def _forward(model: nn.Module, pixel_values: Tensor, two_heads: bool) -> Outputs
             return Outputs(logits=logits[1], class_logits=logits[0])
         return Outputs(logits=output.distillation_logits, class_logits=output.cls_logits)  # transformers' DeiT
     if not isinstance(logits, Tensor) or logits.ndim != 2:
-        raise TypeError(
+        raise WrongTypeError(
             f"{type(model).__name__} must return logits of shape (batch, classes), or an output with such `.logits`; "
             f"got {type(output).__name__}"
             + (f" with logits {tuple(logits.shape)}." if isinstance(logits, Tensor) else ".")

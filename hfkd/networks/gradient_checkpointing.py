@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.timm_wrapper import TimmWrapperForImageClassification
 
+from ..errors import HfkdError
+
 # The buffers in whose place copies stand while their module runs again.
 _KEPT: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
 
@@ -30,18 +32,18 @@ def use_gradient_checkpointing(student: nn.Module, settings: Mapping[str, Any]) 
     wrapped = isinstance(student, TimmWrapperForImageClassification)
     name = type(student.timm_model if wrapped else student).__name__
     if not isinstance(student, PreTrainedModel) or not student.supports_gradient_checkpointing:
-        raise ValueError(
+        raise HfkdError(
             f"gradient_checkpointing: a {name} does not know how to run its layers again. Leave it out, or take a "
             "student of timm or transformers that has it, such as cifar_*, timm's ResNets or any ViT."
         )
     if settings.get("use_reentrant"):
-        raise ValueError(
+        raise HfkdError(
             "gradient_checkpointing_kwargs: use_reentrant must be false: else the losses' features have no gradients."
         )
     if wrapped:
         ignored = sorted(settings.keys() - {"use_reentrant"})
         if ignored:
-            raise ValueError(f"gradient_checkpointing_kwargs: {ignored[0]} has no effect on {name}, a model of timm.")
+            raise HfkdError(f"gradient_checkpointing_kwargs: {ignored[0]} has no effect on {name}, a model of timm.")
         # Now, and not when training starts: the dry run then calls the layers in the way that training does.
         student.timm_model.set_grad_checkpointing(True)
     for module in student.modules():

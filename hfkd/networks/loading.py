@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +20,7 @@ from transformers import (
 )
 from transformers.models.timm_wrapper import TimmWrapperForImageClassification
 
+from ..errors import HfkdError, nearest
 from ..models.checkpoints import load_architecture
 from ..names import hub_id, public_name
 from .features import InputSpec, timm_model_of
@@ -66,7 +66,7 @@ def load_student(
     """
     if class_names is None:
         if num_classes is None:
-            raise ValueError("load_student needs class_names or num_classes: how many classes has the data set?")
+            raise HfkdError("load_student needs class_names or num_classes: how many classes has the data set?")
         class_names = [str(index) for index in range(num_classes)]
     preparation = {"crop_pct": crop_pct, "interpolation": interpolation, "crop_mode": "center"}
     if _is_architecture(name_or_path):
@@ -74,7 +74,7 @@ def load_student(
     settings = {"image_size": image_size, "patch_size": patch_size, "drop_path_rate": drop_path_rate}
     for key, value in settings.items():
         if value is not None:
-            raise ValueError(
+            raise HfkdError(
                 f"{key}={value} goes with a timm architecture; {name_or_path} comes with its own. Leave it out."
             )
     student = load_pretrained(name_or_path, class_names)
@@ -95,7 +95,7 @@ def _new_student(architecture, class_names, image_size, patch_size, drop_path_ra
             architecture, num_classes=len(class_names), pretrained_cfg_overlay=overlay, **settings
         )
     except TypeError as error:  # an argument that the architecture's constructor does not know
-        raise ValueError(f"{architecture} does not take {', '.join(settings)}: {error}.") from error
+        raise HfkdError(f"{architecture} does not take {', '.join(settings)}: {error}.") from error
     _check_patches(architecture, model)
     _wake_zero_heads(model)
     if image_size is not None and model.pretrained_cfg.get("fixed_input_size"):
@@ -113,7 +113,7 @@ def _check_patches(architecture: str, model: nn.Module) -> None:
             if rest or side < patch:
                 below, above = side - rest, side - rest + stride
                 sizes = f"{below} or {above}" if below >= patch else str(max(above, patch))
-                raise ValueError(
+                raise HfkdError(
                     f"image_size: {architecture} cuts its input into patches of {patch} pixels, every {stride}, which "
                     f"do not divide {side}. Take {sizes}, or another patch_size."
                 )
@@ -154,13 +154,13 @@ def load_teacher(
     """
     origin = None
     if device_map is not None and _is_architecture(name_or_path):
-        raise ValueError(
+        raise HfkdError(
             f"teacher_device_map is transformers', and {name_or_path} is an architecture of timm's: name a folder or a "
             "Hub id."
         )
     if not _is_architecture(name_or_path):
         if checkpoint is not None:
-            raise ValueError(
+            raise HfkdError(
                 f"teacher_checkpoint={checkpoint} goes with a timm architecture, but teacher_name_or_path="
                 f"{name_or_path} holds its own weights. Name an architecture such as cifar_resnet56, or drop it."
             )
@@ -171,7 +171,7 @@ def load_teacher(
         model = timm.create_model(name_or_path, pretrained=True)
         origin = model.pretrained_cfg.get("hf_hub_id")
     else:
-        raise ValueError(
+        raise HfkdError(
             f"The architecture {name_or_path} has no pretrained weights to teach with. Give teacher_checkpoint, or "
             "train it with `hfkd train-teacher` and give the folder that it writes."
         )
@@ -227,10 +227,10 @@ def _is_architecture(name_or_path: str) -> bool:
         return True
     if os.path.isdir(name_or_path) or hub_id(name_or_path):
         return False
-    nearest = difflib.get_close_matches(name_or_path, timm.list_models(), n=3)
-    raise ValueError(
+    near = nearest(name_or_path, timm.list_models(), n=3)
+    raise HfkdError(
         f"'{name_or_path}' is no timm architecture, no existing folder and no Hub id."
-        + (f" Near are {', '.join(nearest)}." if nearest else "")
+        + (f" Near are {', '.join(near)}." if near else "")
         + (" Train it first with `hfkd train-teacher`." if name_or_path.startswith("runs/") else "")
     )
 
@@ -268,7 +268,7 @@ def wrap_timm(
     given = {name: value.shape for name, value in model.state_dict().items()}
     if expected != given:
         name = next(name for name in (expected | given) if expected.get(name) != given.get(name))
-        raise ValueError(
+        raise HfkdError(
             f"{config.architecture} with {len(class_names)} classes and model_args={model_args or {}} has another "
             f"shape at '{name}' ({expected.get(name)}) than the model given ({given.get(name)}), so it could not be "
             "loaded again. Pass the keywords it was made with: wrap_timm(model, class_names, {'img_size': ...})."
@@ -298,7 +298,7 @@ def _spec_of_processor(processor, name_or_path: str) -> InputSpec:
     size = (getattr(processor, "crop_size", None) if crops else None) or processor.size
     side = size.get("height") or size.get("shortest_edge")
     if side is None or getattr(processor, "do_flip_channel_order", False):
-        raise ValueError(
+        raise HfkdError(
             f"The image processor of {name_or_path} prepares images in a way that is not supported (size "
             f"{dict(size)}, BGR: {bool(getattr(processor, 'do_flip_channel_order', False))}): expected a side and RGB."
         )

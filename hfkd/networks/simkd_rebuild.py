@@ -12,6 +12,7 @@ from transformers.models.timm_wrapper import TimmWrapperForImageClassification
 from transformers.utils import logging
 
 from ..data import ImageSource
+from ..errors import HfkdError
 from ..losses import DistillationLoss
 from ..losses.base import ReusedClassifier
 from ..losses.feature_maps import as_map
@@ -51,12 +52,12 @@ def with_teacher_classifier(
     if not asking:
         return model
     if len(asking) > 1:
-        raise ValueError(f"The losses {sorted(asking)} each give the student a projector and a classifier: keep one.")
+        raise HfkdError(f"The losses {sorted(asking)} each give the student a projector and a classifier: keep one.")
     ((name, loss),) = asking.items()
     try:
         return _rebuilt(model, teacher, loss.reuses_classifier, source)
     except ValueError as error:
-        raise ValueError(f"losses.{name}: {error}") from error
+        raise HfkdError(f"losses.{name}: {error}") from error
 
 
 def _rebuilt(
@@ -65,7 +66,7 @@ def _rebuilt(
     origin = _origin(model, wanted.student_layer)
     spec = known_input_spec(model) if source is None else InputSpec(source.image_size, source.mean, source.std)
     if spec is None:
-        raise ValueError(
+        raise HfkdError(
             f"neither the data nor the student ({type(model).__name__}) says what size the images have: take a data "
             "set of hfkd.data, or a student saved with its image processor"
         )
@@ -117,7 +118,7 @@ def _origin(model: nn.Module, student_layer: int) -> dict:
         ValueError: for a student without stages, or without this one.
     """
     if isinstance(timm_model_of(model), SimKDStudent):
-        raise ValueError(
+        raise HfkdError(
             "the student ends in a teacher's classifier already: train it with other losses, or start from the "
             "architecture that it is made of"
         )
@@ -130,12 +131,12 @@ def _origin(model: nn.Module, student_layer: int) -> dict:
             "stage": stage,
         }
     if not isinstance(model, PreTrainedModel) or model.base_model is model:
-        raise ValueError(
+        raise HfkdError(
             f"the student is a {type(model).__name__}, which has no stages to cut it at: take a model of timm or of "
             "transformers"
         )
     if student_layer != -1:
-        raise ValueError(
+        raise HfkdError(
             f"student_layer is {student_layer}, and a {type(model).__name__} has no stage indices, which are timm's: "
             "leave it at -1, its last hidden state"
         )
@@ -151,7 +152,7 @@ def _check_layer(key: str, model: nn.Module, layer: Layer) -> None:
     try:
         find_layer(model, layer)
     except ValueError as error:
-        raise ValueError(f"{key}: {error}") from error
+        raise HfkdError(f"{key}: {error}") from error
 
 
 def _preparation(model: nn.Module, spec: InputSpec) -> dict:
@@ -177,9 +178,9 @@ def _teacher_outputs(
             layer.
     """
     if isinstance(teacher, TeacherEnsemble):
-        raise ValueError(f"an ensemble ({teacher.name}) has no classifier of its own to reuse: give one teacher")
+        raise HfkdError(f"an ensemble ({teacher.name}) has no classifier of its own to reuse: give one teacher")
     if teacher.dispatched or teacher.shared_out:
-        raise ValueError(f"it copies the teacher, and {teacher.name} is spread over devices: give one that fits one")
+        raise HfkdError(f"it copies the teacher, and {teacher.name} is spread over devices: give one that fits one")
     if wanted.teacher_layer != EMBEDDING:
         _check_layer("teacher_layer", teacher.model, wanted.teacher_layer)
     probe = copy.deepcopy(teacher)
@@ -191,7 +192,7 @@ def _teacher_outputs(
     outputs = probe(batch)
     if outputs.classifier is None:
         kind = type(find_classifier(teacher.model)).__name__
-        raise ValueError(
+        raise HfkdError(
             "it needs a teacher whose classifier is one linear layer over its embedding; that of "
             f"{teacher.name} is " + ("more than one" if kind == "Linear" else f"a {kind}")
         )

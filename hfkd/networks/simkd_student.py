@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from ..errors import HfkdError
 from ..losses.feature_maps import as_map
 from ..models.base import CifarModel
 from ..models.tokens import TokenClassifier
@@ -54,7 +55,7 @@ class SimKDStudent(nn.Module):
     ):
         super().__init__()
         if factor > teacher_width:
-            raise ValueError(f"factor {factor} leaves none of the teacher's {teacher_width} channels: take less")
+            raise HfkdError(f"factor {factor} leaves none of the teacher's {teacher_width} channels: take less")
         self.teacher_size = tuple(teacher_size)
         self.stage = stage
         self.num_features = self.head_hidden_size = teacher_width
@@ -83,7 +84,7 @@ class SimKDStudent(nn.Module):
                 the map of a stage.
         """
         if enable and not isinstance(self.backbone, (CifarModel, TokenClassifier)):
-            raise ValueError(f"gradient checkpointing: a {type(self.backbone).__name__} gives its map without")
+            raise HfkdError(f"gradient checkpointing: a {type(self.backbone).__name__} gives its map without")
         if isinstance(self.backbone, (CifarModel, TokenClassifier)):
             self.backbone.set_grad_checkpointing(enable)
 

@@ -11,6 +11,7 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from ..errors import HfkdError, RunError
 from ..losses.standardize import at_least_float32, standardize
 from ..names import architecture_of
 from .class_matching import check_class_indices, match_classes
@@ -23,7 +24,7 @@ VIEWS = ("pixel_values", "pixel_values_strong")
 def _refuse_train_mode(module: nn.Module, mode: bool = True) -> nn.Module:
     """Stands in for `module.train`."""
     if mode:
-        raise RuntimeError("A teacher stays in eval mode: its BatchNorm statistics and its dropout must not train.")
+        raise RunError("A teacher stays in eval mode: its BatchNorm statistics and its dropout must not train.")
     return module
 
 
@@ -107,12 +108,12 @@ class Teacher:
         weights = [module for module in self.model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
         half = {module.weight.dtype for module in weights} & {torch.float16, torch.bfloat16}
         if half - {autocast_dtype}:
-            raise ValueError(
+            raise HfkdError(
                 f"This teacher's weights are in {half.pop()}, from an earlier trainer or its own checkpoint, and the "
                 f"run's precision is {autocast_dtype or torch.float32}: load the teacher again, in float32."
             )
         if self.dispatched and share:
-            raise ValueError("A teacher with a device_map is spread already: leave it out, or shard_teacher.")
+            raise HfkdError("A teacher with a device_map is spread already: leave it out, or shard_teacher.")
         self._autocast_dtype = autocast_dtype
         if not self.shared_out:  # else it stays as an earlier trainer, or the caller, has shared it out
             for module in weights if autocast_dtype is not None else ():
@@ -255,7 +256,7 @@ class TeacherEnsemble:
             ValueError: as there, and for layers: an ensemble has no feature of its own.
         """
         if layers:
-            raise ValueError(
+            raise HfkdError(
                 f"Losses read the teacher's layers {list(layers)}, and an ensemble ({self.name}) has none in common: "
                 "give one teacher, or only losses that read logits."
             )
@@ -293,9 +294,9 @@ def check_placement(teacher: Teacher | TeacherEnsemble, processes: int, compiled
     if not any(member.dispatched for member in teacher.members):
         return
     if processes > 1:
-        raise ValueError(
+        raise HfkdError(
             f"{teacher.name} is spread over devices by a device_map, and {processes} processes would each do so: "
             "start one process, or share out the teacher by FSDP (recipes/accelerate/fsdp.yaml, shard_teacher: true)."
         )
     if compiled:
-        raise ValueError("torch_compile was not tried with a device_map: leave one of them out.")
+        raise HfkdError("torch_compile was not tried with a device_map: leave one of them out.")

@@ -17,7 +17,7 @@ from torch.distributed import DistNetworkError, DistStoreError
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from ..errors import did_you_mean
+from ..errors import HfkdError, RendezvousError, did_you_mean
 
 
 @dataclass
@@ -81,7 +81,7 @@ class ModelArguments:
             self.teacher_checkpoint = [self.teacher_checkpoint]
         teachers, checkpoints = self.teacher_name_or_path or [], self.teacher_checkpoint or []
         if checkpoints and len(checkpoints) != len(teachers):
-            raise ValueError(
+            raise HfkdError(
                 f"teacher_checkpoint names {len(checkpoints)} files and teacher_name_or_path {len(teachers)} teachers: "
                 "give one file for each."
             )
@@ -152,21 +152,21 @@ class DataArguments:
 
     def __post_init__(self):
         if self.image_size is not None and self.image_size < 1:
-            raise ValueError(f"image_size must be a number of pixels, got {self.image_size}.")
+            raise HfkdError(f"image_size must be a number of pixels, got {self.image_size}.")
         if not 0 < self.crop_pct <= 1:
-            raise ValueError(f"crop_pct must be above 0 and at most 1, got {self.crop_pct}.")
+            raise HfkdError(f"crop_pct must be above 0 and at most 1, got {self.crop_pct}.")
         if not 0 <= self.random_erasing <= 1:
-            raise ValueError(f"random_erasing is a probability, got {self.random_erasing}.")
+            raise HfkdError(f"random_erasing is a probability, got {self.random_erasing}.")
         if self.color_jitter < 0:
-            raise ValueError(f"color_jitter must not be negative, got {self.color_jitter}.")
+            raise HfkdError(f"color_jitter must not be negative, got {self.color_jitter}.")
         if self.shuffle_buffer_size < 1:
-            raise ValueError(f"shuffle_buffer_size must be 1 image or more, got {self.shuffle_buffer_size}.")
+            raise HfkdError(f"shuffle_buffer_size must be 1 image or more, got {self.shuffle_buffer_size}.")
         if self.augmentation == "crop":
             defaults = {field.name: field.default for field in dataclasses.fields(self)}
             ignored = ("interpolation", "crop_pct", "auto_augment", "color_jitter", "random_erasing", "streaming")
             given = [key for key in ignored if getattr(self, key) != defaults[key]]
             if given:
-                raise ValueError(f"{given[0]} goes with augmentation: random_resized_crop; this recipe's is crop.")
+                raise HfkdError(f"{given[0]} goes with augmentation: random_resized_crop; this recipe's is crop.")
 
 
 @dataclass
@@ -272,30 +272,30 @@ class DistillationConfig(TrainingArguments):
         check_trackers(self.report_to)
         self.losses = self.losses or {}
         if not isinstance(self.losses, dict):
-            raise ValueError(
+            raise HfkdError(
                 f"losses must map method names to their parameters, e.g. {{'kd': {{'temperature': 4.0}}}}; "
                 f"got {self.losses!r}."
             )
         if self.fp16 and self.use_cpu:
-            raise ValueError("fp16 needs an accelerator; on a CPU set bf16 instead, or neither.")
+            raise HfkdError("fp16 needs an accelerator; on a CPU set bf16 instead, or neither.")
         if self.ce_weight < 0:
-            raise ValueError(f"ce_weight must not be negative, got {self.ce_weight}.")
+            raise HfkdError(f"ce_weight must not be negative, got {self.ce_weight}.")
         if self.label_smoothing_factor:
-            raise ValueError(
+            raise HfkdError(
                 f"label_smoothing_factor={self.label_smoothing_factor} is not supported: the teacher's distribution "
                 "takes its place. Leave it at 0."
             )
         if self.mixup < 0 or self.cutmix < 0:
-            raise ValueError(f"mixup and cutmix must not be negative, got {self.mixup} and {self.cutmix}.")
+            raise HfkdError(f"mixup and cutmix must not be negative, got {self.mixup} and {self.cutmix}.")
         if self.mixes and (self.per_device_train_batch_size % 2 or not self.dataloader_drop_last):
-            raise ValueError(
+            raise HfkdError(
                 "mixup and cutmix pair the images of a batch, so every batch must be even: set dataloader_drop_last: "
                 f"true and an even per_device_train_batch_size (it is {self.per_device_train_batch_size})."
             )
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ValueError(f"ema_decay must be between 0 and 1, e.g. 0.9998, got {self.ema_decay}.")
+            raise HfkdError(f"ema_decay must be between 0 and 1, e.g. 0.9998, got {self.ema_decay}.")
         if self.lr_milestones and self.get_warmup_steps(1_000):
-            raise ValueError("lr_milestones has no warm-up: leave warmup_steps at 0 or use lr_scheduler_type.")
+            raise HfkdError("lr_milestones has no warm-up: leave warmup_steps at 0 or use lr_scheduler_type.")
 
     @property
     def mixes(self) -> bool:
@@ -312,12 +312,12 @@ def check_trackers(names: list[str]) -> None:
     for name in names:
         if name not in INTEGRATION_TO_CALLBACK:
             valid = did_you_mean(name, INTEGRATION_TO_CALLBACK)
-            raise ValueError(f"report_to: there is no tracker '{name}'.{valid}; 'all' that are installed, or 'none'.")
+            raise HfkdError(f"report_to: there is no tracker '{name}'.{valid}; 'all' that are installed, or 'none'.")
         try:
             INTEGRATION_TO_CALLBACK[name]()
         except (ImportError, RuntimeError) as error:
             package = name.replace("_", "-")
-            raise ValueError(
+            raise HfkdError(
                 f"report_to: '{name}' cannot be used here; `pip install {package}` may be all it needs ({error})"
             ) from error
 
@@ -335,7 +335,7 @@ def meeting(args: DistillationConfig) -> Iterator[None]:
         yield
     except (DistNetworkError, DistStoreError) as error:
         here = {name: os.environ.get(name, "not set") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
-        raise TimeoutError(
+        raise RendezvousError(
             f"Process {here['RANK']} of {here['WORLD_SIZE']} waited for the others at {here['MASTER_ADDR']}:"
             f"{here['MASTER_PORT']} for {args.ddp_timeout} s ({error}). Does each machine run its part, with the same "
             "number of processes, and can it reach that address? --ddp_timeout SECONDS waits longer."

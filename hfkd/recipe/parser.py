@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import HfArgumentParser, TrainingArguments
 
-from ..errors import unknown_key_error
+from ..errors import HfkdError, unknown_key_error
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -54,7 +54,7 @@ class ArgumentParser(HfArgumentParser):
         return self.add_argument_group("training (transformers' TrainingArguments)")
 
     def error(self, message: str):
-        raise ValueError(message)
+        raise HfkdError(message)
 
     def option(self, token: str) -> argparse.Action | None:
         """The option that a command-line token such as `--seed=3` or `--no_bf16` names, if it names one."""
@@ -81,7 +81,7 @@ def to_argv(recipe: dict[str, Any], parser: ArgumentParser) -> list[str]:
     for key, value in recipe.items():
         if isinstance(value, list):
             if parser.option(f"--{key}").nargs != "+":
-                raise ValueError(f"{key} takes one value, got the list {value}.")
+                raise HfkdError(f"{key} takes one value, got the list {value}.")
             tokens += [f"--{key}", *map(str, value)] if value else []
         elif isinstance(value, dict):
             tokens.append(f"--{key}={json.dumps(value)}")

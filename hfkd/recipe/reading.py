@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import json
 import sys
@@ -12,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import unknown_key_error
+from ..errors import HfkdError, NotFoundError, nearest, unknown_key_error
 from ..losses import LOSSES
 from .arguments import DataArguments, DistillationConfig, ModelArguments
 from .keys import NOT_RECORDED
@@ -45,21 +44,21 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
     parent_path = path.parent / parent_name
     parent = _read_yaml(parent_path)
     if "extends" in parent:
-        raise ValueError(f"{parent_path} is extended by {path} and extends a recipe itself: only one level is allowed.")
+        raise HfkdError(f"{parent_path} is extended by {path} and extends a recipe itself: only one level is allowed.")
     return parent | recipe
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        nearest = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*.yaml")], n=1)
-        hint = f" Did you mean {path.parent / nearest[0]}?" if nearest else ""
-        raise FileNotFoundError(f"There is no recipe at {path}.{hint}")
+        near = nearest(path.name, [other.name for other in path.parent.glob("*.yaml")])
+        hint = f" Did you mean {path.parent / near[0]}?" if near else ""
+        raise NotFoundError(f"There is no recipe at {path}.{hint}")
     try:
         recipe = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+        raise HfkdError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(recipe, dict):
-        raise ValueError(f"{path} must hold a mapping of keys to values, got {type(recipe).__name__}.")
+        raise HfkdError(f"{path} must hold a mapping of keys to values, got {type(recipe).__name__}.")
     for key in recipe:
         if key not in (*KEYS, *NO_SETTINGS):
             raise unknown_key_error(str(key), [*KEYS, *NO_SETTINGS], str(path))
@@ -88,7 +87,7 @@ def parse_recipe(
         parser.parse_args(["--help"])
     path, overrides = argv[0] if argv else "", argv[1:]
     if not path or path.startswith("-"):
-        raise ValueError(f"The first argument must be a recipe, got '{path}': {usage}. `--help` explains every key.")
+        raise HfkdError(f"The first argument must be a recipe, got '{path}': {usage}. `--help` explains every key.")
     recipe = load_recipe(path)
     recipe.pop("search", None)
     losses, overrides = _split_loss_overrides(recipe.get("losses") or {}, overrides)
@@ -134,7 +133,7 @@ def default_output_dir(path: str | Path) -> str:
 def _split_loss_overrides(losses: dict, argv: list[str]) -> tuple[dict, list[str]]:
     """Takes `--losses.method.parameter value` out of `argv` and writes it into a copy of `losses`."""
     if not isinstance(losses, dict):
-        raise ValueError(f"losses must map method names to their parameters, got {losses!r}.")
+        raise HfkdError(f"losses must map method names to their parameters, got {losses!r}.")
     losses = {method: dict(parameters or {}) for method, parameters in losses.items()}
     rest, tokens = [], iter(argv)
     for token in tokens:
@@ -145,8 +144,8 @@ def _split_loss_overrides(losses: dict, argv: list[str]) -> tuple[dict, list[str
         path = name[len("--losses.") :].split(".")
         value = value if has_value else next(tokens, None)
         if len(path) != 2 or not value:
-            raise ValueError(f"'{token}' must read --losses.METHOD.PARAMETER VALUE.")
+            raise HfkdError(f"'{token}' must read --losses.METHOD.PARAMETER VALUE.")
         if any(other.partition("=")[0] == "--losses" for other in argv):
-            raise ValueError(f"--losses replaces all losses: give it, or '{token}', but not both.")
+            raise HfkdError(f"--losses replaces all losses: give it, or '{token}', but not both.")
         losses.setdefault(path[0], {})[path[1]] = yaml.safe_load(value)
     return losses, rest

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
 
-from ..errors import did_you_mean
+from ..errors import HfkdError, NotFoundError, did_you_mean
 from ..losses import LOSSES
 from ..recipe.arguments import DataArguments, DistillationConfig, ModelArguments
 from ..recipe.keys import recipe_differences
@@ -94,7 +94,7 @@ class Cell:
             if self.role == "teacher":
                 way_out += f", or take the teacher as it is: --teacher_name_or_path {self.folder / self.role}"
             lines = "\n  ".join(different)
-            raise ValueError(f"{self.folder} holds a run with other settings:\n  {lines}\n{way_out}.")
+            raise HfkdError(f"{self.folder} holds a run with other settings:\n  {lines}\n{way_out}.")
 
 
 def recipe_folder(pair: str) -> Path:
@@ -111,7 +111,7 @@ def recipe_folder(pair: str) -> Path:
     for place in (CHECKOUT / "recipes", Path("recipes")):
         folders |= {f"{path.parent.name}/{path.name}": path for path in sorted(place.glob("*/*-*")) if path.is_dir()}
     if not folders:
-        raise FileNotFoundError(
+        raise NotFoundError(
             "There is no folder `recipes` here. The recipes of the published tables are part of hfkd's repository and "
             "not of what pip installs: start in a checkout of it, or copy its folder `recipes` to here."
         )
@@ -120,7 +120,7 @@ def recipe_folder(pair: str) -> Path:
         if name in (full_name, folder.name):
             return folder
     names = folders if "/" in name else [folder.name for folder in folders.values()]
-    raise ValueError(f"There are no recipes of the pair '{pair}'.{did_you_mean(name, names)}")
+    raise HfkdError(f"There are no recipes of the pair '{pair}'.{did_you_mean(name, names)}")
 
 
 def recipes_of(folder: Path, methods: Sequence[str]) -> list[Path]:
@@ -134,7 +134,7 @@ def recipes_of(folder: Path, methods: Sequence[str]) -> list[Path]:
         return [path for path in recipes.values() if recipe_name(path) in published_runs()]
     for method in methods:
         if method not in recipes:
-            raise ValueError(f"There is no recipe '{method}' of {folder.name}.{did_you_mean(method, recipes)}")
+            raise HfkdError(f"There is no recipe '{method}' of {folder.name}.{did_you_mean(method, recipes)}")
     return [recipes[method] for method in dict.fromkeys(methods)]
 
 
@@ -199,7 +199,7 @@ def shortened(recipe: Mapping[str, Any], scale: float, name: str) -> list[str]:
         return []
     epochs = recipe.get("num_train_epochs", DEFAULTS["num_train_epochs"])
     if round(scale * epochs, 6) < 1:
-        raise ValueError(
+        raise HfkdError(
             f"epochs_scale {scale:g} leaves {scale * epochs:.2g} of the {epochs:g} epochs of {name}: give at least "
             f"{1 / epochs:.4g}, which is one."
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from ..errors import HfkdError, NotFoundError, nearest
 from .folder import RECIPE_NAME, RESULTS_NAME
 
 ROLES = ("student", "teacher")
@@ -65,16 +65,16 @@ def read_run(folder: str | Path) -> FinishedRun:
     folder = Path(folder)
     path = folder / RESULTS_NAME
     if not path.is_file():
-        raise FileNotFoundError(
+        raise NotFoundError(
             f"{folder} holds no {RESULTS_NAME}: give the folder of a run, which has one after its first evaluation."
         )
     try:
         results = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise HfkdError(f"{path} is damaged: {error}") from error
     missing = [name for name in FACTS if name not in results]
     if missing:
-        raise ValueError(f"{path} is that of another program or an earlier hfkd: it lacks {', '.join(missing)}.")
+        raise HfkdError(f"{path} is that of another program or an earlier hfkd: it lacks {', '.join(missing)}.")
     recipe = folder / RECIPE_NAME
     return FinishedRun(folder, results, _read_recipe(recipe) if recipe.is_file() else {})
 
@@ -83,7 +83,7 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     try:
         return yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise HfkdError(f"{path} is damaged: {error}") from error
 
 
 def find_runs(paths: Sequence[str | Path]) -> tuple[list[FinishedRun], list[str]]:
@@ -101,7 +101,7 @@ def find_runs(paths: Sequence[str | Path]) -> tuple[list[FinishedRun], list[str]
     left_out = []
     for path in map(Path, paths):
         if not path.exists():
-            raise FileNotFoundError(f"There is no folder {path}.{_runs_nearby(path)}")
+            raise NotFoundError(f"There is no folder {path}.{_runs_nearby(path)}")
         folders = _run_folders(path)
         if not folders:
             left_out.append(f"{path} holds no run.")
@@ -117,7 +117,7 @@ def find_runs(paths: Sequence[str | Path]) -> tuple[list[FinishedRun], list[str]
                 left_out.append(f"{folder} was not evaluated yet.")
     if not runs:
         reasons = "\n  ".join(left_out)
-        raise FileNotFoundError(f"There is no run to read:\n  {reasons}{_runs_nearby(Path(paths[0]))}")
+        raise NotFoundError(f"There is no run to read:\n  {reasons}{_runs_nearby(Path(paths[0]))}")
     return list(runs.values()), left_out
 
 
@@ -139,6 +139,6 @@ def _runs_nearby(path: Path) -> str:
     for place in (path.parent, Path("runs")):
         found = [str(folder) for folder in _run_folders(place) if (folder / RESULTS_NAME).is_file()]
         if found and place.exists():
-            nearest = difflib.get_close_matches(str(path), found, n=4, cutoff=0.0)
-            return f"\nRuns that there are: {', '.join(nearest)}{', ...' if len(found) > 4 else ''}."
+            near = nearest(path, found, n=4, cutoff=0.0)
+            return f"\nRuns that there are: {', '.join(near)}{', ...' if len(found) > 4 else ''}."
     return " Train one with `hfkd distill recipe.yaml`; its folder then holds a results.json."

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..errors import HfkdError, did_you_mean
 from ..losses import build_losses
 from ..recipe.arguments import DistillationConfig
 
@@ -69,19 +69,17 @@ def search_space(section: Mapping[str, Any] | None, config: DistillationConfig) 
     if section is None:
         return _default_space(losses, config)
     if not isinstance(section, Mapping) or not section:
-        raise ValueError(f"search is {section!r}: give keys with what to try, such as {EXAMPLE}, or leave it out.")
+        raise HfkdError(f"search is {section!r}: give keys with what to try, such as {EXAMPLE}, or leave it out.")
     defaults = _searchable(losses, config)
     space = []
     for key, entry in section.items():
         if key not in defaults:
-            nearest = difflib.get_close_matches(str(key), defaults, n=1)
-            hint = f" Did you mean '{nearest[0]}'?" if nearest else ""
-            raise ValueError(f"search: '{key}' cannot be searched.{hint} Valid: {', '.join(defaults)}.")
+            raise HfkdError(f"search: '{key}' cannot be searched.{did_you_mean(key, defaults)}.")
         space.append(_parameter(key, defaults[key], entry))
     for parameter in space:
         for value in parameter.choices or (parameter.low, parameter.high):
             if parameter.key in SETTINGS and value < 0:
-                raise ValueError(f"search: {parameter.key} must not be negative, got {value:g}.")
+                raise HfkdError(f"search: {parameter.key} must not be negative, got {value:g}.")
             build_losses(settings({parameter.key: value}, config.losses)["losses"], config.logit_standardization)
     return space
 
@@ -114,21 +112,21 @@ def _parameter(key: str, default: Any, entry: Any) -> Parameter:
     if keys == {"choices"}:
         return Parameter(key, default, choices=_choices(key, default, entry["choices"]))
     if not {"low", "high"} <= keys <= {"low", "high", "log"}:
-        raise ValueError(
+        raise HfkdError(
             f"search: {key} is {entry!r}: give `low` and `high`, with `log: true` for a log scale, or `choices`."
         )
     if isinstance(default, (bool, str)):
-        raise ValueError(f"search: {key} is {default!r} in the recipe, no number: give `choices` in place of a range.")
+        raise HfkdError(f"search: {key} is {default!r} in the recipe, no number: give `choices` in place of a range.")
     low, high = (_converted(key, default, entry[end]) for end in ("low", "high"))
     log = entry.get("log", False)
     if not isinstance(log, bool):
-        raise ValueError(f"search: log of {key} must be true or false, got {log!r}.")
+        raise HfkdError(f"search: log of {key} must be true or false, got {log!r}.")
     if low >= high:
-        raise ValueError(f"search: {key} has low {low:g} and high {high:g}: low must be below high.")
+        raise HfkdError(f"search: {key} has low {low:g} and high {high:g}: low must be below high.")
     if log and low <= 0:
-        raise ValueError(f"search: {key} has low {low:g}: a logarithmic scale needs a low above 0.")
+        raise HfkdError(f"search: {key} has low {low:g}: a logarithmic scale needs a low above 0.")
     if not low <= default <= high:
-        raise ValueError(
+        raise HfkdError(
             f"search: {key} has low {low:g} and high {high:g}, and the recipe's own value {default:g}, with which the "
             "search begins, lies outside: widen the range, or change the recipe."
         )
@@ -137,10 +135,10 @@ def _parameter(key: str, default: Any, entry: Any) -> Parameter:
 
 def _choices(key: str, default: Any, given: Any) -> tuple:
     if not isinstance(given, list) or len(given) < 2:
-        raise ValueError(f"search: choices of {key} must be a list of two values or more, got {given!r}.")
+        raise HfkdError(f"search: choices of {key} must be a list of two values or more, got {given!r}.")
     choices = tuple(dict.fromkeys(_converted(key, default, value) for value in given))
     if default not in choices:
-        raise ValueError(
+        raise HfkdError(
             f"search: choices of {key} are {', '.join(map(str, choices))}, and the recipe's own value {default}, with "
             "which the search begins, is none of them: add it, or change the recipe."
         )
@@ -152,14 +150,14 @@ def _converted(key: str, default: Any, value: Any) -> Any:
     kind = type(default)
     if kind in (bool, str):
         if type(value) is not kind:
-            raise ValueError(f"search: {key} takes {'true or false' if kind is bool else 'names'}, got {value!r}.")
+            raise HfkdError(f"search: {key} takes {'true or false' if kind is bool else 'names'}, got {value!r}.")
         return value
     try:
         number = float(value)
     except (TypeError, ValueError):
         number = None
     if number is None or isinstance(value, bool) or (kind is int and not number.is_integer()):
-        raise ValueError(f"search: {key} takes {'whole ' if kind is int else ''}numbers, got {value!r}.")
+        raise HfkdError(f"search: {key} takes {'whole ' if kind is int else ''}numbers, got {value!r}.")
     return kind(number)
 
 

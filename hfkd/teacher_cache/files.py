@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ..errors import HfkdError, RunError
 from .rows import RowFormat
 
 CACHE_NAME, EVALUATION_NAME = "cache.json", "evaluation.bin"
@@ -84,13 +85,13 @@ class CacheFiles:
         sizes = {path: path.stat().st_size if path.is_file() else None for path in expected}
         missing = [path for path, size in sizes.items() if size is None]
         if missing:
-            raise ValueError(
+            raise HfkdError(
                 f"The teacher cache {self.folder} is not finished: {len(missing)} of its {len(expected)} files are "
                 f"missing, {missing[0]} for one. The command that began it completes it."
             )
         for path, size in sizes.items():
             if size != expected[path]:
-                raise ValueError(damaged(path, f"it has {size:,} bytes instead of {expected[path]:,}"))
+                raise HfkdError(damaged(path, f"it has {size:,} bytes instead of {expected[path]:,}"))
 
     def finish(self) -> bool:
         """Is every file there? Then what killed processes left half-written is removed."""
@@ -145,15 +146,15 @@ def map_rows(path: Path, dtype: np.dtype, count: int, check: bool = True) -> np.
             header = file.read(HEADER.size)
             size = os.fstat(file.fileno()).st_size
             if size != HEADER.size + count * dtype.itemsize:
-                raise ValueError(damaged(path, f"it has {size:,} bytes for {count:,} rows of {dtype.itemsize}"))
+                raise HfkdError(damaged(path, f"it has {size:,} bytes for {count:,} rows of {dtype.itemsize}"))
             magic, rows, checksum = HEADER.unpack(header)
             if (magic, rows) != (MAGIC, count):
-                raise ValueError(damaged(path, "its header is not one of a cache"))
+                raise HfkdError(damaged(path, "its header is not one of a cache"))
             mapped = np.memmap(file, dtype, "r", offset=HEADER.size, shape=(count,))
     except FileNotFoundError as error:
-        raise ValueError(damaged(path, "it is missing")) from error
+        raise HfkdError(damaged(path, "it is missing")) from error
     if check and zlib.crc32(mapped.view(np.uint8).data) != checksum:
-        raise ValueError(damaged(path, "it is not what was written: its checksum differs"))
+        raise HfkdError(damaged(path, "it is not what was written: its checksum differs"))
     return np.asarray(mapped)  # a memmap's own indexing takes several times as long
 
 
@@ -184,7 +185,7 @@ def write_rows(path: Path, rows: np.ndarray) -> None:
             raise
     except OSError as error:
         free = shutil.disk_usage(path.parents[1]).free / 2**20
-        raise RuntimeError(
+        raise RunError(
             f"{path} could not be written ({error}); {free:,.0f} MiB are free on its disk. What was written before is "
             "whole: the same command goes on from there once there is room."
         ) from error
@@ -209,9 +210,9 @@ def read_facts(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder, CACHE_NAME)
     if not path.is_file():
-        raise ValueError(f"{folder} holds no teacher cache: {path} is missing. `hfkd cache-teacher RECIPE` writes one.")
+        raise HfkdError(f"{folder} holds no teacher cache: {path} is missing. `hfkd cache-teacher RECIPE` writes one.")
     try:
         return json.loads(path.read_text())
     except ValueError as error:
         message = f"{path} cannot be read ({error}): remove it, and run the command again that wrote it."
-        raise ValueError(message) from error
+        raise HfkdError(message) from error

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import RunError
 from ..losses.standardize import standardize
 
 LOGITS, VALUES, INDICES, STATISTICS = "teacher_logits", "teacher_values", "teacher_classes", "teacher_statistics"
@@ -72,7 +73,7 @@ class RowFormat:
             rows[name] = values.cpu().numpy().reshape(rows[name].shape)
         numbers = rows[LOGITS if self.top_k is None else STATISTICS]
         if not np.isfinite(numbers).all():
-            raise RuntimeError(
+            raise RunError(
                 f"The teacher's logits reach from {logits.min().item():g} to {logits.max().item():g}, and the cache "
                 "needs finite numbers, up to 65,504 where all logits are stored: look at the teacher's weights and at "
                 "the precision of the run, or set top_k, which stores Z-scores."

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from ..data import ImageSource, IndexedImageSource
+from ..errors import HfkdError
 from ..losses import DistillationLoss
 from ..networks.features import Outputs
 from ..recipe.arguments import DistillationConfig
@@ -71,7 +72,7 @@ class CachedTeacher:
         check_supported(losses, args)
         if not isinstance(dataset, IndexedImageSource):
             given = "none is given" if dataset is None else f"this one is a {type(dataset).__name__}"
-            raise ValueError(
+            raise HfkdError(
                 f"{where} knows images by their row in a training set of hfkd.data that is not streamed, and {given}: "
                 "set streaming: false, or leave teacher_cache out."
             )
@@ -87,7 +88,7 @@ class CachedTeacher:
             versions = ", ".join(f"{name} {self.facts['versions'][name]}" for name in names)
             different.append(f"augmentation: the same settings give other images here; it was written with {versions}")
         if different:
-            raise ValueError(f"{where} was written for another run:\n  " + "\n  ".join(different) + f"\n{WAY_OUT}")
+            raise HfkdError(f"{where} was written for another run:\n  " + "\n  ".join(different) + f"\n{WAY_OUT}")
         if self.files.format.top_k is not None:
             self._temperature = self._common_temperature(losses, args)
             self._standardized = args.logit_standardization
@@ -100,18 +101,18 @@ class CachedTeacher:
         for name, loss in losses.items():
             raw = loss.reads_raw_logits and args.logit_standardization
             if loss.teacher_temperature is None or raw:
-                raise ValueError(f"{where}, and the loss '{name}' needs all of them. {way_out}")
+                raise HfkdError(f"{where}, and the loss '{name}' needs all of them. {way_out}")
             wanted[loss.teacher_temperature] = name
         if len(wanted) > 1:
             listed = ", ".join(f"{name} at {temperature:g}" for temperature, name in wanted.items())
-            raise ValueError(
+            raise HfkdError(
                 f"{where}, with which the others can stand for one temperature only, and the losses read them at "
                 f"several: {listed}. Give them one temperature. {way_out}"
             )
         for temperature, name in wanted.items():
             if temperature not in self.files.format.temperatures:
                 cached = ", ".join(f"{value:g}" for value in self.files.format.temperatures)
-                raise ValueError(
+                raise HfkdError(
                     f"{where} for the temperatures {cached}, and the loss '{name}' reads them at {temperature:g}. "
                     f"Write one with --temperatures {cached.replace(',', '')} {temperature:g} and another --cache_dir. "
                     f"{way_out}"
@@ -146,7 +147,7 @@ class CachedTeacher:
             )
         if different:
             listed = "\n  ".join(different)
-            raise ValueError(f"The teacher cache {self.files.folder} is of another teacher:\n  {listed}\n{WAY_OUT}")
+            raise HfkdError(f"The teacher cache {self.files.folder} is of another teacher:\n  {listed}\n{WAY_OUT}")
 
     # ---- As a teacher ----------------------------------------------------------------------------------------------
 
@@ -161,7 +162,7 @@ class CachedTeacher:
         """
         classes = self.files.format.classes
         if len(student_names) != classes:
-            raise ValueError(
+            raise HfkdError(
                 f"The teacher cache {self.files.folder} holds {classes} classes and the student has "
                 f"{len(student_names)}: build the student with num_classes={classes}."
             )
@@ -208,13 +209,13 @@ class CachedTeacher:
 def check_supported(losses: Mapping[str, DistillationLoss], args: DistillationConfig) -> None:
     """Raises ValueError for a run that reads more than the logits of whole images."""
     if args.mixes:
-        raise ValueError(
+        raise HfkdError(
             "A teacher cache holds the logits of whole images, and mixup and cutmix mix them after they are augmented, "
             "each time with another partner: leave mixup and cutmix at 0, or train with the teacher itself."
         )
     for name, loss in losses.items():
         if loss.teacher_layers is None or len(loss.teacher_layers) or loss.reuses_classifier is not None:
-            raise ValueError(
+            raise HfkdError(
                 f"The loss '{name}' reads the teacher's features or classifier, and a teacher cache holds its logits "
                 "only: train with the teacher itself, or take losses that read logits."
             )

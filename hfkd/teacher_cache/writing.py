@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..data import ImageDataset, IndexedImageSource, collate_batch
+from ..errors import HfkdError, RunError
 from ..networks.features import InputSpec
 from ..networks.teacher import Teacher, TeacherEnsemble, check_placement
 from ..recipe.arguments import DistillationConfig
@@ -102,14 +103,14 @@ def claim(files: CacheFiles) -> None:
             different.append("augmentation: the same settings give other images now")
         if different:
             listed = "\n  ".join(different)
-            raise ValueError(
+            raise HfkdError(
                 f"{folder} holds another cache:\n  {listed}\nGive another --cache_dir, or remove the folder."
             )
     folder.mkdir(parents=True, exist_ok=True)
     needed = sum(files.bytes_of(shard) for epoch, shard in files.shards() if not files.path(epoch, shard).is_file())
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise RuntimeError(
+        raise RunError(
             f"{folder} needs {needed / 2**30:,.2f} GiB more, and {free / 2**30:,.2f} GiB are free on its disk: make "
             "room, store fewer epochs, or set top_k."
         )

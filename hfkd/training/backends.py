@@ -8,6 +8,7 @@ import torch
 from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
+from ..errors import HfkdError
 from ..networks.loading import exported_state_dict
 from . import zero
 from .exports import SavingTrainer
@@ -31,7 +32,7 @@ class PreparingTrainer(SavingTrainer):
             # writes checkpoints that other runs cannot read. The others do, since accelerate shards in `prepare`.
             self.is_fsdp_enabled = False
         elif self.args.shard_teacher:
-            raise ValueError(
+            raise HfkdError(
                 "shard_teacher goes with FSDP: start with --config_file recipes/accelerate/fsdp.yaml, or leave it out."
             )
         self.zero = self.accelerator.distributed_type == DistributedType.DEEPSPEED

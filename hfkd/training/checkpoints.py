@@ -24,6 +24,7 @@ from transformers.utils import logging
 
 from ..data import StreamingImageDataset
 from ..data.subsets import image_source
+from ..errors import HfkdError, RunError
 from ..networks.loading import exported_state_dict, load_exported
 from ..networks.sharding import gathered
 from ..runs.checkpoints import defect, drop_old, last_checkpoint, seal, set_aside_later
@@ -70,16 +71,16 @@ class ResumableTrainer(ImageTrainer):
         if checkpoint is True:
             checkpoint = last_checkpoint(self.args.output_dir)
             if checkpoint is None:
-                raise ValueError(f"There is no whole checkpoint in {self.args.output_dir} to resume from.")
+                raise HfkdError(f"There is no whole checkpoint in {self.args.output_dir} to resume from.")
         if checkpoint is not None:
             found = defect(checkpoint)
             if found is not None:
-                raise ValueError(
+                raise HfkdError(
                     f"{checkpoint} cannot be resumed from: {found}. resume_from_checkpoint: true takes the last whole "
                     "one of the output folder."
                 )
             if not Path(checkpoint, UNLOGGED_NAME).is_file():
-                raise ValueError(f"{checkpoint} cannot be resumed from: with save_only_model it holds the model alone.")
+                raise HfkdError(f"{checkpoint} cannot be resumed from: with save_only_model it holds the model alone.")
         check_same_checkpoint(checkpoint, self.args.output_dir)
         # A trial of a search leaves no checkpoint: SIGTERM ends it at once, and the search begins it again.
         with self.stop_on_sigterm.listening() if trial is None else contextlib.nullcontext():
@@ -166,7 +167,7 @@ class ResumableTrainer(ImageTrainer):
         last = last_checkpoint(output_dir)
         free = shutil.disk_usage(output_dir).free / 2**20
         stands = f"The run stands at {last}: go on from there" if last else "There is no checkpoint yet: start again"
-        return RuntimeError(
+        return RunError(
             f"{path} could not be written ({error}); {free:,.0f} MiB are free on its disk. {stands} "
             "(resume_from_checkpoint: true) once there is room."
         )
@@ -199,7 +200,7 @@ class ResumableTrainer(ImageTrainer):
                 super()._load_optimizer_and_scheduler(checkpoint)
             self._load_losses_and_average(checkpoint)
         except (OSError, RuntimeError, ValueError) as error:
-            raise ValueError(
+            raise HfkdError(
                 f"{checkpoint} cannot be loaded into this run ({error}). If its losses, optimizer or ema_decay are not "
                 "those that it was written with: begin anew, in another output_dir."
             ) from error
@@ -235,7 +236,7 @@ class ResumableTrainer(ImageTrainer):
         # Trainer warns, and goes on with a network that is only partly the checkpoint's.
         unknown = load_result.unexpected_keys
         if unknown:
-            raise ValueError(
+            raise HfkdError(
                 f"The checkpoint is not this student's, which has no parameter {unknown[0]!r}, nor {len(unknown) - 1} "
                 "others of it: resume with the student that it was written for."
             )
@@ -245,7 +246,7 @@ class ResumableTrainer(ImageTrainer):
         best = self.state.best_model_checkpoint
         found = defect(best)
         if found is not None:
-            raise RuntimeError(
+            raise RunError(
                 f"Training is over, but its best checkpoint cannot be exported: {best}: {found}. Export the last one "
                 "by --resume_from_checkpoint true --load_best_model_at_end false --allow_recipe_change true."
             )

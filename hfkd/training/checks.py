@@ -6,6 +6,7 @@ import inspect
 
 from torch import nn
 
+from ..errors import HfkdError
 from ..networks.teacher import Teacher, TeacherEnsemble
 from ..recipe.arguments import DistillationConfig
 
@@ -16,7 +17,7 @@ def check_ensemble(teacher: Teacher | TeacherEnsemble, losses: nn.ModuleDict, ar
         return
     for name, loss in losses.items():
         if loss.reads_raw_logits:
-            raise ValueError(
+            raise HfkdError(
                 f"The loss '{name}' also reads logits that are not standardized, and an ensemble under "
                 "logit_standardization averages standardized ones: give one teacher, or leave logit_standardization "
                 "off."
@@ -26,23 +27,23 @@ def check_ensemble(teacher: Teacher | TeacherEnsemble, losses: nn.ModuleDict, ar
 def check_roles(model: nn.Module, teacher, losses: nn.ModuleDict, args: DistillationConfig) -> None:
     """Raises ValueError where teacher, student and losses cannot work together."""
     if losses and teacher is None:
-        raise ValueError(f"The losses {sorted(losses)} need a teacher: set teacher_name_or_path, or remove them.")
+        raise HfkdError(f"The losses {sorted(losses)} need a teacher: set teacher_name_or_path, or remove them.")
     if not losses and args.ce_weight == 0:
-        raise ValueError("Nothing to train on: ce_weight is 0 and there are no losses.")
+        raise HfkdError("Nothing to train on: ce_weight is 0 and there are no losses.")
     if teacher is not None and model is (teacher.model if isinstance(teacher, Teacher) else teacher):
-        raise ValueError("Student and teacher are the same object: the teacher is frozen, so pass a copy.")
+        raise HfkdError("Student and teacher are the same object: the teacher is frozen, so pass a copy.")
     if not args.mixes:
         return
     for name, loss in losses.items():
         if not loss.takes_mixed_labels:
             way_out = f"set losses.{name}.dominant_label to true to take the class with the larger share, or "
             offered = "dominant_label" in inspect.signature(type(loss)).parameters
-            raise ValueError(
+            raise HfkdError(
                 f"The loss '{name}' needs one class an image, and mixup and cutmix leave a mixture: "
                 f"{way_out if offered else ''}leave mixup and cutmix at 0."
             )
         if loss.views == 2:
-            raise ValueError(f"The loss '{name}' takes two views of an image: leave mixup and cutmix at 0.")
+            raise HfkdError(f"The loss '{name}' takes two views of an image: leave mixup and cutmix at 0.")
 
 
 def check_last_batch(losses: nn.ModuleDict, rows: int, args: DistillationConfig) -> None:
@@ -53,7 +54,7 @@ def check_last_batch(losses: nn.ModuleDict, rows: int, args: DistillationConfig)
     """
     images = args.per_device_train_batch_size
     if args.dataloader_drop_last and rows < images * args.world_size:
-        raise ValueError(
+        raise HfkdError(
             f"{rows:,} training images do not fill a batch of {images} for each of {args.world_size} process(es): set "
             "a smaller per_device_train_batch_size, fewer processes, or dataloader_drop_last: false."
         )
@@ -61,7 +62,7 @@ def check_last_batch(losses: nn.ModuleDict, rows: int, args: DistillationConfig)
         return
     for name, loss in losses.items():
         if rows % images < loss.least_images:
-            raise ValueError(
+            raise HfkdError(
                 f"The loss '{name}' needs {loss.least_images} images in every batch, and the last of {rows:,} in "
                 f"batches of {images} has {rows % images}: set dataloader_drop_last: true, or another "
                 "per_device_train_batch_size."

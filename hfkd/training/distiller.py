@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import HfkdError
 from ..losses.standardize import at_least_float32
 from ..networks.features import Outputs, Taps, forward_views, has_two_heads, logits_of, train_heads_apart
 
@@ -39,7 +40,7 @@ class Distiller(nn.Module):
         if has_two_heads(student):
             train_heads_apart(student, self.two_heads)
         if self.two_heads and ce_weight == 0:
-            raise ValueError(
+            raise HfkdError(
                 "ce_weight is 0, and the student has a class head that only the cross-entropy trains, while evaluation "
                 "averages both heads: set ce_weight above 0, or take a student without a distillation token."
             )

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ..errors import HfkdError
 from ..networks.sharding import gathered
 from ..recipe.arguments import DistillationConfig
 
@@ -26,23 +27,23 @@ def check_fsdp(plugin, args: DistillationConfig) -> None:
         ValueError: for a setting that does not go with a sharded student.
     """
     if plugin.fsdp_version != 2:
-        raise ValueError(f"fsdp_version is {plugin.fsdp_version}: set it to 2; FSDP1 is not supported.")
+        raise HfkdError(f"fsdp_version is {plugin.fsdp_version}: set it to 2; FSDP1 is not supported.")
     if plugin.cpu_ram_efficient_loading:
-        raise ValueError(
+        raise HfkdError(
             "fsdp_cpu_ram_efficient_loading shards parameters alone, and the student may have BatchNorm statistics: "
             "set it to false."
         )
     if args.ema_decay is not None:
-        raise ValueError("ema_decay needs the whole student on every device: leave it out, or train without FSDP.")
+        raise HfkdError("ema_decay needs the whole student on every device: leave it out, or train without FSDP.")
     if args.torch_compile:
-        raise ValueError("torch_compile was not tried with FSDP: leave one of them out.")
+        raise HfkdError("torch_compile was not tried with FSDP: leave one of them out.")
 
 
 def check_asked_for(args: DistillationConfig, enabled: bool) -> None:
     """Raises ValueError where accelerate has dropped FSDP: the run would go on, with everything in every process."""
     asked_for = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
     if asked_for and not enabled:
-        raise ValueError(
+        raise HfkdError(
             f"FSDP was asked for, and accelerate does not run it for {args.world_size} process(es) on "
             f"{args.device.type}: start several on GPUs, or leave FSDP out."
         )

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from transformers import EvalPrediction
 
 from ..data import ImageSource
+from ..errors import HfkdError
 
 
 class ImageClassificationMetrics(evaluate.Metric):
@@ -40,7 +41,7 @@ def ranked_accuracy(ranked: np.ndarray, labels: np.ndarray, teacher: np.ndarray 
         ValueError: if there is no image.
     """
     if len(labels) == 0:
-        raise ValueError("There is no image to evaluate: the evaluation set is empty.")
+        raise HfkdError("There is no image to evaluate: the evaluation set is empty.")
     hits = ranked == labels[:, None]
     metrics = {"top1": 100 * hits[:, 0].mean().item(), "top5": 100 * hits.any(axis=1).mean().item()}
     if teacher is not None:

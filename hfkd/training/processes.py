@@ -9,6 +9,8 @@ from accelerate.utils import gather_object
 from transformers import TrainerState
 from transformers.utils import logging
 
+from ..errors import HfkdError
+
 if TYPE_CHECKING:
     from ..recipe.arguments import DistillationConfig
 
@@ -25,7 +27,7 @@ def check_same_checkpoint(checkpoint: str | Path | None, output_dir: str) -> Non
     names = gather_object([checkpoint and Path(checkpoint).name])
     for process, name in enumerate(names):
         if name != names[0]:
-            raise ValueError(
+            raise HfkdError(
                 f"Process 0 would go on from {names[0] or 'no checkpoint'} and process {process} from "
                 f"{name or 'none'}: all machines must see the same files in {output_dir}."
             )
@@ -39,7 +41,7 @@ def check_same_stream(checkpoint: str | Path, processes: int) -> None:
     """
     before = _processes_of(checkpoint)
     if before != processes:
-        raise ValueError(
+        raise HfkdError(
             f"{checkpoint} was written by {before} processes in the middle of an epoch, and this run has {processes}: "
             "with another number the rest of a streamed epoch would repeat some images and miss others. Start as many, "
             "or resume from a checkpoint at the end of an epoch."
@@ -72,7 +74,7 @@ def check_same_steps(checkpoint: str | Path, state: TrainerState, batches: int, 
     if args.allow_recipe_change:
         logger.warning(text)
         return
-    raise ValueError(f"{text}. {_way_out(before * state.train_batch_size, args)}")
+    raise HfkdError(f"{text}. {_way_out(before * state.train_batch_size, args)}")
 
 
 def _processes_of(checkpoint: str | Path) -> int:

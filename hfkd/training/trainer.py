@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from ..data import ImageSource, StreamingImageDataset, collate_batch
 from ..data.subsets import image_source, training_labels
+from ..errors import HfkdError
 from ..losses import DistillationLoss, build_losses
 from ..names import hub_id, public_name
 from ..networks.class_matching import class_names_of
@@ -93,7 +94,7 @@ class DistillationTrainer(EvaluatingTrainer):
             args._n_gpu = 1
         self.model_init = model_init
         if (model is None) == (model_init is None):
-            raise ValueError("Give a model, or model_init, which makes one: one of the two.")
+            raise HfkdError("Give a model, or model_init, which makes one: one of the two.")
         if model_init is not None:
             model = self._first_student(losses, args.seed)
         losses = build_losses(args.losses if losses is None else losses, args.logit_standardization)
@@ -122,7 +123,7 @@ class DistillationTrainer(EvaluatingTrainer):
 
     def _first_student(self, losses, seed: int) -> nn.Module:
         if losses is not None:
-            raise ValueError("With model_init every training builds its own losses: give them as args.losses.")
+            raise HfkdError("With model_init every training builds its own losses: give them as args.losses.")
         set_seed(seed)
         return self.call_model_init()
 
@@ -248,7 +249,7 @@ class DistillationTrainer(EvaluatingTrainer):
         classes = student.logits.shape[1]
         needed = int(batch["labels"].max()) + 1 if source is None else source.num_classes
         if classes < needed:
-            raise ValueError(
+            raise HfkdError(
                 f"The student has {classes} classes and the data set {needed}: build the student with "
                 f"num_classes={needed}."
             )
@@ -261,7 +262,7 @@ class DistillationTrainer(EvaluatingTrainer):
         teacher = self.teacher(batch)
         for name, loss in self.distiller.losses.items():
             if loss.views == 2 and student.strong is None:
-                raise ValueError(
+                raise HfkdError(
                     f"The loss '{name}' needs two views of every image: the batches must hold 'pixel_values_strong' "
                     f"beside 'pixel_values', but hold {sorted(batch)}."
                 )
@@ -270,7 +271,7 @@ class DistillationTrainer(EvaluatingTrainer):
                     loss.setup_rows(training_labels(self.train_dataset))
                 loss.setup(student, teacher)
             except ValueError as error:
-                raise ValueError(f"losses.{name}: {error}") from error
+                raise HfkdError(f"losses.{name}: {error}") from error
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 from torch import Tensor, nn
 
+from ..errors import HfkdError
 from ..recipe.arguments import DistillationConfig
 from .fsdp import make_alike
 
@@ -31,27 +32,27 @@ def check_zero(plugin, args: DistillationConfig) -> None:
         ValueError: for a setting that hfkd does not train with under DeepSpeed.
     """
     if plugin.zero_stage not in (1, 2):
-        raise ValueError(
+        raise HfkdError(
             f"zero_stage is {plugin.zero_stage}: set it to 1 or 2. What ZeRO-3 is for, a student that does not fit a "
             "device, FSDP does: recipes/accelerate/fsdp.yaml."
         )
     for key in ("offload_optimizer_device", "offload_param_device"):
         if getattr(plugin, key) not in (None, "none"):
-            raise ValueError(f"{key} is {getattr(plugin, key)}, which was not tried: leave it out.")
+            raise HfkdError(f"{key} is {getattr(plugin, key)}, which was not tried: leave it out.")
     if args.fp16:
-        raise ValueError(
+        raise HfkdError(
             "With fp16 DeepSpeed trains and exports a student that is rounded to it: set bf16, which is autocast, or "
             "train without DeepSpeed."
         )
     if args.torch_compile:
-        raise ValueError("torch_compile was not tried with DeepSpeed: leave one of them out.")
+        raise HfkdError("torch_compile was not tried with DeepSpeed: leave one of them out.")
 
 
 def check_asked_for(args: DistillationConfig, enabled: bool) -> None:
     """Raises ValueError where accelerate has dropped DeepSpeed: the run would go on without."""
     asked_for = args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("1", "true")
     if asked_for and not enabled:
-        raise ValueError(
+        raise HfkdError(
             f"DeepSpeed was asked for, and accelerate does not run it on {args.device.type}: start it on GPUs, or "
             "leave it out."
         )
