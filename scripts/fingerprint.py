@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)  # in place of this folder, whose evaluate.py would hide the library of that name
+sys.path[0] = str(ROOT)  # hfkd of this checkout, whichever one is installed
 
 TEACHER = "teacher"
 BASE = {
@@ -128,8 +128,8 @@ def import_all() -> None:
     import sklearn.model_selection  # noqa: F401
     import torch
 
-    import hfkd  # noqa: F401
-    import hfkd.cli  # noqa: F401
+    import hfkd.commands.train  # noqa: F401
+    from hfkd import DistillationTrainer  # noqa: F401
 
     torch.set_num_threads(1)
 

@@ -72,7 +72,7 @@ def share_out_the_teacher(folder, world_size):
     trainer, results = train(f"{folder}/taught", world_size, shard_teacher=world_size > 1, **SAVING)
     before = trainer.evaluate()
     if trainer.args.process_index == 1:  # it has forgotten what the teacher said, and the other has not
-        trainer._teacher_memory.fill_(-1)
+        trainer.teacher_memory.current.fill_(-1)
     forgetful = trainer.evaluate()
     measured = [{key: entry[key] for key in ("eval_agreement", "eval_teacher_top1")} for entry in (before, forgetful)]
     held, whole = part_of(trainer.teacher.model), trainer.teacher.parameter_count()

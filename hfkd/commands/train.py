@@ -68,7 +68,7 @@ def train(
     checkpoint = claim_output_dir(config, recipe)
     logging.disable_progress_bar()  # of loading and saving weights: they break the training's own bar
     trainer = build_trainer(model_args, data_args, config)
-    trainer.export_name, trainer.recipe = role, recipe
+    trainer.exports.name, trainer.exports.recipe = role, recipe
     trainer.stop_on_sigterm.time_is_up = time_is_up
     trainer.results.facts |= {"role": role, "recipe": name}
     if trainer.is_world_process_zero():

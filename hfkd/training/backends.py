@@ -1,100 +1,130 @@
-"""Student and losses are prepared as one module, which FSDP or DeepSpeed may share out among the processes."""
+"""Backends: one device or DDP, FSDP2, or DeepSpeed's ZeRO, behind one interface.
+
+Trainer asks in many places which of them runs. The trainer of hfkd asks once, when it is built, and calls its backend
+from then on.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections.abc import Callable
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from ..errors import HfkdError
+from ..networks.features import logits_of
 from ..networks.loading import exported_state_dict
-from . import zero
-from .exports import SavingTrainer
-from .fsdp import check_asked_for, prepare_to_shard, take_whole_states, use_fsdp
+from ..recipe.arguments import DistillationConfig
+from . import fsdp, zero
+from .distiller import Distiller
 
 
-class PreparingTrainer(SavingTrainer):
-    """What `DistillationTrainer` needs of whatever runs it: one device, DDP, FSDP2 or DeepSpeed's ZeRO.
+class OneDevice:
+    """One device, or several with DDP, which accelerate runs without help.
 
-    Attributes:
-        shards, zero: whether FSDP, or DeepSpeed, runs it.
+    The methods are called in the order in which they stand here; the other backends override what they need.
     """
 
-    def create_accelerator_and_postprocess(self) -> None:
-        super().create_accelerator_and_postprocess()
-        self.shards = self.accelerator.distributed_type == DistributedType.FSDP  # not where there is but a plugin
-        check_asked_for(self.args, self.shards)
-        if self.shards:
-            use_fsdp(self.accelerator, self.args)
-            # In its branches for FSDP Trainer takes `self.model` for what is sharded, which is the distiller, and
-            # writes checkpoints that other runs cannot read. The others do, since accelerate shards in `prepare`.
-            self.is_fsdp_enabled = False
-        elif self.args.shard_teacher:
-            raise HfkdError(
-                "shard_teacher goes with FSDP: start with --config_file recipes/accelerate/fsdp.yaml, or leave it out."
-            )
-        self.zero = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-        zero.check_asked_for(self.args, self.zero)
-        if self.zero:
-            zero.use_zero(self.accelerator, self.args)
-            self.is_deepspeed_enabled = False  # likewise: accelerate hands over to DeepSpeed in `prepare`
+    def __init__(self, accelerator: Accelerator, args: DistillationConfig):
+        self.accelerator, self.args = accelerator, args
 
-    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        # Optimizer, DDP and compile must cover student and losses together: two modules prepared side by side train
-        # the losses wrongly. So the distiller stands in for the student while Trainer prepares "the model".
-        self.distiller.student = student = self.model
-        first = self.shards and not isinstance(self.distiller, FSDPModule)
-        if first:
-            prepare_to_shard(self.distiller)
-        if self.zero:
-            zero.prepare_for_zero(self.distiller, self.accelerator)
-        self.model = self.model_wrapped = self.distiller
-        try:
-            prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        finally:
-            self.model = student
-        if first:
-            register_fsdp_forward_method(self.distiller, "logits")
-        self.callback_handler.model = student
-        return prepared
+    def before_prepare(self, distiller: Distiller) -> None:
+        """Ready student and losses for `accelerator.prepare`."""
 
-    def create_optimizer(self, model=None):
-        created = self.optimizer is None
-        optimizer = super().create_optimizer(model)
-        if created:
-            # DeepSpeed drops empty groups, and schedules count them: checkpoints are to fit either way.
-            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
-        if created and self.shards:
-            take_whole_states(optimizer)
-        if created and self.zero:
-            self._parameter_groups = [list(group["params"]) for group in optimizer.param_groups]
+    def optimizer_created(self, optimizer: torch.optim.Optimizer) -> None:
+        """Adapt a new optimizer, before `accelerator.prepare`."""
+
+    def optimizer_prepared(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """Return the optimizer to use in place of what `accelerator.prepare` has made."""
         return optimizer
 
-    def create_scheduler(self, num_training_steps, optimizer=None):
-        if self.zero:  # called first where all else of the optimizer is settled
-            self.optimizer = zero.ZeroOptimizer(self.optimizer.optimizer, self._parameter_groups)
-        return super().create_scheduler(num_training_steps, optimizer)
+    def after_prepare(self, distiller: Distiller) -> None:
+        """Complete student and losses after `accelerator.prepare`."""
 
-    def save_model(self, output_dir=None, _internal_call=False):
-        # Every process takes part in gathering; transformers 5.20 has only the first one come to `_save`, later all.
-        self._whole_state = exported_state_dict(self.model) if self.shards else None
-        try:
-            super().save_model(output_dir, _internal_call)
-        finally:
-            self._whole_state = None
+    def weights_loaded(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take up weights that were loaded into the parameters from a checkpoint."""
 
-    def _save(self, output_dir=None, state_dict=None):
-        super()._save(output_dir, self._whole_state if state_dict is None else state_dict)
+    def whole_state(self, student: nn.Module) -> dict[str, Tensor] | None:
+        """Return the student's weights gathered from all processes; None where each process has them all."""
 
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if self.zero:
-            self.optimizer.take_weights()
-
-    def _autocast(self) -> contextlib.AbstractContextManager:
-        """In `prepare` accelerate leaves it out with FSDP and DeepSpeed, and with the latter it has none at all."""
-        if self.zero:
-            return torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16)
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Return the context of a forward pass in the precision of the run."""
         return self.accelerator.autocast()
+
+    def predict(self, distiller: Distiller, model: nn.Module) -> Callable[[Tensor], Tensor]:
+        """Return the function from images (B, 3, H, W) to the model's logits (B, C) for evaluation."""
+        return functools.partial(logits_of, model)
+
+
+class FullyShardedDataParallel(OneDevice):
+    """FSDP2: parameters, gradients and optimizer state are sharded among the processes."""
+
+    def __init__(self, accelerator: Accelerator, args: DistillationConfig):
+        super().__init__(accelerator, args)
+        fsdp.use_fsdp(accelerator, args)
+        self._is_first = True
+
+    def before_prepare(self, distiller: Distiller) -> None:
+        self._is_first = not isinstance(distiller, FSDPModule)  # a second `train()` finds it sharded
+        if self._is_first:
+            fsdp.prepare_to_shard(distiller)
+
+    def optimizer_created(self, optimizer: torch.optim.Optimizer) -> None:
+        fsdp.take_whole_states(optimizer)
+
+    def after_prepare(self, distiller: Distiller) -> None:
+        if self._is_first:
+            register_fsdp_forward_method(distiller, "logits")
+
+    def whole_state(self, student: nn.Module) -> dict[str, Tensor] | None:
+        return exported_state_dict(student)
+
+    def predict(self, distiller: Distiller, model: nn.Module) -> Callable[[Tensor], Tensor]:
+        return distiller.logits  # FSDP gathers parameters only for a registered forward of the wrapped module
+
+
+class ZeroRedundancy(OneDevice):
+    """DeepSpeed's ZeRO 1 and 2: optimizer state, and gradients in 2, are sharded among the processes."""
+
+    def __init__(self, accelerator: Accelerator, args: DistillationConfig):
+        super().__init__(accelerator, args)
+        zero.use_zero(accelerator, args)
+
+    def before_prepare(self, distiller: Distiller) -> None:
+        zero.prepare_for_zero(distiller, self.accelerator)
+
+    def optimizer_created(self, optimizer: torch.optim.Optimizer) -> None:
+        self._parameter_groups = [list(group["params"]) for group in optimizer.param_groups]
+
+    def optimizer_prepared(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        return zero.ZeroOptimizer(optimizer.optimizer, self._parameter_groups)
+
+    def weights_loaded(self, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.take_weights()
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        # accelerate's is empty with DeepSpeed.
+        return torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16)
+
+
+def backend_of(accelerator: Accelerator, args: DistillationConfig) -> OneDevice:
+    """Return the backend that an accelerator runs.
+
+    Raises:
+        HfkdError: for a setting that does not go with it, or a backend that was asked for and is not run.
+    """
+    kind = accelerator.distributed_type  # a plugin alone does not tell: accelerate may have dropped it
+    fsdp.check_asked_for(args, kind == DistributedType.FSDP)
+    zero.check_asked_for(args, kind == DistributedType.DEEPSPEED)
+    if kind == DistributedType.FSDP:
+        return FullyShardedDataParallel(accelerator, args)
+    if args.shard_teacher:
+        raise HfkdError(
+            "shard_teacher goes with FSDP: start with --config_file recipes/accelerate/fsdp.yaml, or leave it out."
+        )
+    return (ZeroRedundancy if kind == DistributedType.DEEPSPEED else OneDevice)(accelerator, args)

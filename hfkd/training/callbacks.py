@@ -1,22 +1,40 @@
-"""What the trainer does at the borders of epochs and steps."""
+"""Callbacks of the trainer: what it does at the borders of steps, epochs and the training."""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from timm.utils import ModelEmaV3
 from torch import nn
 from transformers import ProgressCallback, TrainerCallback
 
-from ..data import ImageSource
+from ..data import ImageSource, StreamingImageDataset
+from .term_log import UNLOGGED_NAME
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    from .term_log import TermLog
 
 
 class SetEpoch(TrainerCallback):
-    """Tells the training set which epoch it is: Trainer forgets a resumed epoch, and every epoch under DDP."""
+    """Sets the epoch of the training data: Trainer forgets a resumed epoch, and every epoch under DDP.
+
+    Attributes:
+        batches_to_skip: batches of the resumed epoch that were trained on already. A stream need not decode them.
+    """
 
     def __init__(self, dataset: ImageSource):
         self.dataset = dataset
+        self.batches_to_skip = 0
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.dataset.set_epoch(int(state.epoch or 0))
+        if self.batches_to_skip and isinstance(self.dataset, StreamingImageDataset):
+            self.dataset.skip_batches(self.batches_to_skip)  # after set_epoch, which skips nothing
+        self.batches_to_skip = 0
 
 
 class UpdateAverage(TrainerCallback):
@@ -29,8 +47,45 @@ class UpdateAverage(TrainerCallback):
         self.average.update(self.student)
 
 
+class ContinueLog(TrainerCallback):
+    """Starts the log of terms, on resuming from what the checkpoint kept of it.
+
+    It acts on `on_train_begin`, because Trainer sets its own sums to 0 just before that.
+    """
+
+    def __init__(self, trainer: Trainer, term_log: TermLog):
+        self.trainer, self.term_log = trainer, term_log
+        self.checkpoint: str | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.term_log.start()
+        if self.checkpoint is None:
+            return
+        unlogged = json.loads(Path(self.checkpoint, UNLOGGED_NAME).read_text())
+        if unlogged:
+            loss = self.term_log.restore(unlogged, args.process_index, args.world_size, args.device)
+            self.trainer._tr_loss.copy_(loss)
+            self.trainer._globalstep_last_logged = unlogged["since"]
+
+
+class EndWhereDone(TrainerCallback):
+    """Ends a training that was resumed at its last step, with nothing logged, evaluated or saved a second time.
+
+    `DistillationTrainer.get_batch_samples` gives no batches then.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.done = state.global_step >= state.max_steps
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.done:
+            control.should_log = control.should_evaluate = control.should_save = False
+            control.should_training_stop = True
+        return control
+
+
 class ProgressLines(ProgressCallback):
-    """Trainer's bar, and in place of its dictionaries one line an epoch: what was trained, and what measured then."""
+    """Trainer's progress bar, with one line an epoch in place of Trainer's dictionaries."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
@@ -40,14 +95,14 @@ class ProgressLines(ProgressCallback):
         if self.training_bar is None:
             return
         if "loss" in logs and args.logging_strategy == args.eval_strategy == "epoch":
-            self._held = logs  # the evaluation follows
+            self._held = logs  # the evaluation follows, and both make one line
         elif "loss" in logs or "eval_loss" in logs:
             self.training_bar.write(f"epoch {state.epoch:.4g}/{args.num_train_epochs:g}  {_line(self._held | logs)}")
             self._held = {}
 
 
 def _line(logs: dict[str, float]) -> str:
-    """Losses, temperatures and accuracies, four digits each."""
+    """Format losses, temperatures and accuracies with four digits each."""
     shown = [key for key in logs if key == "loss" or key.startswith("loss_") or key.endswith("temperature")]
     shown += [key for key in ("eval_top1", "eval_top5", "eval_agreement") if key in logs]
     values = [f"{key.removeprefix('eval_').removeprefix('loss_')} {logs[key]:.4g}" for key in shown]

@@ -7,9 +7,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import TrainerCallback
 
-from ..runs.folder import RESULTS_NAME, write_whole
+from ..names import hub_id, public_name
+from ..networks.teacher import Teacher, TeacherEnsemble
+from ..recipe.arguments import DistillationConfig
+from ..runs.folder import RESULTS_NAME, environment, write_whole
+from ..teacher_cache.teacher import CachedTeacher
 
 
 class ResultsWriter(TrainerCallback):
@@ -88,3 +93,37 @@ def _summary(row: dict[str, Any]) -> dict[str, Any]:
 
 def _mean(values: list[float]) -> float | None:
     return round(sum(values) / len(values), 1) if values else None
+
+
+def run_facts(
+    role: str,
+    student: nn.Module,
+    teacher: Teacher | TeacherEnsemble | CachedTeacher | None,
+    losses: nn.ModuleDict,
+    args: DistillationConfig,
+) -> dict[str, Any]:
+    """Return what `results.json` says of a run beside what is measured; a command adds what only its recipe knows.
+
+    Args:
+        role: "student" or "teacher", what is trained.
+    """
+    name_or_path = getattr(student, "name_or_path", "")  # of a transformers model
+    origins = [hub_id(name_or_path), *(member.hub_id for member in (teacher.members if teacher else []))]
+    cached = {"teacher_cache": teacher.settings()} if isinstance(teacher, CachedTeacher) else {}
+    return {
+        "role": role,
+        "student": public_name(name_or_path, student),
+        "teacher": teacher.name if teacher else None,
+        "base_models": [origin for origin in dict.fromkeys(origins) if origin],
+        "parameters": sum(parameter.numel() for parameter in student.parameters()),
+        "teacher_parameters": teacher.parameter_count() if teacher else None,
+        **cached,
+        "losses": {name: loss.settings() for name, loss in losses.items()},
+        "logit_standardization": args.logit_standardization,
+        "ce_weight": args.ce_weight,
+        "published_top1": args.published_top1,
+        "exported": "best" if args.load_best_model_at_end else "last",
+        "devices": f"{args.world_size} x {args.device.type}",
+        "seed": args.seed,
+        **environment(),
+    }

@@ -1,76 +1,95 @@
-"""`DistillationTrainer`: transformers' Trainer with a teacher and distillation losses."""
+"""`DistillationTrainer`: transformers' Trainer with a teacher and distillation losses.
+
+Every method of Trainer that hfkd overrides stands in this file, once. What it does beyond Trainer lies in the objects
+that it holds: the log of terms, the teacher's memory, checkpoints, exports, pushes and the backend. `upstream.py` lists
+the names of other libraries that all of this relies on.
+"""
 
 from __future__ import annotations
 
-import json
+import contextlib
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
-from transformers import PreTrainedModel, ProgressCallback, set_seed
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import PreTrainedModel, ProgressCallback, Trainer, set_seed
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
-from ..data import ImageSource, StreamingImageDataset, collate_batch
-from ..data.subsets import image_source, training_labels
+from ..data import StreamingImageDataset, collate_batch
 from ..errors import HfkdError
 from ..losses import DistillationLoss, build_losses
-from ..names import hub_id, public_name
-from ..networks.class_matching import class_names_of
-from ..networks.features import remove_taps, settle_layers
+from ..losses.standardize import at_least_float32
 from ..networks.gradient_checkpointing import use_gradient_checkpointing
-from ..networks.loading import as_teacher, wrap_timm
-from ..networks.simkd_rebuild import with_teacher_classifier
-from ..networks.teacher import Teacher, TeacherEnsemble, check_placement
+from ..networks.loading import as_teacher, exported_state_dict
+from ..networks.teacher import Teacher, TeacherEnsemble
 from ..recipe.arguments import DistillationConfig
-from ..runs.folder import environment
 from ..teacher_cache.teacher import CachedTeacher
-from .callbacks import ProgressLines, SetEpoch, UpdateAverage
-from .checks import check_ensemble, check_last_batch, check_roles
+from .backends import backend_of
+from .callbacks import ContinueLog, EndWhereDone, ProgressLines, SetEpoch, UpdateAverage
+from .checkpoints import Checkpoints, changed_for_now, check_best
+from .checks import check_last_batch, check_roles
 from .distiller import Distiller
-from .evaluation import EvaluatingTrainer
+from .dry_run import dry_run
+from .evaluation import TeacherMemory, mean_cross_entropy, ranked_predictions
+from .exports import Exports
+from .loaders import evaluation_share, first_images, place_images, skipped_images, stream_loader, without_sigterm
 from .metrics import compute_metrics
-from .preemption import StopOnSigterm
-from .results import ResultsWriter
-from .term_log import UNLOGGED_NAME
+from .optimization import decayed_parameter_names, lomo_looked_up_once, multi_step_schedule, optimizer_settings
+from .preemption import EXIT_CODE, StopOnSigterm
+from .pushes import Pushes
+from .results import ResultsWriter, run_facts
+from .student import batch_spec, fit_student, prepare_teacher
+from .term_log import TermLog
 
 logger = logging.get_logger(__name__)
 
 
-class DistillationTrainer(EvaluatingTrainer):
-    """Trains a student on the labels and on what a teacher says of the same images.
+class DistillationTrainer(Trainer):
+    """Trains a student on the labels and on the outputs of a teacher for the same images.
 
     `model` stays the student, so that saving, loading the best checkpoint, pushing and callbacks see a plain
-    transformers model; what is prepared (optimizer, DDP, torch.compile) is the `Distiller` around it, which also
-    holds the losses. Their state is part of every checkpoint and never of the exported student.
+    transformers model. What is prepared (optimizer, DDP, torch.compile) is the `Distiller` around it, which also holds
+    the losses. Their state is part of every checkpoint and never of the exported student.
 
     Args:
         model: the student: a transformers image classifier, a timm model (`trainer.model` is then transformers'
             wrapper around it) or a module that returns logits (B, C).
         teacher: a `Teacher` (see `load_teacher`) or a model, which is frozen in place; a list of them is an ensemble.
-            A `CachedTeacher` reads what one said before. None: labels alone.
+            A `CachedTeacher` reads stored logits. None: labels alone.
         args: the `DistillationConfig`.
         train_dataset, eval_dataset: a data set of `hfkd.data`, or any other whose batches hold `pixel_values`
             (B, 3, H, W) and `labels` (B,).
         losses: in place of `args.losses`; values may also be `DistillationLoss` instances.
-        model_init: in place of `model`, a function that makes a student, which `hyperparameter_search` needs: every
-            trial, and every `train()`, begins with a fresh student and fresh losses, of `args.losses` as the trial has
-            set them. The teacher stays.
+        model_init: in place of `model`, a function that makes a student, which `hyperparameter_search` needs. Every
+            trial, and every `train()`, begins with a fresh student and fresh losses, those of `args.losses` as the
+            trial has set them. The teacher stays.
         **kwargs: everything else that `Trainer` takes.
 
+    Attributes:
+        distiller: student and losses, the one module that is trained.
+        average: moving average of the student (`ema_decay`), or None; it is evaluated and exported.
+        results: rows and facts of `results.json`.
+        exports: the exported model on disk.
+        stop_on_sigterm: ends training at SIGTERM, or when its `time_is_up` says so.
+
     `evaluate()` gives `eval_loss` (cross-entropy), `eval_top1`, `eval_top5` and, with a teacher, `eval_agreement`
-    (how often both choose the same class) and `eval_teacher_top1`, in percent. A distilled DeiT or PiT of timm trains
-    its class head by the cross-entropy and its distillation head by the losses that read logits; evaluation and the
-    exported student average the two. Where a loss changes the student (SimKD), `trainer.model` is another network, made
-    of a copy of `model`. With `ema_decay` what is evaluated and exported is the average over the steps.
+    (share of images on which both choose the same class) and `eval_teacher_top1`, in percent. A distilled DeiT or PiT
+    of timm trains its class head by the cross-entropy and its distillation head by the losses that read logits;
+    evaluation and the exported student average the two. Where a loss changes the student (SimKD), `trainer.model` is
+    another network, made of a copy of `model`.
 
     Raises:
-        ValueError: before training starts, if losses, networks and data do not fit one another.
+        HfkdError: before training starts, if losses, networks and data do not fit one another.
     """
 
     # compute_loss returns a mean over its batch: Trainer divides it by the number of accumulated batches.
@@ -88,6 +107,9 @@ class DistillationTrainer(EvaluatingTrainer):
         model_init: Callable[..., nn.Module] | None = None,
         **kwargs,
     ):
+        # The order matters. Student, teacher and losses are checked first, because Trainer's constructor creates
+        # repositories and folders. Trainer must get the final student, so SimKD rebuilds it before. Taps, the average
+        # and the dry run come last (`_begin`): they need the device, which Trainer's constructor settles.
         args = args or DistillationConfig(output_dir="trainer_output")
         if args.n_gpu > 1:
             logger.warning("Several GPUs are visible and this process uses one: `accelerate launch` uses all of them.")
@@ -96,13 +118,21 @@ class DistillationTrainer(EvaluatingTrainer):
         if (model is None) == (model_init is None):
             raise HfkdError("Give a model, or model_init, which makes one: one of the two.")
         if model_init is not None:
-            model = self._first_student(losses, args.seed)
+            if losses is not None:
+                raise HfkdError("With model_init every training builds its own losses: give them as args.losses.")
+            set_seed(args.seed)
+            model = self.call_model_init()
         losses = build_losses(args.losses if losses is None else losses, args.logit_standardization)
         check_roles(model, teacher, losses, args)
         self.teacher = as_teacher(teacher, args.logit_standardization)
-        model = self._fitted(model, losses, args, train_dataset, eval_dataset)
+        model = fit_student(model, self.teacher, losses, args, train_dataset, eval_dataset)
         if isinstance(train_dataset, StreamingImageDataset):  # Trainer asks for its length at once
             train_dataset.shard(args.process_index, args.world_size, args.train_batch_size, args.dataloader_drop_last)
+        self.results = ResultsWriter()
+        self.exports = Exports(args, self.results)
+        self.pushes = Pushes(args, self.exports, self._tell_of_push)  # Trainer's constructor calls init_hf_repo
+        self.stop_on_sigterm = StopOnSigterm()
+        self.term_log = TermLog()
         kwargs.setdefault("data_collator", collate_batch)
         kwargs.setdefault("compute_metrics", compute_metrics)
         super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
@@ -112,36 +142,20 @@ class DistillationTrainer(EvaluatingTrainer):
             self._validate_args()
         if self.pop_callback(ProgressCallback):
             self.add_callback(ProgressLines)
-        self.results = ResultsWriter()
-        self.results.facts = {"recipe": None, "dataset": None}  # which `run` knows
-        self.add_callback(self.results)
-        self.stop_on_sigterm = StopOnSigterm()
-        self.add_callback(self.stop_on_sigterm)
+        self.results.facts = {"recipe": None, "dataset": None}  # a command that knows them sets them
+        self.checkpoints = Checkpoints(args, self.accelerator.wait_for_everyone)
+        self.teacher_memory = TeacherMemory(self.teacher, args.device)
+        self._continue_log = ContinueLog(self, self.term_log)
+        self._keep_logits = False
+        self._whole_state: dict[str, Tensor] | None = None
+        for callback in (self._continue_log, self.results, self.stop_on_sigterm, self.pushes, EndWhereDone()):
+            self.add_callback(callback)
         self._begin(losses)
 
-    # ---- One run: the only one, or a trial of a search -----------------------------------------------------------
-
-    def _first_student(self, losses, seed: int) -> nn.Module:
-        if losses is not None:
-            raise HfkdError("With model_init every training builds its own losses: give them as args.losses.")
-        set_seed(seed)
-        return self.call_model_init()
-
-    def _fitted(self, model: nn.Module, losses: nn.ModuleDict, args, train_dataset, eval_dataset) -> nn.Module:
-        """The student that losses and data ask for, of the one given."""
-        remove_taps(model)  # an earlier trainer's
-        source = image_source(train_dataset)
-        if hasattr(model, "pretrained_cfg"):  # a bare timm model
-            model = _wrapped(model, source)
-        if isinstance(self.teacher, CachedTeacher):
-            self.teacher.fit(source, losses, args)
-        set_seed(args.seed)  # of SimKD's projector, whether or not a teacher has just been loaded
-        dataset = eval_dataset if train_dataset is None else train_dataset
-        model = with_teacher_classifier(model, self.teacher, losses, image_source(dataset))
-        return model.to(memory_format=torch.channels_last) if args.channels_last else model
+    # ---- One run: the only one, or a trial of a search -------------------------------------------------------------
 
     def _begin(self, losses: nn.ModuleDict) -> None:
-        """Whatever belongs to one run: made of `self.model` and these losses, in the place of an earlier run's."""
+        """Set up everything that belongs to one run, in place of an earlier run's."""
         args = self.args
         set_seed(args.seed)  # of what the losses build, and of the training
         if isinstance(self.model, PreTrainedModel):
@@ -156,201 +170,408 @@ class DistillationTrainer(EvaluatingTrainer):
         if args.gradient_checkpointing:
             use_gradient_checkpointing(self.model, args.gradient_checkpointing_kwargs or {})
         if self.teacher is not None:
-            self._prepare_teacher(losses)
+            images = batch_spec(self.train_dataset, self.eval_dataset, self.model)
+            prepare_teacher(self.teacher, self.model, losses, args, images)
         self.distiller = Distiller(self.model, losses, args.ce_weight)
-        self.results.facts |= self._facts(losses)
+        self.results.facts |= run_facts(self.exports.name, self.model, self.teacher, losses, args)
         self.results.rows = []
-        self._term_names: list[str] = []
-        self._start_counting()
-        self._mixup: Mixup | None = None
-        cache = self.teacher.files if isinstance(self.teacher, CachedTeacher) else None
-        self.pop_callback(SetEpoch)
-        self._place_data(max([loss.views for loss in losses.values()], default=1), cache)
+        self.term_log.start()
+        self._place_images(losses)
         self._dry_run()
         if isinstance(self.train_dataset, Sized) and not isinstance(self.train_dataset, IterableDataset):
             check_last_batch(losses, len(self.train_dataset), args)
         self.distiller.to(args.device)
-        if args.torch_compile:
-            self._prepare_to_compile()
+        if args.torch_compile and self.teacher is not None:
+            self.teacher.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+
+    def _place_images(self, losses: nn.ModuleDict) -> None:
+        views = max([loss.views for loss in losses.values()], default=1)
+        cache = self.teacher.files if isinstance(self.teacher, CachedTeacher) else None
+        images = place_images(self.train_dataset, self.eval_dataset, views, cache, self.args)
+        self.pop_callback(SetEpoch)
+        self._set_epoch = None if images is None else SetEpoch(images)
+        if self._set_epoch is not None:
+            self.add_callback(self._set_epoch)
+
+    def _dry_run(self) -> None:
+        self._mixup: Mixup | None = None
+        dataset = self.train_dataset if self.train_dataset is not None else self.eval_dataset
+        batch = first_images(dataset, self.data_collator)
+        if batch is None:
+            return
+        batch = self._prepare_inputs(batch)
+        autocast = self.backend.autocast()
+        classes = dry_run(self.distiller, self.teacher, batch, self.train_dataset, self.eval_dataset, autocast)
+        if self.args.mixes:
+            self._mixup = Mixup(self.args.mixup, self.args.cutmix, label_smoothing=0.0, num_classes=classes)
 
     def _hp_search_setup(self, trial):
-        # Trainer calls it in every `train()`: model_init has made a student, and then it sets what the trial says.
+        # Trainer calls it in every `train()`, after model_init has made a student. It sets the values of the trial, and
+        # the losses depend on them.
         super()._hp_search_setup(trial)
         if self.model_init is None:
             return
         args = self.args
         losses = build_losses(args.losses, args.logit_standardization)
         check_roles(self.model, self.teacher, losses, args)
-        self.model = self._fitted(self.model, losses, args, self.train_dataset, self.eval_dataset)
+        self.model = fit_student(self.model, self.teacher, losses, args, self.train_dataset, self.eval_dataset)
         self.model_wrapped = self.model
         self._begin(losses)
 
-    # ---- Before training ---------------------------------------------------------------------------------------
+    # ---- Training --------------------------------------------------------------------------------------------------
 
-    def _facts(self, losses: nn.ModuleDict) -> dict[str, Any]:
-        """What `results.json` says of the run beside what was measured; `run.train` adds what only a recipe knows."""
-        args, teacher = self.args, self.teacher
-        name_or_path = getattr(self.model, "name_or_path", "")  # of a transformers model
-        origins = [hub_id(name_or_path), *(member.hub_id for member in (teacher.members if teacher else []))]
-        cached = {"teacher_cache": teacher.settings()} if isinstance(teacher, CachedTeacher) else {}
-        return {
-            "role": self.export_name,
-            "student": public_name(name_or_path, self.model),
-            "teacher": teacher.name if teacher else None,
-            "base_models": [origin for origin in dict.fromkeys(origins) if origin],
-            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
-            "teacher_parameters": teacher.parameter_count() if teacher else None,
-            **cached,
-            "losses": {name: loss.settings() for name, loss in losses.items()},
-            "logit_standardization": args.logit_standardization,
-            "ce_weight": args.ce_weight,
-            "published_top1": args.published_top1,
-            "exported": "best" if args.load_best_model_at_end else "last",
-            "devices": f"{args.world_size} x {args.device.type}",
-            "seed": args.seed,
-            **environment(),
-        }
+    def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, ignore_keys_for_eval=None):
+        """Train as Trainer does, but resume only from checkpoints that are whole, and end at SIGTERM.
 
-    def _prepare_teacher(self, losses: nn.ModuleDict) -> None:
-        """Teacher and losses in the precision of the run, and the teacher's layers that the losses read."""
-        args = self.args
-        if not isinstance(self.teacher, CachedTeacher):  # which has no network
-            check_placement(self.teacher, args.world_size, args.torch_compile)
-            settle_layers(losses.values(), self.model, self.teacher.members[0].model)
-        autocast_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-        for loss in losses.values():
-            loss.autocast_dtype = autocast_dtype
-        layers = [layer for loss in losses.values() for layer in loss.teacher_layers]
-        self.teacher.prepare(
-            args.device, autocast_dtype, args.channels_last, self._input_spec(), layers, args.shard_teacher
+        Args:
+            resume_from_checkpoint: a folder, or True for the last whole checkpoint of `output_dir`.
+
+        Raises:
+            HfkdError: if there is no such checkpoint, or it does not fit this run.
+            RunError: if a checkpoint or `results.json` cannot be written; what was written before is whole.
+            SystemExit: with code 143 after SIGTERM, once the step in hand is in a checkpoint.
+        """
+        checkpoint = self.checkpoints.find(resume_from_checkpoint, self.model)
+        self._continue_log.checkpoint = checkpoint
+        # A trial of a search leaves no checkpoint: SIGTERM ends it at once, and the search begins it again.
+        listening = self.stop_on_sigterm.listening() if trial is None else contextlib.nullcontext()
+        # With a limit of 1 Trainer would remove the last checkpoint where another is the best: `_save_checkpoint` keeps
+        # to the limit.
+        self._save_total_limit = self.args.save_total_limit
+        with listening, self.checkpoints.full_disk_explained(), lomo_looked_up_once(), self._compiling():
+            with changed_for_now(self.args, save_total_limit=None):
+                output = super().train(checkpoint, trial, ignore_keys_for_eval)
+        if self.average is not None:  # the exported student is what was evaluated
+            self.model.load_state_dict(self.average.module.state_dict())
+        if self.stop_on_sigterm.stopped:
+            raise SystemExit(EXIT_CODE)
+        return output
+
+    def _compiling(self) -> contextlib.AbstractContextManager:
+        """Return the context in which compiled networks run."""
+        if not self.args.torch_compile:
+            return contextlib.nullcontext()
+        import torch._dynamo  # takes a second, and without torch_compile nobody needs it
+
+        return torch._dynamo.config.patch(
+            # Else a network's code may be that of an earlier one of its class, compiled with other taps.
+            skip_nnmodule_hook_guards=False,
+            # Taps do not record again where gradient checkpointing runs a layer again: see `recomputing`.
+            skip_fwd_side_effects_in_bwd_under_checkpoint=True,
         )
-        check_ensemble(self.teacher, losses, args)
 
-    def _prepare_to_compile(self) -> None:
-        # Else a network's code may be that of an earlier one of its class, compiled with other taps.
-        torch._dynamo.config.skip_nnmodule_hook_guards = False
-        # What taps record is not recorded again where gradient checkpointing runs a layer again: see `recomputing`.
-        torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
-        if self.teacher is not None:
-            self.teacher.compile(backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode)
-
-    def _dry_run(self) -> None:
-        """One forward of two images: do the classes agree, and which shapes will the losses see?"""
-        dataset = self.train_dataset if self.train_dataset is not None else self.eval_dataset
-        source = image_source(dataset)
-        batch = self._two_images(dataset, source)
-        if batch is None:
-            return
-        was_training = self.model.training
-        self.model.eval()
-        with torch.no_grad(), self._autocast():
-            student = self.distiller.predict(batch)
-        self.model.train(was_training)
-        classes = student.logits.shape[1]
-        needed = int(batch["labels"].max()) + 1 if source is None else source.num_classes
-        if classes < needed:
-            raise HfkdError(
-                f"The student has {classes} classes and the data set {needed}: build the student with "
-                f"num_classes={needed}."
-            )
-        if self.args.mixes:
-            self._mixup = Mixup(self.args.mixup, self.args.cutmix, label_smoothing=0.0, num_classes=classes)
-        if self.teacher is None:
-            return
-        names = class_names_of(self.model) if source is None else source.class_names  # the labels are in its order
-        self.teacher.align_classes(names if len(names) == classes else list(map(str, range(classes))), batch)
-        teacher = self.teacher(batch)
-        for name, loss in self.distiller.losses.items():
-            if loss.views == 2 and student.strong is None:
-                raise HfkdError(
-                    f"The loss '{name}' needs two views of every image: the batches must hold 'pixel_values_strong' "
-                    f"beside 'pixel_values', but hold {sorted(batch)}."
-                )
-            try:
-                if loss.needs_index and self.train_dataset is not None:
-                    loss.setup_rows(training_labels(self.train_dataset))
-                loss.setup(student, teacher)
-            except ValueError as error:
-                raise HfkdError(f"losses.{name}: {error}") from error
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        self.backend = backend_of(self.accelerator, self.args)
+        # In its branches for FSDP and DeepSpeed Trainer takes `self.model` for what is sharded, which is the distiller,
+        # and writes checkpoints that other runs cannot read. The plain branches do: accelerate shards in `prepare`.
+        self.is_fsdp_enabled = self.is_deepspeed_enabled = False
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        self._start_counting()
+        # Optimizer, DDP and compile must cover student and losses together: two modules prepared side by side train
+        # the losses wrongly. So the distiller stands in for the student while Trainer prepares "the model".
+        self.distiller.student = student = self.model
+        self.backend.before_prepare(self.distiller)
+        self.model = self.model_wrapped = self.distiller
+        try:
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        finally:
+            self.model = student
+        self.backend.after_prepare(self.distiller)
+        self.callback_handler.model = student
+        if resume_from_checkpoint is not None:
+            self._resume(resume_from_checkpoint, max_steps, train_dataloader)
         return prepared
 
-    # ---- A training step: nothing here may wait for the device ---------------------------------------------------
+    def _resume(self, checkpoint: str, max_steps: int, train_dataloader: DataLoader) -> None:
+        """Check the position of a checkpoint whose state is loaded, and take up what Trainer does not."""
+        accumulated = self.args.gradient_accumulation_steps
+        batches = len(train_dataloader) if has_length(train_dataloader) else max_steps * accumulated
+        self.checkpoints.check_position(checkpoint, self.state, batches, self.train_dataset)
+        self.checkpoints.continue_from(checkpoint, self.state)
+        if self._set_epoch is not None and not self.args.ignore_data_skip:
+            self._set_epoch.batches_to_skip = self.state.global_step % self._steps_per_epoch * accumulated
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        if self.state.global_step >= self.state.max_steps:  # resumed at the last step; Trainer would take another one
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The sum of the weighted terms; each is also accumulated on the device, to be logged under its name."""
+        """Return the sum of the weighted terms; nothing here may wait for the device."""
         progress = torch.full((), self.state.epoch or 0.0, device=inputs["labels"].device)
         batch = {**inputs, "progress": progress}
         if self._mixup is not None:
-            # numpy's generator says how: Trainer's checkpoints hold its state, and no data set of ours touches it.
+            # It draws from numpy's generator, whose state is in Trainer's checkpoints, and which no hfkd data set uses.
             batch["pixel_values"], batch["labels"] = self._mixup(batch["pixel_values"], batch["labels"])
         teacher = self.teacher(batch) if self.distiller.losses else None
-        with self._autocast():
+        with self.backend.autocast():
             terms = model(batch, teacher)
-        values = torch.stack(list(terms.values()))
-        self._count(list(terms), values.detach(), len(inputs["labels"]))
-        loss = values.sum()
+        loss = self.term_log.add(terms, len(inputs["labels"]))
         return (loss, terms) if return_outputs else loss
 
-    def _start_counting(self) -> None:
-        """What the next log is made of, from now on."""
-        self._term_sums: Tensor | None = None
-        self._term_count = self._images_seen = 0
-        self._clock = time.perf_counter()
-
-    def _count(self, names: list[str], values: Tensor, images: int) -> None:
-        if self._term_sums is None:
-            self._term_names, self._term_sums = names, torch.zeros_like(values)
-        self._term_sums += values
-        self._term_count += 1
-        self._images_seen += images
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self._term_count:
-            logs.update(self._drain_log())
+        if "loss" in logs and self.term_log.steps:
+            skipped = skipped_images("skipped_images", self.train_dataset, self.args)
+            logs.update(self.term_log.drain(self.accelerator, self.distiller.metrics(), skipped))
         super().log(logs, start_time)
 
-    def _drain_log(self) -> dict[str, float]:
-        """Means since the last log, over all processes; the only place where a training step's values are read."""
-        means = self.accelerator.reduce(self._term_sums / self._term_count, reduction="mean")
-        logs = dict(zip(self._term_names, means.tolist(), strict=True))
-        logs |= {name: value.item() for name, value in self.distiller.metrics().items()}
-        logs |= self._skipped("skipped_images", self.train_dataset)
-        seconds = time.perf_counter() - self._clock
-        logs["images_per_second"] = self._images_seen * self.args.world_size / seconds
-        self._start_counting()
-        return logs
+    # ---- Data ------------------------------------------------------------------------------------------------------
 
-    def _unlogged(self) -> dict[str, Any]:
-        """What each process has added up since the last log: checkpoints hold it, so that the next log of a resumed
-        run is that of the undisturbed one."""
-        if not self._term_count:
-            return {}
-        sums = self.accelerator.gather(torch.stack([self._tr_loss, *self._term_sums])[None]).tolist()
-        since, count = self._globalstep_last_logged, self._term_count
-        return {"since": since, "count": count, "terms": self._term_names, "sums": sums}
+    def get_train_dataloader(self) -> DataLoader:
+        if isinstance(self.train_dataset, StreamingImageDataset):
+            return without_sigterm(stream_loader(self.train_dataset, self.args, is_training=True))
+        return without_sigterm(super().get_train_dataloader())
 
-    def _restore_unlogged(self, unlogged: dict[str, Any]) -> None:
-        if not unlogged:
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        return self._evaluation_loader(
+            self.eval_dataset[dataset] if isinstance(dataset, str) else dataset,
+            lambda: super(DistillationTrainer, self).get_eval_dataloader(eval_dataset),
+        )
+
+    def get_test_dataloader(self, test_dataset) -> DataLoader:
+        return self._evaluation_loader(
+            test_dataset, lambda: super(DistillationTrainer, self).get_test_dataloader(test_dataset)
+        )
+
+    def _evaluation_loader(self, dataset, trainers_own: Callable[[], DataLoader]) -> DataLoader:
+        args = self.args
+        if isinstance(dataset, StreamingImageDataset):
+            dataset = evaluation_share(dataset, args, args.eval_batch_size, dataset is self.train_dataset)
+            return without_sigterm(stream_loader(dataset, args, is_training=False))
+        # Trainer would leave the last images out of an evaluation as well.
+        with changed_for_now(args, dataloader_drop_last=False):
+            return without_sigterm(trainers_own())
+
+    def num_examples(self, dataloader: DataLoader) -> int:
+        dataset = dataloader.dataset
+        return dataset.num_rows if isinstance(dataset, StreamingImageDataset) else super().num_examples(dataloader)
+
+    def _prepare_input(self, data):
+        if isinstance(data, Tensor):
+            return data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
+
+    # ---- Optimisation ----------------------------------------------------------------------------------------------
+
+    def set_initial_training_values(self, args, dataloader):
+        values = super().set_initial_training_values(args, dataloader)
+        self._steps_per_epoch = values[1]
+        return values
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        return decayed_parameter_names(model, self.args.decay_all_parameters)
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args, model=None):
+        optimizer_class, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        return optimizer_class, optimizer_settings(optimizer_class, settings, args.distributed_state.distributed_type)
+
+    def create_optimizer(self, model=None):
+        created = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if created:
+            # DeepSpeed drops empty groups, and schedules count them: checkpoints are to fit either way.
+            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+            self.backend.optimizer_created(optimizer)
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        self.optimizer = self.backend.optimizer_prepared(self.optimizer)  # Trainer has just had it prepared
+        if self.lr_scheduler is None and self.args.lr_milestones:
+            self.lr_scheduler = multi_step_schedule(
+                optimizer or self.optimizer, self.args.lr_milestones, self.args.lr_gamma, self._steps_per_epoch
+            )
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        # Trainer measures the norm even where nothing is clipped, which costs a pass over all gradients.
+        return None if grad_norm is None else super()._get_grad_norm(model, grad_norm)
+
+    def floating_point_ops(self, inputs) -> int:
+        return 0  # Trainer's estimate (6 x parameters x inputs) is wrong for convolutions and costs a module walk
+
+    # ---- Evaluation ------------------------------------------------------------------------------------------------
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        started = time.perf_counter()
+        student = self.model
+        if self.average is not None:
+            self.model = self.average.module
+        if self.args.world_size > 1:
+            # Every rank has seen other images since the last forward: all evaluate with rank 0's BatchNorm statistics.
+            for buffer in self.model.buffers():
+                torch.distributed.broadcast(buffer, 0)
+        self._keep_logits = description == "Prediction"
+        self.teacher_memory.open(dataloader.dataset)
+        streamed = isinstance(dataloader.dataset, StreamingImageDataset)
+        if streamed:  # nothing to leave out: its padding is marked, and accelerate does not know its length
+            self.gather_function = self.accelerator.gather
+        try:
+            with self._compiling():
+                output = super().evaluation_loop(
+                    dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+                )
+        finally:
+            self.model = student
+        if streamed:  # Trainer takes the number of batches
+            output = output._replace(num_samples=dataloader.dataset.num_rows)
+        skipped = skipped_images(f"{metric_key_prefix}_skipped_images", dataloader.dataset, self.args)
+        output.metrics.update(skipped)
+        self.term_log.leave_out(time.perf_counter() - started)
+        return output
+
+    @torch.no_grad()
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Return loss, predictions and labels of a batch.
+
+        `predict()` gets logits; `evaluate()` the best classes of the student and the teacher's choice.
+        """
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs.get("labels")
+        with self.backend.autocast():
+            logits = at_least_float32(self.backend.predict(self.distiller, model)(inputs["pixel_values"]))
+        if prediction_loss_only and labels is not None:
+            return mean_cross_entropy(logits, labels), None, None
+        if self._keep_logits or labels is None:
+            return None, logits, labels
+        ranked, losses = ranked_predictions(logits, labels)
+        choice = self.teacher_memory.choice(inputs)
+        return None, (ranked, losses) if choice is None else (ranked, losses, choice), labels
+
+    # ---- Checkpoints -----------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model, trial):
+        run_dir = self._get_output_dir(trial=trial)
+        folder = Path(run_dir, f"checkpoint-{self.state.global_step}")
+        # Trainer would push before the checkpoint is known to be whole: `Pushes` does it after.
+        changes = {"push_to_hub": False}
+        if self.stop_on_sigterm.stopping:
+            changes["save_only_model"] = False
+        with self.checkpoints.writing(folder), changed_for_now(self.args, **changes):
+            super()._save_checkpoint(model, trial)
+        if not self.pushes.running:  # what is being uploaded stays
+            self.checkpoints.drop_old(run_dir, folder, self.state.best_model_checkpoint, self._save_total_limit)
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        # Every process takes part in gathering; transformers 5.20 has only the first one come to `_save`, later all.
+        self._whole_state = self.backend.whole_state(self.model)
+        try:
+            super().save_model(output_dir, _internal_call)
+        finally:
+            self._whole_state = None
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        state_dict = self._whole_state if state_dict is None else state_dict
+        if state_dict is None:
+            state_dict = exported_state_dict(self.model if self.average is None else self.average.module)
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:  # Trainer's pickle of the arguments holds the Hub token
+            os.remove(os.path.join(output_dir or self.args.output_dir, TRAINING_ARGS_NAME))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.args.should_save:
+            self.optimizer.state_dict()  # sharded, it is gathered: see `take_whole_states`
+        super()._save_optimizer_and_scheduler(output_dir)
+        unlogged = self.term_log.state(self.accelerator, self._tr_loss, self._globalstep_last_logged)
+        self.checkpoints.save_training_state(output_dir, unlogged, self.distiller, self.average)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
             return
-        sums = torch.tensor(unlogged["sums"], device=self.args.device)
-        # Of as many processes each takes up its own, of another number all the mean.
-        own = sums[self.args.process_index] if len(sums) == self.args.world_size else sums.mean(dim=0)
-        self._globalstep_last_logged, self._term_count = unlogged["since"], unlogged["count"]
-        self._tr_loss.copy_(own[0])
-        self._term_names, self._term_sums = unlogged["terms"], own[1:].clone()
+        with self.checkpoints.loading(checkpoint):
+            with self.checkpoints.settings_of_this_recipe(self.optimizer, self.lr_scheduler):
+                super()._load_optimizer_and_scheduler(checkpoint)
+            self.checkpoints.load_training_state(checkpoint, self.distiller, self.average)
+        self.backend.weights_loaded(self.optimizer)
 
-    def _run_epoch(self, **kwargs):
-        checkpoint = kwargs["resume_from_checkpoint"]
-        if checkpoint is not None and kwargs["epoch"] == kwargs["epochs_trained"]:
-            self._restore_unlogged(json.loads(Path(checkpoint, UNLOGGED_NAME).read_text()))
-        return super()._run_epoch(**kwargs)
+    def _determine_best_metric(self, metrics, trial):
+        # save_strategy: best saves only where this says that it is the best, and the last step must be saved.
+        return super()._determine_best_metric(metrics, trial) or self.stop_on_sigterm.stopping
 
+    def _load_best_model(self) -> None:
+        if self.stop_on_sigterm.stopped:  # the run goes on from its last step
+            return
+        check_best(self.state.best_model_checkpoint)
+        super()._load_best_model()
+        if self.average is not None:
+            self.average.module.load_state_dict(self.model.state_dict())
 
-def _wrapped(model: nn.Module, source: ImageSource | None) -> PreTrainedModel:
-    """A bare timm model in transformers' wrapper, its classes named by the data set as far as that has names."""
-    names = [] if source is None else source.class_names
-    return wrap_timm(model, [*names, *map(str, range(len(names), model.num_classes))][: model.num_classes])
+    # ---- Export and Hub --------------------------------------------------------------------------------------------
+
+    @property
+    def export_folder(self) -> Path:
+        """Folder of the exported model, `<output_dir>/student` by default."""
+        return self.exports.folder
+
+    def export(self, repo_id: str | None = None, **metadata) -> Path:
+        """Export the student: model, card, results, recipe and curves, whole or not at all.
+
+        Args:
+            repo_id: repository that the card names.
+            **metadata: of the card; see `write_card`.
+
+        Returns:
+            `export_folder`.
+
+        Raises:
+            RunError: if it cannot be written, for example on a full disk; an earlier export is whole.
+        """
+        try:
+            return self.exports.write(lambda folder: self.save_model(folder, _internal_call=True), repo_id, metadata)
+        except (OSError, SafetensorError) as error:
+            raise self.checkpoints.unwritten(self.export_folder, error) from error
+
+    def create_model_card(
+        self, language=None, license=None, tags=None, model_name=None, finetuned_from=None, dataset=None, **kwargs
+    ) -> None:
+        """Export the student with its card; the run itself knows the other values that Trainer takes."""
+        metadata = {"language": language, "license": license, "tags": tags, "model_name": model_name}
+        self.export(**metadata, finetuned_from=finetuned_from, dataset=dataset)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Create the repository unless it exists; Trainer calls this before anything is trained.
+
+        Raises:
+            HfkdError: see `open_repository`.
+        """
+        if self.is_world_process_zero():
+            self.pushes.open(self.model, token, private)
+            self.hub_model_id = self.pushes.repository
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **metadata,
+    ):
+        """Export the student and upload that folder: model, card, results, recipe, curves, and nothing else.
+
+        Args:
+            commit_message, blocking, token, revision, private: as Trainer's.
+            **metadata: of the card; see `write_card`.
+
+        Returns:
+            The commit or, if not blocking, its Future; None in all processes but the first.
+
+        Raises:
+            PushError: if the Hub refuses or cannot be reached. The export is whole, and another call completes it.
+        """
+        self._tell_of_push()
+        self.pushes.finish()
+        is_first = self.is_world_process_zero()
+        if is_first:
+            self.pushes.find(self.model, token, private, revision)
+            self.hub_model_id = self.pushes.repository
+        self.export(self.pushes.repository, **metadata)
+        return self.pushes.push_export(commit_message, blocking, token, revision) if is_first else None
+
+    def _tell_of_push(self) -> None:
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
