@@ -12,7 +12,7 @@ from transformers.utils import logging
 from ..comparison.figure import save_comparison
 from ..comparison.gain import gain_text
 from ..comparison.rows import Row, compared, evaluated_on
-from ..comparison.table import LEGEND, csv_table, text_table
+from ..comparison.table import LEGEND, csv_text, text_table
 from ..errors import HfkdError, require, unknown_key_error
 from ..recipe.parser import ArgumentParser
 from ..runs.finished import find_runs
@@ -84,7 +84,7 @@ def report(rows: Sequence[Row], left_out: Sequence[str], args: ComparisonArgumen
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "compare.md", "\n\n".join(parts) + "\n")
-    write_whole(folder / "compare.csv", csv_table(rows))
+    write_whole(folder / "compare.csv", csv_text(rows))
     require("matplotlib", "figures")
     save_comparison(rows, folder / "compare.png")
     print(f"\n{folder} holds compare.md, compare.csv and compare.png.")

@@ -23,6 +23,7 @@ from ..networks.teacher import Teacher
 from ..recipe.parser import ArgumentParser
 from ..recipe.reading import load_recipe
 from ..runs.folder import RECIPE_NAME, RESULTS_NAME, write_whole
+from ..runs.tables import markdown_table
 
 USAGE = "hfkd export MODEL [--key value ...]"
 
@@ -211,11 +212,10 @@ def cost_table(sides: dict[str, Side], file_format: FileFormat) -> str:
     }
     heads = [f"{role}: {architecture_of(side.model)}" for role, side in sides.items()]
     heads += ["teacher / student"] if len(sides) == 2 else []
-    lines = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
-    lines += [f"| {label} | {' | '.join(_cells(*row))} |" for label, row in rows.items()]
+    table = markdown_table(["", *heads], [[label, *_cells(*row)] for label, row in rows.items()], compact=True)
     threads = torch.get_num_threads()
     note = f"Latency: CPU, {threads} thread{'s' if threads > 1 else ''}, float32, one image at a time, fastest of 30."
-    return "\n".join(lines) + f"\n\n{note}"
+    return f"{table}\n\n{note}"
 
 
 def _cells(values: list[float | None], form: str) -> list[str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..comparison.rows import Row, compared
-from ..comparison.table import LEGEND, Gap, csv_table, text_table
+from ..comparison.table import LEGEND, Gap, csv_text, text_table
 from ..errors import HfkdError
 from ..recipe.parser import ArgumentParser
 from ..runs.cells import RUNS, Cell, planned_cells, recipe_folder, recipes_of
@@ -229,7 +229,7 @@ def report(name: str, cells: Sequence[Cell], failures: Mapping[Path, str], scale
     text = "\n\n".join(parts)
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "reproduce.md", text + "\n")
-    write_whole(folder / "reproduce.csv", csv_table(rows, gaps))
+    write_whole(folder / "reproduce.csv", csv_text(rows, gaps))
     print(f"\n{text}\n\n{folder} holds this as reproduce.md and reproduce.csv.")
     return rows
 

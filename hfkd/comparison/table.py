@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..runs.tables import csv_table, markdown_table, without_empty_columns
 from .rows import Row, Spread
 
 GAP = "-"  # what is not known
@@ -40,26 +39,17 @@ def text_table(rows: Sequence[Row], gaps: Sequence[Gap] = ()) -> str:
     """The rows, and the gaps behind them, as a markdown table, padded to be read as it is; without columns in which
     nothing is known."""
     records = [_cells(row) for row in rows] + [_cells_of_gap(gap) for gap in gaps]
-    names = [name for name in records[0] if name == "run" or any(record[name] not in ("", GAP) for record in records)]
-    widths = {name: max(len(name), *(len(record[name]) for record in records)) for name in names}
-    left = ("run", "seeds", "devices", "note")
-    rule = {name: "-" * width if name in left else "-" * (width - 1) + ":" for name, width in widths.items()}
-    lines = []
-    for record in ({name: name for name in names}, rule, *records):
-        cells = (f"{record[name]:{'<' if name in left else '>'}{widths[name]}}" for name in names)
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    header = list(records[0])
+    rows = [[record[name] for name in header] for record in records]
+    right = set(header) - {"run", "seeds", "devices", "note"}
+    return markdown_table(*without_empty_columns(header, rows, empty=("", GAP)), padded=True, right=right)
 
 
-def csv_table(rows: Sequence[Row], gaps: Sequence[Gap] = ()) -> str:
+def csv_text(rows: Sequence[Row], gaps: Sequence[Gap] = ()) -> str:
     """The same with all digits: a column for each mean and each standard deviation, empty where it is not known."""
-    file = io.StringIO()
     records = [_record(row) for row in rows]
     records += [{"run": gap.label, "published": gap.published_top1, "note": gap.note} for gap in gaps]
-    writer = csv.DictWriter(file, records[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    return file.getvalue()
+    return csv_table(records[0], [[record.get(name) for name in records[0]] for record in records])
 
 
 def _cells(row: Row) -> dict[str, str]:
@@ -68,7 +58,7 @@ def _cells(row: Row) -> dict[str, str]:
     speed = cells.pop("images/s")
     seeds = ", ".join(map(str, _seeds(row)))
     return {
-        "run": row.label.replace("|", "\\|"),
+        "run": row.label,
         **cells,
         "published": GAP if row.published_top1 is None else f"{row.published_top1:.2f}",
         "difference": GAP if row.difference is None else f"{row.difference:+.2f}",

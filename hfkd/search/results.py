@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -13,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from ..runs.tables import csv_table, markdown_table
 from .space import Parameter, settings, short
 
 # What makes trials shorter than the run that they are for, or concerns them alone.
@@ -72,7 +71,7 @@ def answer(trials: Sequence[SearchedTrial], space: Sequence[Parameter], images: 
     stopped = sum(trial.pruned for trial in trials)
     error = standard_error(best.top1, number)
     lines = [
-        markdown(columns, table),
+        markdown_table(columns, table, padded=True),
         f"{len(trials)} trials, {stopped} of them stopped early. Top-1 in percent of {images}; the standard error of "
         f"one such number is {error:.2f} points, and the best of many is a little lucky.",
     ]
@@ -85,26 +84,22 @@ def trials_markdown(trials: Sequence[SearchedTrial], space: Sequence[Parameter])
     """Every trial, the best first, those that were stopped last."""
     columns = ["trial", *(parameter.key for parameter in space), "top-1", "step", "seconds", "note"]
     ranked = sorted(trials, key=lambda trial: (trial.pruned, -trial.top1))
-    return markdown(
-        columns,
-        [
-            [trial.number, *_cells(trial, space), f"{trial.top1:.2f}", trial.step, f"{trial.seconds:.0f}", _note(trial)]
-            for trial in ranked
-        ],
-    )
+    rows = [
+        [trial.number, *_cells(trial, space), f"{trial.top1:.2f}", trial.step, f"{trial.seconds:.0f}", _note(trial)]
+        for trial in ranked
+    ]
+    return markdown_table(columns, rows, padded=True)
 
 
 def trials_csv(trials: Sequence[SearchedTrial], space: Sequence[Parameter]) -> str:
     """Every trial in the order in which they were begun, all digits."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
     keys = [parameter.key for parameter in space]
-    writer.writerow(["trial", *keys, "top1", "step", "seconds", "stopped_early", "recipes_own"])
+    rows = []
     for trial in trials:
         values = [trial.values[key] for key in keys]
         measured = [trial.top1, trial.step, round(trial.seconds, 1), trial.pruned, trial.is_recipe]
-        writer.writerow([trial.number, *values, *measured])
-    return file.getvalue()
+        rows.append([trial.number, *values, *measured])
+    return csv_table(["trial", *keys, "top1", "step", "seconds", "stopped_early", "recipes_own"], rows)
 
 
 def _cells(trial: SearchedTrial, space: Sequence[Parameter]) -> list[str]:
@@ -114,16 +109,6 @@ def _cells(trial: SearchedTrial, space: Sequence[Parameter]) -> list[str]:
 def _note(trial: SearchedTrial) -> str:
     notes = {"the recipe's own": trial.is_recipe, "stopped early": trial.pruned}
     return ", ".join(note for note, holds in notes.items() if holds)
-
-
-def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table, padded to be read as it is."""
-    cells = [[str(cell) for cell in row] for row in (columns, *rows)]
-    widths = [max(len(row[index]) for row in cells) for index in range(len(columns))]
-    cells.insert(1, ["-" * width for width in widths])
-    return "\n".join(
-        f"| {' | '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))} |" for row in cells
-    )
 
 
 def best_recipe(

@@ -21,7 +21,7 @@ from hfkd.commands.train import distill, train_teacher
 from hfkd.comparison.figure import comparison_figure
 from hfkd.comparison.gain import gain_text
 from hfkd.comparison.rows import compared
-from hfkd.comparison.table import csv_table, text_table
+from hfkd.comparison.table import csv_text, text_table
 from hfkd.networks.costs import multiply_adds
 from hfkd.runs.finished import find_runs
 from hfkd.runs.published import published_runs
@@ -72,7 +72,7 @@ def test_the_csv_equals_the_table():
     finished_run("runs/short", [61.123456], recipe={"num_train_epochs": 1.0})
     finished_run("runs/cut", [50.0], 3, planned_epochs=240)
     rows = rows_of("runs")
-    records = list(csv.DictReader(csv_table(rows).splitlines()))
+    records = list(csv.DictReader(csv_text(rows).splitlines()))
     for record, shown in zip(records, cells(text_table(rows)), strict=True):
         assert record["run"] == shown["run"] and record["note"] == shown["note"]
         for name in ("best top-1", "best top-5", "last top-1", "last top-5", "agreement", "teacher top-1"):
@@ -83,7 +83,7 @@ def test_the_csv_equals_the_table():
         assert int(record["parameters"]) == int(shown["parameters"].replace(",", "")) == 278_324
     assert [record["n"] for record in records] == ["2", "1", "1"]
     assert {record["folders"] for record in records} == {"runs/1 runs/2", "runs/short", "runs/cut"}
-    assert "61.123456" in csv_table(rows)
+    assert "61.123456" in csv_text(rows)
 
 
 def test_what_is_no_row_of_the_published():
