@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..plots import BLACK, BLUE, GREEN, VERMILION, new_sheet
+from ..plots import CLASS_COLOURS, new_sheet
 from .observations import Observations
 from .tables import LeftOutError, Table
 
-COLOURS = (BLUE, VERMILION, GREEN, BLACK, "#CC79A7", "#E69F00", "#56B4E9")  # of Okabe and Ito
 MARKERS = "osD^vP*X<>"
 SEED = 0
 
@@ -66,7 +65,7 @@ def draw(table: Table):
     classes = dict(sorted(zip(table["label"].tolist(), table["class"].tolist(), strict=True)))
     for axes, role in zip(panels, roles, strict=True):
         for index, label in enumerate(classes):
-            colour, hollow = COLOURS[index % len(COLOURS)], index // len(COLOURS) % 2
+            colour, hollow = CLASS_COLOURS[index % len(CLASS_COLOURS)], index // len(CLASS_COLOURS) % 2
             style = {"facecolors": "none" if hollow else colour, "edgecolors": colour, "linewidths": 0.8 * hollow}
             rows = table["label"] == label
             marker = MARKERS[index % len(MARKERS)]

@@ -7,8 +7,7 @@ import math
 
 import numpy as np
 
-from ..hub.curves import MARKED_ROWS
-from ..plots import BLUE, GREEN, new_sheet, tidy
+from ..plots import BLUE, GREEN, marker, new_sheet, tidy
 from ..runs.finished import FinishedRun
 from ..runs.published import published_runs
 from .tables import LeftOutError, Table, rows_where
@@ -49,9 +48,9 @@ def draw(table: Table):
     axes = figure.subplots()
     for curve, style in (("measured", {"color": BLUE}), ("published", {"color": GREEN, "linestyle": ":"})):
         rows = rows_where(table, "curve", curve)
-        marker = "o" if len(rows["epoch"]) <= MARKED_ROWS else ""
-        if len(rows["epoch"]):
-            axes.plot(rows["epoch"], rows["temperature"], label=curve, marker=marker, markersize=4, **style)
+        points = len(rows["epoch"])
+        if points:
+            axes.plot(rows["epoch"], rows["temperature"], label=curve, marker=marker(points), markersize=4, **style)
     axes.set_xlabel("epoch")
     axes.set_ylabel("temperature of CTKD")
     axes.set_ylim(bottom=0)
