@@ -11,6 +11,7 @@ import torch
 
 from ..losses.standardize import standardize
 from ..plots import new_sheet
+from ..runs.folder import ROLES
 from .observations import Observations
 from .tables import LeftOutError, Table, rows_where
 
@@ -54,9 +55,9 @@ def measure(observed: Observations) -> Table:
     Raises:
         LeftOutError: without a teacher.
     """
-    if not {"student", "teacher"} <= observed.networks.keys():
+    if not set(ROLES) <= observed.networks.keys():
         raise LeftOutError("there is no teacher to set the student's matrices beside")
-    pair = [observed.networks[role].logits for role in ("student", "teacher")]
+    pair = [observed.networks[role].logits for role in ROLES]
     labels = observed.labels
     differences = {
         LOGITS: [class_means(logits, labels) for logits in pair],
