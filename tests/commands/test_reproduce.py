@@ -20,9 +20,9 @@ from hfkd.cli import main
 from hfkd.commands.reproduce import Slice
 from hfkd.commands.train import distill, train_teacher
 from hfkd.recipe.reading import parse_recipe
-from hfkd.runs.cells import planned_cells, recipe_folder, recipes_of
 from hfkd.runs.checkpoints import checkpoints
 from hfkd.runs.published import published_runs
+from hfkd.runs.published_cells import planned_cells, recipe_folder, recipes_of
 
 BASE = {
     "dataset_name": "digits",
@@ -312,7 +312,7 @@ def test_one_process(recipes, monkeypatch):
 
 
 def test_without_recipes(monkeypatch, capsys):
-    monkeypatch.setattr("hfkd.runs.cells.CHECKOUT", Path("nowhere"))
+    monkeypatch.setattr("hfkd.runs.published_cells.CHECKOUT", Path("nowhere"))
     with pytest.raises(SystemExit) as end:
         main(["reproduce", "resnet56-resnet20"])
     assert end.value.code == 2
