@@ -9,6 +9,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.timm_wrapper import TimmWrapperForImageClassification
 
+DIGITS = "digits"  # scikit-learn's data set, even if a folder has the same name
+
 
 def is_local(name_or_path: str) -> bool:
     """Is it a path on this machine rather than the name of an architecture or a Hub id?"""

@@ -17,9 +17,8 @@ from ..teacher_cache.files import CacheFiles
 from ..teacher_cache.identity import given_teachers
 from ..teacher_cache.rows import RowFormat
 from ..teacher_cache.teacher import check_supported
-from ..teacher_cache.writing import (
-    write_cache,
-)
+from ..teacher_cache.writing import write_cache
+from .arguments import parse_known, split_subject
 from .build import build_student, image_sets, load_splits, load_teachers
 
 USAGE = "hfkd cache-teacher recipe.yaml [--epochs N] [--top_k K] [--key value ...]"
@@ -75,17 +74,14 @@ def cache_teacher(argv: list[str] | None = None) -> Path:
         RuntimeError: if there is no room for it.
     """
     argv = sys.argv[1:] if argv is None else argv
-    if not {"-h", "--help"}.isdisjoint(argv):
-        ArgumentParser((CacheArguments, *ARGUMENT_CLASSES), USAGE).parse_args(["--help"])
-    cache_args, rest = ArgumentParser((CacheArguments,), USAGE).parse_args_into_dataclasses(
-        argv[1:], return_remaining_strings=True, look_for_args_file=False
-    )
-    model_args, data_args, config, _ = parse_recipe([*argv[:1], *rest], command="hfkd cache-teacher")
+    path, rest = split_subject(argv, ArgumentParser((CacheArguments, *ARGUMENT_CLASSES), USAGE), "a recipe")
+    cache_args, rest = parse_known(rest, ArgumentParser((CacheArguments,), USAGE))
+    model_args, data_args, config, _ = parse_recipe([path, *rest], command="hfkd cache-teacher")
     if any(token.partition("=")[0] == "--output_dir" for token in rest):
         raise HfkdError("--output_dir is a run's: --cache_dir says where the cache goes.")
-    folder = Path(cache_args.cache_dir or Path("runs", "cache", recipe_name(argv[0])))
+    folder = Path(cache_args.cache_dir or Path("runs", "cache", recipe_name(path)))
     if not model_args.teacher_name_or_path:
-        raise HfkdError(f"{argv[0]} names no teacher to cache: set teacher_name_or_path.")
+        raise HfkdError(f"{path} names no teacher to cache: set teacher_name_or_path.")
     if config.shard_teacher:
         raise HfkdError("Each process caches a part of the images with a teacher of its own: leave shard_teacher out.")
     if data_args.streaming:

@@ -1,4 +1,4 @@
-"""`hfkd compare`: runs side by side in one table and one figure, and what distillation gained."""
+"""`hfkd compare`: runs side by side in a table and a figure, and the savings of students over their teachers."""
 
 from __future__ import annotations
 
@@ -10,59 +10,61 @@ from pathlib import Path
 from transformers.utils import logging
 
 from ..comparison.figure import save_comparison
-from ..comparison.gain import gain_text
 from ..comparison.rows import Row, compared, evaluated_on
-from ..comparison.table import LEGEND, csv_table, text_table
+from ..comparison.savings import savings_text
+from ..comparison.table import LEGEND, csv_text, text_table
 from ..errors import HfkdError, require, unknown_key_error
 from ..recipe.parser import ArgumentParser
 from ..runs.finished import find_runs
 from ..runs.folder import write_whole
+from .arguments import parse_known, print_help_if_asked
 
 USAGE = "hfkd compare RUN [RUN ...] [--output_dir DIR] [--teacher NAME_OR_PATH]"
 DESCRIPTION = (
-    "Each RUN is a run's folder or one with runs below it. Runs that differ in their seed alone are one row. What is\n"
-    "printed is written, too, as compare.md, with compare.csv and the curves in compare.png."
+    "Each RUN is a run's folder or one with runs below it. Runs that differ only in their seed are one row. The\n"
+    "report is also written as compare.md, with compare.csv and the curves in compare.png."
 )
 
 
 @dataclass
 class ComparisonArguments:
-    """How to compare."""
+    """Settings of the comparison."""
 
     _argument_group_name = "comparison"  # in `--help`
 
-    output_dir: str = field(default="runs/compare", metadata={"help": "Folder of what is written."})
+    output_dir: str = field(
+        default="runs/compare", metadata={"help": "Folder of the report, its table and its figure."}
+    )
     teacher: str | None = field(
         default=None,
         metadata={
-            "help": "Folder, Hub id or timm architecture of the teacher, to measure its multiply-adds and time where "
-            "it is not at the place that a run's recipe names."
+            "help": "Folder, Hub id or timm architecture of the teacher, to measure its multiply-adds and time if it "
+            "is not where a run's recipe says."
         },
     )
 
 
 def compare(argv: list[str] | None = None) -> list[Row]:
-    """Prints and writes the comparison of runs: `RUN [RUN ...] [--output_dir DIR] [--teacher NAME_OR_PATH]`.
+    """Compare runs, print and write the comparison: `RUN [RUN ...] [--output_dir DIR] [--teacher NAME_OR_PATH]`.
 
     Returns:
         The rows of the table.
 
     Raises:
-        FileNotFoundError: if a folder does not exist, or there is no run in any.
+        FileNotFoundError: if a folder does not exist, or no folder holds a run.
         ValueError: for runs that were evaluated on different images, or an unknown key.
-        ImportError: without matplotlib, after the tables were printed and written.
+        ImportError: if matplotlib is not installed, after the tables were printed and written.
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = ArgumentParser((ComparisonArguments,), USAGE, DESCRIPTION)
-    if not {"-h", "--help"}.isdisjoint(argv):
-        parser.parse_args(["--help"])
-    args, paths = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    print_help_if_asked(argv, parser)
+    args, paths = parse_known(argv, parser)
     options = [path for path in paths if path.startswith("-")]
     if options:
         raise unknown_key_error(options[0].lstrip("-").partition("=")[0], ["output_dir", "teacher"], "the command line")
     if not paths:
         raise HfkdError(f"Name the runs to compare: {USAGE}.")
-    logging.disable_progress_bar()  # of loading weights
+    logging.disable_progress_bar()  # for loading weights
     runs, left_out = find_runs(paths)
     rows = compared(runs)
     report(rows, left_out, args)
@@ -70,21 +72,21 @@ def compare(argv: list[str] | None = None) -> list[Row]:
 
 
 def report(rows: Sequence[Row], left_out: Sequence[str], args: ComparisonArguments) -> None:
-    """Prints the comparison and writes its files."""
+    """Print the comparison and write its files."""
     known = next((run for row in rows for run in row.runs if run.results["dataset"] is not None), None)
     title = f"# {evaluated_on(known) if known else 'Data set not recorded'}"
     parts = [title, text_table(rows), LEGEND]
     if left_out:
         parts.append("Left out:\n" + "\n".join(f"- {reason}" for reason in left_out))
     print("\n\n".join(parts), flush=True)
-    gain = gain_text(rows, args.teacher)
-    if gain:
-        parts.append("## What the students gain\n\n" + "\n".join(f"- {line}" for line in gain.splitlines()))
+    savings = savings_text(rows, args.teacher)
+    if savings:
+        parts.append("## Savings of the students\n\n" + "\n".join(f"- {line}" for line in savings.splitlines()))
         print(f"\n{parts[-1]}")
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "compare.md", "\n\n".join(parts) + "\n")
-    write_whole(folder / "compare.csv", csv_table(rows))
+    write_whole(folder / "compare.csv", csv_text(rows))
     require("matplotlib", "figures")
     save_comparison(rows, folder / "compare.png")
     print(f"\n{folder} holds compare.md, compare.csv and compare.png.")

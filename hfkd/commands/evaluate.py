@@ -1,4 +1,4 @@
-"""`hfkd evaluate`: measure a trained model."""
+"""`hfkd evaluate`: accuracy of a trained model."""
 
 from __future__ import annotations
 
@@ -10,10 +10,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from ..data import (
-    ImageSource,
-)
-from ..errors import HfkdError
+from ..data import ImageSource
 from ..networks.class_matching import class_names_of
 from ..networks.loading import input_spec, load_pretrained
 from ..recipe.arguments import DataArguments, DistillationConfig
@@ -22,35 +19,33 @@ from ..recipe.reading import load_recipe
 from ..runs.finished import read_run
 from ..runs.folder import RECIPE_NAME, RESULTS_NAME
 from ..training.trainer import DistillationTrainer
-from .build import (
-    evaluation_set,
-    load_splits,
-)
+from .arguments import split_subject
+from .build import evaluation_set, load_splits
+
+USAGE = "hfkd evaluate MODEL [--key value ...]"
 
 
 @dataclass
 class EvaluationArguments:
-    """How to evaluate."""
+    """Settings of the evaluation."""
 
     _argument_group_name = "evaluation"  # in `--help`
 
-    batch_size: int = field(default=500, metadata={"help": "Images a forward."})
-    num_workers: int = field(
-        default=0, metadata={"help": "Processes that decode images, where they are not held in memory."}
-    )
+    batch_size: int = field(default=500, metadata={"help": "Images per forward pass."})
+    num_workers: int = field(default=0, metadata={"help": "Processes that decode images that are not held in memory."})
     bf16: bool = field(default=False, metadata={"help": "bf16 autocast; float32 by default."})
 
 
 def evaluate(argv: list[str] | None = None) -> dict[str, float]:
-    """Measures a saved model: `MODEL [--dataset_name ... --batch_size 500]`; prints and returns its metrics.
+    """Evaluate a saved model, print and return its metrics: `MODEL [--dataset_name ... --batch_size 500]`.
 
-    MODEL is a folder or a Hub id. What is not said of the data comes from the recipe of the run that MODEL lies in.
+    MODEL is a folder or a Hub id. Data settings that are not given come from the recipe of MODEL's run.
 
     Raises:
-        ValueError: without a data set, or for a key that is unknown.
+        ValueError: without a data set, or for an unknown key.
     """
     argv = sys.argv[1:] if argv is None else argv
-    name, data_args, args = parse_model(argv, "hfkd evaluate MODEL [--key value ...]")
+    name, data_args, args = parse_model(argv, USAGE)
     model, eval_set = load_evaluation(name, data_args)
     with tempfile.TemporaryDirectory() as folder:
         metrics = evaluating_trainer(model, eval_set, args, folder).evaluate()
@@ -60,22 +55,19 @@ def evaluate(argv: list[str] | None = None) -> dict[str, float]:
 
 
 def parse_model(argv: list[str], usage: str, *argument_classes: type) -> tuple:
-    """Parses `MODEL [--key value ...]`: what is not said of the data comes from the recipe of the run that MODEL, a
-    folder or a Hub id, lies in. A run's folder stands for the model in it.
+    """Parse `MODEL [--key value ...]`.
+
+    MODEL is a folder or a Hub id; a run's folder stands for the model in it. Data settings that are not given come from
+    the recipe of MODEL's run.
 
     Returns:
         The model's name, its DataArguments, the EvaluationArguments, and one object for each of `argument_classes`.
 
     Raises:
-        ValueError: without a model or a data set, or for a key that is unknown.
+        ValueError: without a model or a data set, or for an unknown key.
     """
     parser = ArgumentParser((DataArguments, EvaluationArguments, *argument_classes), usage=usage)
-    if argv[:1] in (["-h"], ["--help"]):
-        parser.parse_args(["--help"])
-    if not argv or argv[0].startswith("-"):
-        given = argv[0] if argv else ""
-        raise HfkdError(f"The first argument must be the model's folder or Hub id, got '{given}'. Usage: {usage}")
-    name, overrides = argv[0], argv[1:]
+    name, overrides = split_subject(argv, parser)
     if (Path(name) / RESULTS_NAME).is_file():
         name = str(read_run(name).export or name)
     recipe_path = Path(name).parent / RECIPE_NAME
@@ -86,17 +78,16 @@ def parse_model(argv: list[str], usage: str, *argument_classes: type) -> tuple:
 
 
 def load_evaluation(name: str, data_args: DataArguments) -> tuple[PreTrainedModel, ImageSource]:
-    """A saved model and the split that it is evaluated on."""
+    """Load a saved model and the split that it is evaluated on."""
     model = load_pretrained(name)
-    data_args.train_split = None
-    _, split = load_splits(data_args, class_names_of(model))
+    _, split = load_splits(dataclasses.replace(data_args, train_split=None), class_names_of(model))
     return model, evaluation_set(split, input_spec(model), data_args)
 
 
 def evaluating_trainer(
     model: PreTrainedModel, eval_set: ImageSource, args: EvaluationArguments, folder: str
 ) -> DistillationTrainer:
-    """A trainer that trains nothing; into the folder it writes nothing that is kept."""
+    """Return a trainer that only evaluates; the folder may be a temporary one."""
     config = DistillationConfig(
         output_dir=folder,
         per_device_eval_batch_size=args.batch_size,

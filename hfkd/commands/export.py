@@ -1,4 +1,4 @@
-"""`hfkd export`: a trained model as a file for ONNX Runtime or torch, and what it costs beside its teacher."""
+"""`hfkd export`: a trained model as a file for ONNX Runtime or torch, and its costs beside its teacher's."""
 
 from __future__ import annotations
 
@@ -13,64 +13,68 @@ import torch
 from torch import nn
 
 from .. import __version__
-from ..errors import HfkdError, NotFoundError
+from ..errors import NotFoundError
 from ..export.formats import FORMATS, PREPROCESSING_NAME, FileFormat, FileModel, write_model
 from ..export.preprocessing import Preprocessing, preprocessing_of
 from ..names import architecture_of, hub_id
-from ..networks.costs import latencies, multiply_adds
+from ..networks.costs import latencies, multiply_adds, parameter_count
 from ..networks.loading import load_pretrained, load_teacher
 from ..networks.teacher import Teacher
 from ..recipe.parser import ArgumentParser
 from ..recipe.reading import load_recipe
-from ..runs.folder import RECIPE_NAME, RESULTS_NAME, write_whole
+from ..runs.finished import teacher_of
+from ..runs.folder import CONFIG_NAME, RECIPE_NAME, RESULTS_NAME, ROLES, write_whole
+from ..runs.tables import markdown_table
+from .arguments import parse_with_subject
 
 USAGE = "hfkd export MODEL [--key value ...]"
 
 
 @dataclass
 class ExportArguments:
-    """What to write, where, and what to compare it with."""
+    """Format and folder of the file, and the teacher to compare with."""
 
     _argument_group_name = "export"  # in `--help`
 
     format: str = field(
         default="onnx",
         metadata={
-            "help": "onnx: for ONNX Runtime and what else reads ONNX; torch: an archive of torch.export, for torch "
+            "help": "onnx: for ONNX Runtime and other readers of ONNX; torch: an archive of torch.export, for torch "
             "without hfkd.",
             "choices": list(FORMATS),
         },
     )
     output_dir: str | None = field(
         default=None,
-        metadata={"help": "Folder of the file. By default one named by the format, beside MODEL's folder."},
+        metadata={"help": "Folder of the file; by default a folder named after the format, beside MODEL's folder."},
     )
     teacher: str | None = field(
         default=None,
         metadata={
-            "help": "Whose size and latency to print beside MODEL's: a folder, a Hub id, or a timm architecture with "
-            "weights. By default the one in the recipe of the run that MODEL lies in."
+            "help": "Teacher whose size and latency are printed beside MODEL's: a folder, a Hub id, or a timm "
+            "architecture with weights. By default the teacher in the recipe of MODEL's run."
         },
     )
 
 
 def export(argv: list[str] | None = None) -> Path:
-    """Writes a trained model as one file: `MODEL [--format onnx|torch] [--output_dir DIR] [--teacher NAME]`.
+    """Write a trained model as one file: `MODEL [--format onnx|torch] [--output_dir DIR] [--teacher NAME]`.
 
-    MODEL is a folder or a Hub id. The file takes batches of any size, gives the logits that evaluation reads (the mean
-    of two heads) and says how images are prepared, as `preprocessing.json` beside it does. Size and latency of MODEL
-    and its teacher are printed.
+    MODEL is a folder or a Hub id. The file takes batches of any size, returns the logits that evaluation reads (the
+    mean of two heads) and holds the preprocessing of images, which is also in `preprocessing.json` beside it. The
+    command prints size and latency of MODEL and its teacher.
 
     Returns:
         The path of the file.
 
     Raises:
-        ImportError: without the libraries of the format.
+        ImportError: if the libraries of the format are not installed.
         FileNotFoundError: if MODEL is no model.
-        ValueError: if the format cannot express it; for a key or a value that is unknown.
+        ValueError: if the format cannot express the model; for an unknown key or value.
         RuntimeError: if the file cannot be written.
     """
-    name, args = _parse(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    name, args = parse_with_subject(argv, ArgumentParser((ExportArguments,), USAGE))
     file_format = FORMATS[args.format]
     file_format.check_installed()
     _check_model(name)
@@ -90,37 +94,26 @@ def export(argv: list[str] | None = None) -> Path:
     return path
 
 
-def _parse(argv: list[str]) -> tuple[str, ExportArguments]:
-    """MODEL, and what is said of it."""
-    parser = ArgumentParser((ExportArguments,), usage=USAGE)
-    if not {"-h", "--help"}.isdisjoint(argv):
-        parser.parse_args(["--help"])
-    if not argv or argv[0].startswith("-"):
-        given = argv[0] if argv else ""
-        raise HfkdError(f"The first argument must be the model's folder or Hub id, got '{given}'. Usage: {USAGE}")
-    return argv[0], *parser.parse(argv[1:])
-
-
 def _check_model(name: str) -> None:
     folder = Path(name)
     if not folder.is_dir():
         if hub_id(name) is None:
             raise NotFoundError(f"There is no model at {name}: give the folder of a trained model, or a Hub id.")
         return
-    if (folder / "config.json").is_file():
+    if (folder / CONFIG_NAME).is_file():
         return
-    near = [folder / role for role in ("student", "teacher") if (folder / role / "config.json").is_file()]
+    near = [folder / role for role in ROLES if (folder / role / CONFIG_NAME).is_file()]
     hint = f"Did you mean {near[0]}?" if near else "Give the folder of a trained model, such as runs/.../student."
-    raise NotFoundError(f"{name} holds no model (config.json). {hint}")
+    raise NotFoundError(f"{name} holds no model ({CONFIG_NAME}). {hint}")
 
 
 def _beside(name: str) -> Path:
-    """The folder that MODEL lies in; of one on the Hub, one of its name here."""
+    """Return the folder above MODEL; for a Hub id, a folder of its name in the current one."""
     return Path(name).resolve().parent if Path(name).is_dir() else Path(Path(name).name)
 
 
 def _facts(name: str, model: nn.Module, preprocessing: Preprocessing) -> dict[str, Any]:
-    """What a file says of itself; null where nothing is known."""
+    """Return the description that is written into the file; unknown entries are None."""
     path = Path(name, RESULTS_NAME)
     results = json.loads(path.read_text()) if path.is_file() else {}
     dataset = results.get("dataset") or {}
@@ -137,23 +130,21 @@ def _facts(name: str, model: nn.Module, preprocessing: Preprocessing) -> dict[st
 
 
 def find_teacher(name: str, given: str | None) -> Teacher | None:
-    """The teacher to compare with: the one given, else that of the run's recipe; without one it prints why."""
+    """Load the teacher to compare with: the one given, else the one in the run's recipe; print why if there is none."""
     if given is not None:
         return load_teacher(given)
     paths = [path for path in (Path(name).parent / RECIPE_NAME, Path(name, RECIPE_NAME)) if path.is_file()]
-    recipe = load_recipe(paths[0]) if paths else {}
-    names, checkpoints = (recipe.get(key) or [] for key in ("teacher_name_or_path", "teacher_checkpoint"))
-    names, checkpoints = ([value] if isinstance(value, str) else value for value in (names, checkpoints))
-    if not names:
+    members = teacher_of(load_recipe(paths[0]) if paths else {}).members
+    if not members:
         why = f"{paths[0]} names none" if paths else "there is no recipe of the run"
-    elif len(names) > 1:
+    elif len(members) > 1:
         why = f"{paths[0]} names an ensemble"
     else:
         try:
-            return load_teacher(names[0], *checkpoints)
+            return load_teacher(*members[0])
         except (ValueError, OSError) as error:
-            why = f"that of {paths[0]} could not be loaded ({str(error).rstrip('.')})"
-    print(f"Not compared with a teacher: {why}. --teacher NAME_OR_PATH says with which.")
+            why = f"the one in {paths[0]} could not be loaded ({str(error).rstrip('.')})"
+    print(f"Not compared with a teacher: {why}. Name it with --teacher NAME_OR_PATH.")
     return None
 
 
@@ -162,10 +153,11 @@ def find_teacher(name: str, given: str | None) -> Teacher | None:
 
 @dataclass
 class Side:
-    """One of two models that are compared.
+    """Model in the table of costs, the student or its teacher.
 
     Attributes:
-        file_model, file_size: the file that was written of it, and its bytes; None where the format cannot express it.
+        image_size: side of its square images in pixels.
+        file_model, file_size: the model in its file, and the file's bytes; None if the format cannot express it.
     """
 
     model: nn.Module
@@ -175,7 +167,7 @@ class Side:
 
 
 def side_of_teacher(teacher: Teacher, file_format: FileFormat) -> Side:
-    """The teacher in the student's format as well: else the runtime would be compared, not the network."""
+    """Export the teacher to the student's format, so that the networks are compared and not the runtimes."""
     side = Side(teacher.model, teacher.input_spec.image_size)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, file_format.file_name)
@@ -188,16 +180,16 @@ def side_of_teacher(teacher: Teacher, file_format: FileFormat) -> Side:
 
 
 def cost_table(sides: dict[str, Side], file_format: FileFormat) -> str:
-    """A markdown table: a column for each side, and behind two their ratio.
+    """Return a Markdown table of the costs: a column for each side, then, if there are two, their ratio.
 
-    Latencies are measured in turns, in one run.
+    All latencies are measured together, in turns.
     """
     eager = {role: side.model for role, side in sides.items()}
     from_file = {f"{role} file": side.file_model for role, side in sides.items() if side.file_model is not None}
     sizes = {role: side.image_size for role, side in sides.items()}
     times = latencies(eager | from_file, sizes | {f"{role} file": size for role, size in sizes.items()})
     rows = {
-        "parameters": ([sum(value.numel() for value in model.parameters()) for model in eager.values()], "{:,.0f}"),
+        "parameters": ([parameter_count(model) for model in eager.values()], "{:,.0f}"),
         "multiply-adds of an image": (
             [multiply_adds(side.model, side.image_size) for side in sides.values()],
             "{:,.0f}",
@@ -211,11 +203,10 @@ def cost_table(sides: dict[str, Side], file_format: FileFormat) -> str:
     }
     heads = [f"{role}: {architecture_of(side.model)}" for role, side in sides.items()]
     heads += ["teacher / student"] if len(sides) == 2 else []
-    lines = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
-    lines += [f"| {label} | {' | '.join(_cells(*row))} |" for label, row in rows.items()]
+    table = markdown_table(["", *heads], [[label, *_cells(*row)] for label, row in rows.items()], compact=True)
     threads = torch.get_num_threads()
     note = f"Latency: CPU, {threads} thread{'s' if threads > 1 else ''}, float32, one image at a time, fastest of 30."
-    return "\n".join(lines) + f"\n\n{note}"
+    return f"{table}\n\n{note}"
 
 
 def _cells(values: list[float | None], form: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""`hfkd push`: upload an exported model to the Hub."""
+"""`hfkd push`: upload of an exported model to the Hub."""
 
 from __future__ import annotations
 
@@ -8,66 +8,55 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import (
-    CommitInfo,
-    ModelCard,
-)
+from huggingface_hub import CommitInfo, ModelCard
 
 from ..errors import HfkdError
-from ..hub.card import write_card
-from ..hub.repository import (
-    WEIGHTS_NAME,
-    ensure_repository,
-    export_files,
-    upload,
-)
+from ..hub.card import CARD_NAME, write_card
+from ..hub.repository import ensure_repository, export_files, upload
 from ..recipe.parser import ArgumentParser
+from ..runs.folder import CONFIG_NAME, RESULTS_NAME, ROLES, WEIGHTS_NAME
+from .arguments import parse_with_subject
 
-PARTS = ("config.json", WEIGHTS_NAME, "results.json")  # every export holds these
-ROLES = ("student", "teacher")
+USAGE = "hfkd push FOLDER --hub_model_id me/name [--key value ...]"
+DESCRIPTION = "Uploads what a run exported, with its card, to the Hub."
+PARTS = (CONFIG_NAME, WEIGHTS_NAME, RESULTS_NAME)  # every export holds these
 
 
 @dataclass
 class PushArguments:
-    """Where to push."""
+    """Repository to push to, and the right to do so."""
 
     hub_model_id: str = field(
-        metadata={"help": "Repository to push to, me/name or an organisation's; it is created unless it is there."}
+        metadata={"help": "Repository to push to, me/name or organisation/name; it is created if it does not exist."}
     )
     hub_private_repo: bool | None = field(
-        default=None, metadata={"help": "Whether a new repository is private; by default as its owner's settings say."}
+        default=None, metadata={"help": "Make a new repository private; by default its owner's settings decide."}
     )
     hub_revision: str | None = field(
-        default=None, metadata={"help": "Branch to push to; it is created unless it is there. By default main."}
+        default=None, metadata={"help": "Branch to push to, by default main; it is created if it does not exist."}
     )
     hub_token: str | None = field(
         default=None,
-        metadata={"help": "Token that may write. Better than here, where other users see it: `hf auth login`."},
+        metadata={"help": "Token with write access. `hf auth login` is safer: other users see a command line."},
     )
 
 
 def push(argv: list[str] | None = None) -> CommitInfo:
-    """Uploads what a run exported: `FOLDER --hub_model_id me/name`; prints its address.
+    """Upload an export and print its address: `FOLDER --hub_model_id me/name`.
 
-    FOLDER is an export, or a run's folder that holds one. Its card is written again, for the repository. A push that
-    was cut off is completed by another one, which does not send again what the Hub has stored.
+    FOLDER is an export, or a run's folder that holds one. Its card is written again, for the repository. If a push is
+    cut off, the same command completes it, without sending again the files that the Hub has stored.
 
     Raises:
-        ValueError: for a folder that is no export, or a key that is unknown.
-        PushError: if the Hub refuses or is not reached.
+        ValueError: for a folder that is no export, or an unknown key.
+        PushError: if the Hub refuses the push or cannot be reached.
     """
     argv = sys.argv[1:] if argv is None else argv
-    usage = "hfkd push FOLDER --hub_model_id me/name [--key value ...]"
-    parser = ArgumentParser((PushArguments,), usage, "Uploads what a run exported, with its card, to the Hub.")
-    if not {"-h", "--help"}.isdisjoint(argv):
-        parser.parse_args(["--help"])
-    name = argv[0].partition("=")[0] if argv else ""  # what is behind it may be the token
-    if not name or name.startswith("-"):
-        raise HfkdError(f"The first argument must be the folder to push, got '{name}': {usage}.")
-    [args] = parser.parse(argv[1:])
-    folder = find_export(Path(argv[0]))
+    parser = ArgumentParser((PushArguments,), USAGE, DESCRIPTION)
+    name, args = parse_with_subject(argv, parser, "the folder to push")
+    folder = find_export(Path(name))
     access = {"token": args.hub_token, "revision": args.hub_revision}
-    config = _read_config(folder / "config.json")
+    config = _read_config(folder / CONFIG_NAME)
     repo_id = ensure_repository(args.hub_model_id, config, private=args.hub_private_repo, **access)
     write_card(folder, repo_id, **_given_metadata(folder))
     commit = upload(export_files(folder), repo_id, message="Upload with hfkd push", **access)
@@ -77,18 +66,18 @@ def push(argv: list[str] | None = None) -> CommitInfo:
 
 
 def _given_metadata(folder: Path) -> dict[str, Any]:
-    """What `trainer.push_to_hub(license=...)` was told of a card and no run knows, so that a new one says it again."""
-    if not (folder / "README.md").is_file():
+    """Return the metadata given to `trainer.push_to_hub(license=...)`, which only the card has, to keep it."""
+    if not (folder / CARD_NAME).is_file():
         return {}
-    data = ModelCard.load(folder / "README.md").data
+    data = ModelCard.load(folder / CARD_NAME).data
     return {"language": data.language, "license": data.license, "tags": data.tags}
 
 
 def find_export(folder: Path) -> Path:
-    """The export that a folder is or, one of a run, holds.
+    """Return the export: the folder itself, or the one in a run's folder.
 
     Raises:
-        ValueError: if it is none and holds none, or several.
+        ValueError: if the folder is no export and holds none, or several.
     """
     if not folder.is_dir():
         raise HfkdError(f"There is no folder {folder} to push.")

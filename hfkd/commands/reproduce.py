@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..comparison.rows import Row, compared
-from ..comparison.table import LEGEND, Gap, csv_table, text_table
+from ..comparison.table import LEGEND, Gap, csv_text, text_table
 from ..errors import HfkdError
 from ..recipe.parser import ArgumentParser
-from ..runs.cells import RUNS, Cell, planned_cells, recipe_folder, recipes_of
 from ..runs.folder import write_whole
+from ..runs.published_cells import RUNS, Cell, planned_cells, recipe_folder, recipes_of
 from ..training.preemption import EXIT_CODE
+from .arguments import parse_known, split_subject
 from .train import train
 
 USAGE = "hfkd reproduce PAIR [--methods a,b] [--seeds N] [--epochs_scale S] [--time_limit SECONDS] [--key value ...]"
@@ -145,13 +146,8 @@ def parse(argv: list[str]) -> tuple[str, ReproductionArguments, list[str]]:
         ValueError: without a pair, for a number out of range, or a key that is settled already.
     """
     parser = ArgumentParser((ReproductionArguments,), USAGE, DESCRIPTION)
-    if not {"-h", "--help"}.isdisjoint(argv):
-        parser.parse_args(["--help"])
-    if not argv or argv[0].startswith("-"):
-        raise HfkdError(f"The first argument must be a pair, got '{argv[0] if argv else ''}'. Usage: {USAGE}")
-    args, overrides = parser.parse_args_into_dataclasses(
-        argv[1:], return_remaining_strings=True, look_for_args_file=False
-    )
+    pair, rest = split_subject(argv, parser, "a pair")
+    args, overrides = parse_known(rest, parser)
     if args.seeds < 1:
         raise HfkdError(f"seeds is {args.seeds}: give 1 or more.")
     if not 0 < args.epochs_scale <= 1:
@@ -172,7 +168,7 @@ def parse(argv: list[str]) -> tuple[str, ReproductionArguments, list[str]]:
             "(CUDA_VISIBLE_DEVICES) with other --methods, once the teacher is trained; for one run on all of them "
             "`accelerate launch -m hfkd distill`."
         )
-    return argv[0], args, overrides
+    return pair, args, overrides
 
 
 def run_cells(cells: Sequence[Cell], clock: Slice) -> dict[Path, str]:
@@ -229,7 +225,7 @@ def report(name: str, cells: Sequence[Cell], failures: Mapping[Path, str], scale
     text = "\n\n".join(parts)
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "reproduce.md", text + "\n")
-    write_whole(folder / "reproduce.csv", csv_table(rows, gaps))
+    write_whole(folder / "reproduce.csv", csv_text(rows, gaps))
     print(f"\n{text}\n\n{folder} holds this as reproduce.md and reproduce.csv.")
     return rows
 

@@ -27,6 +27,7 @@ from ..search.results import SearchedTrial, answer, best_of, best_recipe, trials
 from ..search.space import Parameter, search_space
 from ..teacher_cache.files import read_facts
 from ..training.trainer import DistillationTrainer
+from .arguments import parse_known, split_subject
 from .build import build_student, image_sets, load_splits, load_teachers, open_cache
 from .messages import hide_token
 
@@ -120,14 +121,11 @@ def search(argv: list[str] | None = None) -> list[SearchedTrial]:
 
 def _parsed(argv: list[str]) -> tuple[SearchArguments, ModelArguments, DataArguments, DistillationConfig, dict]:
     """How to search, and what `parse_recipe` makes of the other arguments."""
-    if not {"-h", "--help"}.isdisjoint(argv):
-        ArgumentParser((SearchArguments, *ARGUMENT_CLASSES), USAGE).parse_args(["--help"])
-    search_args, rest = ArgumentParser((SearchArguments,), USAGE).parse_args_into_dataclasses(
-        argv[1:], return_remaining_strings=True, look_for_args_file=False
-    )
+    path, rest = split_subject(argv, ArgumentParser((SearchArguments, *ARGUMENT_CLASSES), USAGE), "a recipe")
+    search_args, rest = parse_known(rest, ArgumentParser((SearchArguments,), USAGE))
     if any(word.partition("=")[0] in ("--output_dir", "--output-dir") for word in rest):
         raise HfkdError("output_dir is the folder of a run, and a search has many: give --search_dir.")
-    return search_args, *parse_recipe([*argv[:1], *rest, *OF_A_TRIAL], command="hfkd search")
+    return search_args, *parse_recipe([path, *rest, *OF_A_TRIAL], command="hfkd search")
 
 
 def _check(

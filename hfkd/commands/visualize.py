@@ -1,4 +1,4 @@
-"""`hfkd visualize`: figures of a trained student beside its teacher, each as a picture and as the numbers in it."""
+"""`hfkd visualize`: figures of a trained student beside its teacher, as pictures and as tables of their numbers."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch.utils.data import Subset
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
-from ..data import IndexedImageSource
+from ..data import ImageSource, IndexedImageSource
 from ..errors import HfkdError, did_you_mean, require
 from ..figures import class_matrices, embeddings, logit_spread, reliability, temperature
 from ..figures.observations import Observations, observe
@@ -27,30 +28,30 @@ from ..networks.features import EMBEDDING
 from ..networks.loading import as_teacher, input_spec
 from ..networks.teacher import Teacher, TeacherEnsemble
 from ..recipe.arguments import DataArguments, ModelArguments
-from ..runs.finished import FinishedRun, read_run
+from ..runs.finished import FinishedRun, RecipeTeacher, read_run, teacher_of
 from ..runs.folder import RESULTS_NAME
 from .build import load_teachers
 from .evaluate import EvaluationArguments, evaluating_trainer, load_evaluation, parse_model
 
 USAGE = "hfkd visualize MODEL [--teacher NAME] [--figures NAME ...] [--key value ...]"
-SEED = 0  # of which images are looked at, where they are too many
+SEED = 0  # for drawing images from a split with more than max_images
 
 
 @dataclass
 class FigureArguments:
-    """What to draw."""
+    """Figures, teacher and images."""
 
     _argument_group_name = "figures"  # in `--help`
 
     figures: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Some of temperature, class_matrices, tsne, logit_spread and reliability; by default all that can "
+            "help": "Any of temperature, class_matrices, tsne, logit_spread and reliability; by default all that can "
             "be drawn."
         },
     )
     output_dir: str | None = field(
-        default=None, metadata={"help": "Where to write; by default `figures` in the folder of the run."}
+        default=None, metadata={"help": "Folder of the figures; by default `figures` in the folder of the run."}
     )
     teacher: str | None = field(
         default=None,
@@ -61,14 +62,16 @@ class FigureArguments:
     )
     teacher_class_indices: list[int] | None = field(
         default=None,
-        metadata={"help": "For each of the student's classes that of --teacher; by default matched by name."},
+        metadata={"help": "For each of the student's classes, the class of --teacher; by default matched by name."},
     )
     max_images: int = field(
-        default=10_000, metadata={"help": "Look at so many images of the split at most, drawn at random."}
+        default=10_000, metadata={"help": "Largest number of images to evaluate, drawn at random from the split."}
     )
-    tsne_classes: int = field(default=10, metadata={"help": "t-SNE shows so many classes, the first ones."})
-    tsne_images: int = field(default=2_000, metadata={"help": "t-SNE shows so many of their images at most."})
-    tsne_perplexity: float = field(default=30.0, metadata={"help": "About how many neighbours an image has in t-SNE."})
+    tsne_classes: int = field(default=10, metadata={"help": "Number of classes in t-SNE, from the first one on."})
+    tsne_images: int = field(default=2_000, metadata={"help": "Largest number of images in t-SNE."})
+    tsne_perplexity: float = field(
+        default=30.0, metadata={"help": "Perplexity of t-SNE, about the neighbours of an image."}
+    )
 
     def __post_init__(self):
         for name in self.figures or []:
@@ -78,58 +81,85 @@ class FigureArguments:
             count(key, getattr(self, key))
         positive("tsne_perplexity", self.tsne_perplexity)
         if self.teacher is None and (self.teacher_checkpoint or self.teacher_class_indices):
-            raise HfkdError("teacher_checkpoint and teacher_class_indices go with --teacher: name it, too.")
+            raise HfkdError("teacher_checkpoint and teacher_class_indices go with --teacher: name the teacher, too.")
 
 
 class Subject:
-    """What figures are drawn of: a model, the run that it lies in, if any, and its teacher, if any."""
+    """Model to draw, with the run that it belongs to and its teacher, if any.
+
+    Networks and images are loaded when the first figure needs them.
+    """
 
     def __init__(self, name: str, data_args: DataArguments, evaluation: EvaluationArguments, args: FigureArguments):
         self.name, self.data_args, self.evaluation, self.args = name, data_args, evaluation, args
         folder = Path(name).parent
         self.run: FinishedRun | None = read_run(folder) if (folder / RESULTS_NAME).is_file() else None
-        self.title = self.run.name if self.run else last_part(name)
+
+    @property
+    def title(self) -> str:
+        """Name of the run, or else of the model."""
+        return self.run.name if self.run else last_part(self.name)
+
+    @property
+    def title_with_networks(self) -> str:
+        """Title of a figure that is drawn from the networks' outputs."""
+        networks = ", ".join(f"{role} {network.name}" for role, network in self.networks.items())
+        images = f"{len(self.chosen_rows):,} images of {last_part(self.data_args.dataset_name)}"
+        return f"{self.title}\n{networks}; {images}"
+
+    @functools.cached_property
+    def model_and_images(self) -> tuple[PreTrainedModel, ImageSource]:
+        """The model and its evaluation split."""
+        return load_evaluation(self.name, self.data_args)
+
+    @functools.cached_property
+    def networks(self) -> dict[str, Teacher | TeacherEnsemble]:
+        """The model and its teacher by role, frozen."""
+        model, _ = self.model_and_images
+        teacher = self._load_teacher()
+        role = self.run.results["role"] if self.run and not teacher else "student"
+        networks = {role: Teacher(model, input_spec=input_spec(model))}
+        return networks | ({"teacher": teacher} if teacher else {})
+
+    @functools.cached_property
+    def chosen_rows(self) -> np.ndarray:
+        """Rows of the evaluation split that the figures show."""
+        _, eval_set = self.model_and_images
+        return some_rows(eval_set.num_rows, self.args.max_images)
 
     @functools.cached_property
     def observed(self) -> Observations:
-        """What the networks say of the evaluation split; they are loaded when the first figure asks for it."""
-        model, eval_set = load_evaluation(self.name, self.data_args)
-        teacher = self._load_teacher()
-        role = self.run.results["role"] if self.run and not teacher else "student"
-        spec = input_spec(model)
-        networks = {role: Teacher(model, input_spec=spec)} | ({"teacher": teacher} if teacher else {})
-        chosen = some_rows(eval_set.num_rows, self.args.max_images)
+        """Outputs of the networks on the chosen rows."""
+        model, eval_set = self.model_and_images
         with tempfile.TemporaryDirectory() as folder:
-            images = Subset(eval_set, chosen.tolist()) if isinstance(eval_set, IndexedImageSource) else eval_set
+            indexed = isinstance(eval_set, IndexedImageSource)
+            images = Subset(eval_set, self.chosen_rows.tolist()) if indexed else eval_set
             trainer = evaluating_trainer(model, images, self.evaluation, folder)
             loader = trainer.get_eval_dataloader()
+        spec = next(iter(self.networks.values())).input_spec
         device, dtype = trainer.args.device, torch.bfloat16 if self.evaluation.bf16 else None
-        for network in networks.values():
+        for network in self.networks.values():
             layers = [EMBEDDING] if isinstance(network, Teacher) else []  # an ensemble has none
             network.prepare(device, dtype, channels_last=False, student_input=spec, layers=layers)
         batches = iter(tqdm(loader, desc="images", unit="batch", disable=None))
         first = next(batches)
-        if teacher is not None:
+        if len(self.networks) == 2:
             pair = {key: value[:2].to(device) for key, value in first.items()}
-            teacher.align_classes(eval_set.class_names, pair)
-        names = ", ".join(f"{role} {network.name}" for role, network in networks.items())
-        self.title += f"\n{names}; {len(chosen):,} images of {last_part(self.data_args.dataset_name)}"
-        return observe(networks, itertools.chain([first], batches), eval_set.class_names, device, chosen)
+            self.networks["teacher"].align_classes(eval_set.class_names, pair)
+        return observe(self.networks, itertools.chain([first], batches), eval_set.class_names, device, self.chosen_rows)
 
     def _load_teacher(self) -> Teacher | TeacherEnsemble | None:
-        """The teacher that was named, else that of the recipe, if it names one."""
-        recipe = self.run.recipe if self.run else {}
-        keys = ("teacher_name_or_path", "teacher_checkpoint", "teacher_class_indices")
-        chosen = {key: recipe.get(key) for key in keys}
-        if self.args.teacher is not None:
-            given = (self.args.teacher, self.args.teacher_checkpoint, self.args.teacher_class_indices)
-            chosen = dict(zip(keys, given, strict=True))
-        members = load_teachers(ModelArguments(self.name, **chosen))
+        """Load the teacher that was given, or else the one that the recipe names."""
+        args, recipe = self.args, self.run.recipe if self.run else {}
+        teacher = teacher_of(recipe)
+        if args.teacher is not None:
+            teacher = RecipeTeacher((args.teacher,), (args.teacher_checkpoint,), args.teacher_class_indices)
+        members = load_teachers(ModelArguments(self.name, **teacher.settings))
         return as_teacher(members, bool(recipe.get("logit_standardization"))) if members else None
 
 
 def some_rows(rows: int, most: int) -> np.ndarray:
-    """All of so many rows, or `most` of them, drawn at random, always the same; in order."""
+    """Return the numbers of all rows, or of `most` rows drawn at random, the same ones every time; ascending."""
     if rows <= most:
         return np.arange(rows)
     return np.sort(np.random.default_rng(SEED).choice(rows, most, replace=False))
@@ -140,26 +170,45 @@ def _tsne(subject: Subject) -> Table:
     return embeddings.measure(subject.observed, args.tsne_classes, args.tsne_images, args.tsne_perplexity)
 
 
-# name: what measures a subject, and what draws the table that this gives.
-FIGURES: dict[str, tuple[Callable[[Subject], Table], Callable[[Table], Any]]] = {
-    "temperature": (lambda subject: temperature.measure(subject.run), temperature.draw),
-    "class_matrices": (lambda subject: class_matrices.measure(subject.observed), class_matrices.draw),
-    "tsne": (_tsne, embeddings.draw),
-    "logit_spread": (lambda subject: logit_spread.measure(subject.observed), logit_spread.draw),
-    "reliability": (lambda subject: reliability.measure(subject.observed), reliability.draw),
+@dataclass(frozen=True)
+class FigureKind:
+    """Kind of figure.
+
+    Attributes:
+        measure: measures a subject.
+        draw: draws the table of `measure`.
+        title: title of the picture.
+    """
+
+    measure: Callable[[Subject], Table]
+    draw: Callable[[Table], Any]
+    title: Callable[[Subject], str] = lambda subject: subject.title_with_networks
+
+
+FIGURES = {
+    "temperature": FigureKind(
+        lambda subject: temperature.measure(subject.run), temperature.draw, lambda subject: subject.title
+    ),
+    "class_matrices": FigureKind(lambda subject: class_matrices.measure(subject.observed), class_matrices.draw),
+    "tsne": FigureKind(_tsne, embeddings.draw),
+    "logit_spread": FigureKind(lambda subject: logit_spread.measure(subject.observed), logit_spread.draw),
+    "reliability": FigureKind(lambda subject: reliability.measure(subject.observed), reliability.draw),
 }
 
 
 def visualize(argv: list[str] | None = None) -> list[Path]:
-    """Draws a saved model beside its teacher: `MODEL [--teacher NAME] [--figures NAME ...]`.
+    """Draw a saved model beside its teacher: `MODEL [--teacher NAME] [--figures NAME ...]`.
 
-    MODEL is what `hfkd evaluate` takes, and the images are those that it would be evaluated on. Prints and returns the
-    PNGs, beside which lie the numbers as CSV, and prints which figures cannot be drawn of it, and why.
+    MODEL and its images are the same as for `hfkd evaluate`. Each figure is a PNG with its numbers as CSV beside it.
+    The command prints which figures cannot be drawn, and why.
+
+    Returns:
+        The paths of the PNGs.
 
     Raises:
-        ImportError: without matplotlib.
-        ValueError: for an unknown figure, one asked for by name that cannot be drawn, or networks and data that do not
-            fit one another.
+        ImportError: if matplotlib is not installed.
+        ValueError: for an unknown figure, a figure of `--figures` that cannot be drawn, or networks and data that do
+            not fit one another.
     """
     argv = sys.argv[1:] if argv is None else argv
     subject = Subject(*parse_model(argv, USAGE, FigureArguments))
@@ -168,16 +217,16 @@ def visualize(argv: list[str] | None = None) -> list[Path]:
     folder = Path(subject.args.output_dir or default)
     written = []
     for name in subject.args.figures or FIGURES:
-        measure, draw = FIGURES[name]
+        kind = FIGURES[name]
         try:
-            table = measure(subject)
+            table = kind.measure(subject)
         except LeftOutError as reason:
             if subject.args.figures:
                 raise
             print(f"{name} is left out: {reason}.")
             continue
-        figure = draw(table)
-        figure.suptitle(subject.title, fontsize="medium")
+        figure = kind.draw(table)
+        figure.suptitle(kind.title(subject), fontsize="medium")
         folder.mkdir(parents=True, exist_ok=True)
         written.append(folder / f"{name}.png")
         figure.savefig(written[-1])

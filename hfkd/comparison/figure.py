@@ -1,4 +1,4 @@
-"""The figure of a comparison: top-1 over the epochs, and the published curves behind it."""
+"""Figure of a comparison: top-1 over the epochs, with the published curves."""
 
 from __future__ import annotations
 
@@ -8,54 +8,47 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import require
-from ..plots import TERM_COLOURS
+from ..plots import TERM_COLOURS, mark_epochs, marker, new_sheet, tidy
 from .rows import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-STYLES = ("-", "--", "-.")  # dotted is what was published
-MARKED_POINTS = 30  # up to so many evaluations, each is marked by a dot
+STYLES = ("-", "--", "-.")  # published curves are dotted
 LONG_RUN = 20  # epochs
 
 
 def save_comparison(rows: Sequence[Row], path: Path) -> None:
-    """Writes `comparison_figure` as a PNG.
+    """Write `comparison_figure` as a PNG.
 
     Raises:
-        ImportError: without matplotlib.
+        ImportError: if matplotlib is not installed.
     """
     comparison_figure(rows).savefig(path)
 
 
 def comparison_figure(rows: Sequence[Row]) -> Figure:
-    """Top-1 of every row over the epochs, in percent: of several seeds thin lines and their mean; dotted in the same
-    colour the published curve of the recipe, as far as the runs go. Of long runs a second panel enlarges the last
-    quarter, where what tells them apart would else be too small to see.
+    """Draw the top-1 of every row over the epochs, in percent.
+
+    Several seeds are thin lines with their mean. A dotted line of the same colour is the recipe's published curve, as
+    far as the runs go. A second panel enlarges the last quarter of long runs, where the differences are small.
 
     Raises:
-        ImportError: without matplotlib.
+        ImportError: if matplotlib is not installed.
     """
     require("matplotlib", "figures")
-    # Not pyplot, which looks for a display and keeps every figure.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
     last_epoch = max(run.results["epochs"][-1]["epoch"] for row in rows for run in row.runs)
     long = last_epoch >= LONG_RUN
     entries = sum(1 + bool(row.published and row.published.test_top1) for row in rows)
-    figure = Figure(figsize=(10, max(8.0 if long else 4.2, 0.45 * entries)), dpi=200, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_sheet(10, max(8.0 if long else 4.2, 0.45 * entries))
     panels = figure.subplots(2 if long else 1, squeeze=False)[:, 0]
     for axes in panels:
         _draw_rows(axes, rows, last_epoch)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
         axes.margins(x=0.02)
         axes.set_ylabel("top-1 (% of the evaluation images)")
-        axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=last_epoch >= 3))
+        mark_epochs(axes.xaxis, whole=last_epoch >= 3)
     if long:
         _enlarge(panels[1], 0.75 * last_epoch, last_epoch)
     panels[-1].set_xlabel("epoch")
@@ -64,7 +57,7 @@ def comparison_figure(rows: Sequence[Row]) -> Figure:
 
 
 def _enlarge(axes: Axes, first: float, last: float) -> None:
-    """Shows what lies behind one epoch, up to another."""
+    """Limit a panel to the epochs after `first`, up to `last`."""
     shown = [y for line in axes.lines for x, y in zip(*line.get_data(), strict=True) if first < x <= last]
     margin = 0.05 * (max(shown) - min(shown)) or 0.5
     axes.set_xlim(first, last)
@@ -101,17 +94,16 @@ def _draw_published(axes: Axes, row: Row, colour: str, last_epoch: float) -> Non
     part = f"the first {len(shown)} of {len(top1)}" if len(shown) < len(top1) else f"{len(top1)}"
     label = f"{_broken(row.first.name)}\npublished, {part} epochs"
     look = _look(len(shown)) | {"color": colour, "linestyle": ":", "label": label}
-    axes.plot(range(1, len(shown) + 1), shown, **look, zorder=1.5)  # behind what was measured
+    axes.plot(range(1, len(shown) + 1), shown, **look, zorder=1.5)  # behind the measured curves
 
 
 def _look(points: int) -> dict[str, Any]:
-    """Few evaluations are marked each; many are a thinner line."""
-    few = points <= MARKED_POINTS
-    return {"marker": "o" if few else "", "markersize": 3, "linewidth": 1.5 if few else 1.0}
+    """Return the style of a curve: a thinner line where its points are too many to be marked."""
+    return {"marker": marker(points), "markersize": 3, "linewidth": 1.5 if marker(points) else 1.0}
 
 
 def _broken(label: str, width: int = 48) -> str:
-    """A long label in several lines, broken at its spaces."""
+    """Break a long label into lines at its spaces."""
     lines = [""]
     for word in label.split(" "):
         if lines[-1] and len(lines[-1]) + len(word) >= width:

@@ -1,4 +1,4 @@
-"""Runs side by side: which belong to one row of a table, and what the row says."""
+"""Rows of a comparison: runs that belong together, and their measures."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from ..recipe.keys import WITHOUT_EFFECT
 from ..runs.finished import FinishedRun
 from ..runs.published import PublishedRun, departures, processes, published_runs
 
-# Of runs that differ in nothing else, the mean is taken; where a run writes is among WITHOUT_EFFECT.
+# Runs that differ only in these keys are averaged.
 OF_ONE_RUN = WITHOUT_EFFECT | {"seed", "data_seed"}
 
 
 @dataclass(frozen=True)
 class Spread:
-    """The mean of several runs, and their standard deviation (n - 1 in the denominator); of one run it has none."""
+    """Mean of several runs and their standard deviation (n - 1 in the denominator), which is None for one run."""
 
     mean: float
     deviation: float | None
 
     def text(self, digits: int = 2) -> str:
-        """`71.53 ± 0.21`, or the value of one run alone."""
+        """Return `71.53 ± 0.21`, or for one run its value alone."""
         deviation = "" if self.deviation is None else f" ± {self.deviation:.{digits}f}"
         return f"{self.mean:,.{digits}f}{deviation}"
 
@@ -37,7 +37,7 @@ class Row:
     """Whole runs of one recipe with several seeds, or a single run.
 
     Attributes:
-        label: the recipe's name, with what tells it from other rows of that name.
+        label: the recipe's name, with the settings in which it differs from other rows of that name.
     """
 
     label: str
@@ -45,28 +45,28 @@ class Row:
 
     @property
     def first(self) -> FinishedRun:
-        """That by which the row is described, where the runs are alike."""
+        """First run, which stands for all in what they share."""
         return self.runs[0]
 
     @property
     def published(self) -> PublishedRun | None:
-        """What was published of the recipe, at whatever schedule the runs are."""
+        """Published run of the recipe, whose schedule may differ."""
         return published_runs().get(self.first.results["recipe"])
 
     @property
     def published_top1(self) -> float | None:
-        """The paper's number; of a recipe that is none of hfkd's, the one that it names."""
+        """Top-1 of the paper, or the one that a recipe from elsewhere names."""
         return self.first.results["published_top1"] if self.published is None else self.published.top1
 
     @property
     def difference(self) -> float | None:
-        """Best top-1 less the published one; None where the runs are not what was published."""
+        """Best top-1 minus the published one; None if the runs depart from the published run."""
         top1 = self.value("best", "top1")
         return None if top1 is None or self.published_top1 is None or self.note else top1.mean - self.published_top1
 
     @functools.cached_property
     def note(self) -> str:
-        """Why the row is not to be compared with the published value, or with whole runs; empty where it is."""
+        """Reasons not to compare the row with the published value or with whole runs; empty if there are none."""
         run = self.first
         notes = [] if run.is_whole else [_stopped(run)]
         if run.results["dataset"] is None:
@@ -78,29 +78,31 @@ class Row:
         return "; ".join(notes)
 
     def value(self, when: str, name: str) -> Spread | None:
-        """A measure of the `best` or the `last` epoch; None where a run lacks it."""
+        """Return a measure of the `best` or the `last` epoch; None if a run lacks it."""
         return spread([run.results[when].get(name) for run in self.runs])
 
     @property
     def teacher_top1(self) -> Spread | None:
-        """Of the teacher on the same images, as the student's last epoch saw it."""
+        """Top-1 of the teacher on the same images, from the student's last epoch."""
         return spread([run.results["epochs"][-1].get("eval_teacher_top1") for run in self.runs])
 
     @property
     def images_per_second(self) -> Spread | None:
-        """Trained, without the evaluations."""
+        """Training images per second, without the evaluations."""
         return spread([run.results.get("images_per_second") for run in self.runs])
 
 
 def spread(values: Sequence[float | None]) -> Spread | None:
-    """Mean and standard deviation; None where a value is missing."""
+    """Return mean and standard deviation; None if a value is missing."""
     if None in values:
         return None
     return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
 def compared(runs: Sequence[FinishedRun]) -> list[Row]:
-    """A row for each recipe, in the order of the runs; one that is not whole, or comes from code, has its own.
+    """Return a row for each recipe, in the order of the runs.
+
+    A run that did not end, or that was started from code, has a row of its own.
 
     Raises:
         ValueError: if the runs were evaluated on different images.
@@ -114,7 +116,11 @@ def compared(runs: Sequence[FinishedRun]) -> list[Row]:
 
 
 def check_same_images(runs: Sequence[FinishedRun]) -> None:
-    """Raises ValueError if runs whose data set is recorded were evaluated on different ones."""
+    """Check that all runs with a recorded data set were evaluated on the same images.
+
+    Raises:
+        ValueError: if they were not, naming the runs.
+    """
     groups: dict[str, list[FinishedRun]] = {}
     for run in runs:
         if run.results["dataset"] is not None:
@@ -133,7 +139,7 @@ def check_same_images(runs: Sequence[FinishedRun]) -> None:
 
 
 def evaluated_on(run: FinishedRun) -> str:
-    """`cifar100, split test, 100 classes`."""
+    """Return the evaluation images of a run in words: `cifar100, split test, 100 classes`."""
     dataset = run.results["dataset"]
     return f"{dataset['name']}, split {dataset['eval_split']}, {dataset['classes']} classes"
 
@@ -144,7 +150,7 @@ def _identity(run: FinishedRun) -> str:
 
 
 def _labels(groups: Sequence[list[FinishedRun]]) -> list[str]:
-    """A name for each group: the recipe's, behind which stands what tells it from others of that name."""
+    """Return a name for each group: the recipe's, then the settings in which it differs from others of that name."""
     firsts = [group[0] for group in groups]
     labels = []
     for run in firsts:
@@ -165,7 +171,7 @@ def _stopped(run: FinishedRun) -> str:
 
 
 def _settings(run: FinishedRun) -> dict[str, Any]:
-    """The recipe with a key for each parameter of a loss, and the number of processes."""
+    """Return the recipe with a key for each parameter of a loss, and the number of processes."""
     settings = {key: value for key, value in run.recipe.items() if key not in OF_ONE_RUN}
     losses = settings.pop("losses", None) or {}
     for method, parameters in losses.items():

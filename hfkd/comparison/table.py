@@ -1,17 +1,16 @@
-"""The table of a comparison: as text, which is markdown, and as csv."""
+"""Table of a comparison, as Markdown and as CSV."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..runs.tables import csv_table, markdown_table, without_empty_columns
 from .rows import Row, Spread
 
-GAP = "-"  # what is not known
-MEASURES = {  # the heading of a column: how to read its values
+GAP = "-"  # an unknown value
+MEASURES = {  # heading of a column: function that reads its value from a row
     "best top-1": lambda row: row.value("best", "top1"),
     "best top-5": lambda row: row.value("best", "top5"),
     "last top-1": lambda row: row.value("last", "top1"),
@@ -21,15 +20,16 @@ MEASURES = {  # the heading of a column: how to read its values
     "images/s": lambda row: row.images_per_second,
 }
 LEGEND = (
-    "Percent of the evaluation images. Best: the epoch of the highest top-1, which papers report, with its top-5 and\n"
-    "agreement with the teacher. Of several seeds: mean ± standard deviation (n - 1 in the denominator). Difference:\n"
-    "best top-1 less the published, where a run is what was published. images/s: of training, on the run's devices."
+    "Percent of the evaluation images. Best: the epoch with the highest top-1, which papers report, with its top-5\n"
+    "and agreement with the teacher. Several seeds: mean ± standard deviation (n - 1 in the denominator).\n"
+    "Difference: best top-1 minus the published one, if the run follows the published one. images/s: in training, on\n"
+    "the run's devices."
 )
 
 
 @dataclass(frozen=True)
 class Gap:
-    """A row of which nothing is measured yet; `note` says why."""
+    """Row without a measurement yet; `note` is the reason."""
 
     label: str
     published_top1: float | None
@@ -37,38 +37,28 @@ class Gap:
 
 
 def text_table(rows: Sequence[Row], gaps: Sequence[Gap] = ()) -> str:
-    """The rows, and the gaps behind them, as a markdown table, padded to be read as it is; without columns in which
-    nothing is known."""
+    """Return the rows, then the gaps, as a padded Markdown table without the columns in which nothing is known."""
     records = [_cells(row) for row in rows] + [_cells_of_gap(gap) for gap in gaps]
-    names = [name for name in records[0] if name == "run" or any(record[name] not in ("", GAP) for record in records)]
-    widths = {name: max(len(name), *(len(record[name]) for record in records)) for name in names}
-    left = ("run", "seeds", "devices", "note")
-    rule = {name: "-" * width if name in left else "-" * (width - 1) + ":" for name, width in widths.items()}
-    lines = []
-    for record in ({name: name for name in names}, rule, *records):
-        cells = (f"{record[name]:{'<' if name in left else '>'}{widths[name]}}" for name in names)
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    header = list(records[0])
+    rows = [[record[name] for name in header] for record in records]
+    right = set(header) - {"run", "seeds", "devices", "note"}
+    return markdown_table(*without_empty_columns(header, rows, empty=("", GAP)), padded=True, right=right)
 
 
-def csv_table(rows: Sequence[Row], gaps: Sequence[Gap] = ()) -> str:
-    """The same with all digits: a column for each mean and each standard deviation, empty where it is not known."""
-    file = io.StringIO()
+def csv_text(rows: Sequence[Row], gaps: Sequence[Gap] = ()) -> str:
+    """Return the same table as CSV with all digits: a column for each mean and each standard deviation."""
     records = [_record(row) for row in rows]
     records += [{"run": gap.label, "published": gap.published_top1, "note": gap.note} for gap in gaps]
-    writer = csv.DictWriter(file, records[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    return file.getvalue()
+    return csv_table(records[0], [[record.get(name) for name in records[0]] for record in records])
 
 
 def _cells(row: Row) -> dict[str, str]:
-    """What stands in the text table."""
+    """Return the cells of the Markdown table by column."""
     cells = {name: _written(measure(row), 0 if name == "images/s" else 2) for name, measure in MEASURES.items()}
     speed = cells.pop("images/s")
     seeds = ", ".join(map(str, _seeds(row)))
     return {
-        "run": row.label.replace("|", "\\|"),
+        "run": row.label,
         **cells,
         "published": GAP if row.published_top1 is None else f"{row.published_top1:.2f}",
         "difference": GAP if row.difference is None else f"{row.difference:+.2f}",
@@ -90,7 +80,7 @@ def _cells_of_gap(gap: Gap) -> dict[str, str]:
 
 
 def _record(row: Row) -> dict[str, Any]:
-    """What stands in the csv."""
+    """Return the cells of the CSV table by column."""
     record: dict[str, Any] = {"run": row.label}
     for name, measure in MEASURES.items():
         value = measure(row)

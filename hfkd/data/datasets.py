@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import HfkdError
+from ..names import DIGITS
 from .columns import ImageSplit, check_order, find_class_names, find_image_column, find_label_column
 
 VALIDATION_SPLITS = ("validation", "val", "valid")
@@ -67,7 +68,7 @@ def load_image_splits(
 
 def _open(name, config_name, revision, cache_dir) -> Mapping[str, datasets.Dataset]:
     """All splits by name."""
-    if name == "digits":
+    if name == DIGITS:
         return _digits()
     folder = Path(name).expanduser()
     if not folder.is_dir():

@@ -18,6 +18,7 @@ from fsspec.implementations.local import LocalFileSystem
 from pyarrow.parquet import FileMetaData, ParquetFile
 
 from ..errors import HfkdError, RunError
+from ..names import DIGITS
 from .columns import ImageSplit, check_order, find_image_column, find_label_column
 from .datasets import EVAL_SPLITS, _split_folders, find_eval_split, load_image_splits
 
@@ -217,7 +218,7 @@ def _ended_early(name, what, came, expected, error):
 
 def _parquet_builder(name, config_name, revision):
     """What `datasets` finds out without reading the data: the files of each split, and perhaps the features."""
-    if name == "digits":
+    if name == DIGITS:
         raise HfkdError("streaming: the digits lie in memory; set streaming: false.")
     try:
         path = Path(name).expanduser()

@@ -1,4 +1,4 @@
-"""A model as one file: ONNX or torch.export, with how images are prepared inside, checked before it is left there."""
+"""File formats of an exported model, ONNX and torch.export, with the preprocessing inside."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from ..names import architecture_of
 from ..networks.features import logits_of
 
 INPUT, OUTPUT = "pixel_values", "logits"
-METADATA = "preprocessing"  # the key, in an ONNX file
+METADATA = "preprocessing"  # key in an ONNX file
 PREPROCESSING_NAME = "preprocessing.json"  # beside a file, and in a torch.export archive
 TOLERANCE = 1e-4
-LARGEST_ONNX = 2**31  # bytes: that of one protobuf message
+LARGEST_ONNX = 2**31  # bytes, the limit of a protobuf message
 
 
 class FileModel(nn.Module):
-    """What a file holds, as a model: images (B, 3, H, W) -> logits (B, C)."""
+    """Model read from a file: images (B, 3, H, W) -> logits (B, C)."""
 
     def __init__(self, run: Callable[[Tensor], Tensor]):
         super().__init__()
@@ -36,12 +36,14 @@ class FileModel(nn.Module):
 
 @dataclass(frozen=True)
 class FileFormat:
-    """What `--format` chooses.
+    """Format of `--format`.
 
     Attributes:
-        libraries: what it needs of the extra `export`.
-        write: an exported program and what to say of preprocessing, into a path.
-        read: the model that a path holds.
+        file_name: name of the file.
+        runtime: name of the program that runs the file.
+        libraries: libraries of the extra `export` that it needs.
+        write: writes an exported program and the text on preprocessing to a path.
+        read: reads the model at a path.
     """
 
     file_name: str
@@ -51,7 +53,11 @@ class FileFormat:
     read: Callable[[Path], FileModel]
 
     def check_installed(self) -> None:
-        """Raises ImportError without the libraries, with the command that installs them."""
+        """Check that the libraries are installed.
+
+        Raises:
+            ImportError: if one is not, with the command that installs it.
+        """
         for library in self.libraries:
             require(library, "export")
 
@@ -59,19 +65,19 @@ class FileFormat:
 def write_model(
     model: nn.Module, image_size: int, file_format: FileFormat, path: Path, preprocessing: str
 ) -> FileModel:
-    """Writes a model as one file that takes batches of any size, whole or not at all.
+    """Write a model as one file that takes batches of any size; the file is written whole or not at all.
 
     Args:
-        model: in evaluation mode, whatever library it comes from.
+        model: model in evaluation mode, of any library.
         image_size: side of its square images, in pixels.
         preprocessing: text that goes into the file.
 
     Returns:
-        What the file holds.
+        The model read from the file.
 
     Raises:
-        ImportError: without the format's libraries, with the command that installs them.
-        ValueError: if the format cannot express the model, or what it expresses gives other logits.
+        ImportError: if the format's libraries are not installed, with the command that installs them.
+        ValueError: if the format cannot express the model, or the file returns other logits.
         RuntimeError: if the file cannot be written.
     """
     file_format.check_installed()
@@ -83,14 +89,14 @@ def write_model(
         _check_logits(file_format.read(partial), model, image_size)
         os.replace(partial, path)
     except OSError as error:
-        raise RunError(f"{path} could not be written ({error}). What was there before is as it was.") from error
+        raise RunError(f"{path} could not be written ({error}). An earlier file is unchanged.") from error
     finally:
         partial.unlink(missing_ok=True)
     return file_format.read(path)
 
 
 class _Logits(nn.Module):
-    """Images to logits, whatever the model returns: what evaluation reads, under the names that the file gives."""
+    """Module that returns the logits that evaluation reads, with the names of the file's input and output."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -102,17 +108,17 @@ class _Logits(nn.Module):
 
 @torch.no_grad()
 def _captured(model: nn.Module, image_size: int) -> ExportedProgram:
-    """The model's operators, for batches of any size, without the paths of this machine's source files."""
+    """Trace the model for batches of any size, and remove the paths of source files from the program."""
     images = torch.zeros(2, 3, image_size, image_size)
     logits = _Logits(model).eval()
-    logits(images)  # what is wrong with the model itself is no matter of exporting
+    logits(images)  # an error of the model itself is raised here, not as one of the export
     try:
         program = torch.export.export(logits, (images,), dynamic_shapes={INPUT: {0: Dim("batch")}})
-    except Exception as error:  # of many kinds: tracing runs the model's own code
+    except Exception as error:  # tracing runs the model's own code and raises errors of many kinds
         raise HfkdError(
             f"torch.export cannot follow the forward of {architecture_of(model)}, which both formats need: "
-            f"{_first_line(error)}{_line_of_code(error)} A branch on the values of a tensor can be written with "
-            "torch.where or torch.cond; a batch of one fixed size, or a detour over numpy, is to be taken out."
+            f"{_first_line(error)}{_line_of_code(error)} Write a branch on the values of a tensor with torch.where or "
+            "torch.cond, and remove a fixed batch size or a conversion to numpy."
         ) from error
     for module in program.graph_module.modules():
         for node in module.graph.nodes:
@@ -125,14 +131,14 @@ def _first_line(error: Exception) -> str:
 
 
 def _line_of_code(error: Exception) -> str:
-    """Where torch.export says that it stopped."""
+    """Return the line of code at which torch.export stopped, as a sentence; empty if it is unknown."""
     places = re.findall(r'File "(.*)", line (\d+), in \w+\n +(.+)', str(error))
     return " In {}, line {}: `{}`.".format(*places[-1]) if places else ""
 
 
 @torch.inference_mode()
 def _check_logits(file_model: FileModel, model: nn.Module, image_size: int) -> None:
-    """Compares a file with its model, on batches of other sizes than the one that was traced.
+    """Compare a file with its model, on batches of other sizes than the traced one.
 
     Raises:
         ValueError: if their logits differ.
@@ -143,9 +149,9 @@ def _check_logits(file_model: FileModel, model: nn.Module, image_size: int) -> N
         expected, given = logits_of(model, images), file_model(images)
         if not torch.allclose(given, expected, rtol=TOLERANCE, atol=TOLERANCE):
             raise HfkdError(
-                f"What was exported of {architecture_of(model)} gives other logits than the model, by up to "
+                f"The file of {architecture_of(model)} gives other logits than the model, by up to "
                 f"{(given - expected).abs().max():.2g} in a batch of {batch_size}: expected at most {TOLERANCE:g}. "
-                "No file was left. Try the other --format."
+                "It was removed. Try the other --format."
             )
 
 
@@ -174,7 +180,7 @@ def _read_onnx(path: Path) -> FileModel:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    # Else its threads go on spinning for a while, and take the processor from what runs next.
+    # Otherwise its threads keep spinning for a while and slow down the next work.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return FileModel(lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0]))

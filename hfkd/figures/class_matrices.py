@@ -1,7 +1,7 @@
-"""How far student and teacher differ in what they say of pairs of classes.
+"""Class matrices: differences between student and teacher in their logits for pairs of classes.
 
-As Figures 3 and 5 of Sun et al., Logit Standardization in Knowledge Distillation, CVPR 2024, whose released code calls
-the matrix of `class_means` (of logits, or of Z-scores) a correlation matrix; beside it the correlation proper.
+After Figures 3 and 5 of Sun et al., Logit Standardization in Knowledge Distillation, CVPR 2024. Their code calls the
+matrix of `class_means` (of logits, or of Z-scores) a correlation matrix; the third matrix here is the correlation.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ import torch
 
 from ..losses.standardize import standardize
 from ..plots import new_sheet
+from ..runs.folder import ROLES
 from .observations import Observations
 from .tables import LeftOutError, Table, rows_where
 
 LOGITS, SCORES, CORRELATION = "mean logits", "mean Z-scores", "correlations"
-NAMED_CLASSES = 20  # up to so many, the axes name each
+NAMED_CLASSES = 20  # the axes name the classes up to this number
 
 
 def class_means(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """(C, C), row i the mean over the images of class i; NaN where there is none.
+    """Return the mean logits of each class (C, C): row i is the mean over the images of class i, NaN without any.
 
     Args:
         logits: (N, C), or their Z-scores.
@@ -33,30 +34,36 @@ def class_means(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def class_correlations(logits: np.ndarray) -> np.ndarray:
-    """(C, C), Pearson's correlation of each two classes' logits (N, C) over the images; NaN for a class whose logit is
-    always the same."""
+    """Return Pearson's correlation (C, C) between the logits (N, C) of two classes over the images.
+
+    A class with a constant logit has NaN.
+    """
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.corrcoef(logits, rowvar=False)
 
 
 def absolute_difference(student: np.ndarray, teacher: np.ndarray) -> np.ndarray:
-    """(C, C) of two (C, C), with a diagonal of 0 as in the released code: it is the relation of two classes that is
-    looked at."""
+    """Return the absolute difference of two matrices (C, C), with a diagonal of 0.
+
+    As in the published code, only pairs of different classes count.
+    """
     difference = np.abs(student - teacher)
     np.fill_diagonal(difference, 0)
     return difference
 
 
 def measure(observed: Observations) -> Table:
-    """Columns `matrix`, `class` and one a class, all with index and name: the rows of the absolute differences, matrix
-    after matrix.
+    """Measure the absolute differences of the three matrices.
+
+    Returns:
+        Columns `matrix`, `class` and one for each class, with index and name; the matrices are stacked.
 
     Raises:
         LeftOutError: without a teacher.
     """
-    if not {"student", "teacher"} <= observed.networks.keys():
-        raise LeftOutError("there is no teacher to set the student's matrices beside")
-    pair = [observed.networks[role].logits for role in ("student", "teacher")]
+    if not set(ROLES) <= observed.networks.keys():
+        raise LeftOutError("there is no teacher to compare the student's matrices with")
+    pair = [observed.networks[role].logits for role in ROLES]
     labels = observed.labels
     differences = {
         LOGITS: [class_means(logits, labels) for logits in pair],
@@ -64,14 +71,14 @@ def measure(observed: Observations) -> Table:
         CORRELATION: [class_correlations(logits) for logits in pair],
     }
     rows = np.concatenate([absolute_difference(*matrices) for matrices in differences.values()])
-    # ImageNet has two cranes.
+    # Names may occur twice: ImageNet has two classes called crane.
     names = [f"{index} {name}" for index, name in enumerate(observed.class_names)]
     table = {"matrix": np.repeat(list(differences), len(names)), "class": np.array(names * len(differences))}
     return table | {name: rows[:, index] for index, name in enumerate(names)}
 
 
 def matrices_of(table: Table) -> dict[str, np.ndarray]:
-    """The (C, C) differences of a table, by name."""
+    """Return the differences (C, C) of a table by the name of their matrix."""
     matrices = {}
     for name in dict.fromkeys(table["matrix"].tolist()):
         columns = list(rows_where(table, "matrix", name).values())[2:]
@@ -80,7 +87,7 @@ def matrices_of(table: Table) -> dict[str, np.ndarray]:
 
 
 def draw(table: Table):
-    """A heat map each, the darker the larger the difference; what cannot be told is grey."""
+    """Draw a heat map of each matrix; darker is a larger difference, grey is unknown."""
     import matplotlib
 
     figure = new_sheet(14, 5)

@@ -1,26 +1,27 @@
-"""Where the networks put the images of a few classes: t-SNE of their embeddings.
+"""t-SNE of the networks' embeddings of a few classes.
 
-As Figure 4 of Sun et al., Logit Standardization in Knowledge Distillation, CVPR 2024, which shows all classes.
+After Figure 4 of Sun et al., Logit Standardization in Knowledge Distillation, CVPR 2024, which shows all classes.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from ..plots import BLACK, BLUE, GREEN, VERMILION, new_sheet
+from ..plots import CLASS_COLOURS, new_sheet
 from .observations import Observations
 from .tables import LeftOutError, Table
 
-COLOURS = (BLUE, VERMILION, GREEN, BLACK, "#CC79A7", "#E69F00", "#56B4E9")  # of Okabe and Ito
 MARKERS = "osD^vP*X<>"
 SEED = 0
 
 
 def project(embeddings: np.ndarray, perplexity: float) -> np.ndarray:
-    """(N, D) -> (N, 2) by t-SNE, from the first two principal components on; the same every time.
+    """Project embeddings (N, D) to (N, 2) by t-SNE; the result is the same every time.
+
+    t-SNE starts from the first two principal components.
 
     Raises:
-        LeftOutError: for no more images than the perplexity, which is about how many neighbours one image has.
+        LeftOutError: unless there are more images than the perplexity, which is about the neighbours of an image.
     """
     from sklearn.manifold import TSNE
 
@@ -29,12 +30,12 @@ def project(embeddings: np.ndarray, perplexity: float) -> np.ndarray:
             f"t-SNE with a perplexity of {perplexity:g} needs more images than that, and there are {len(embeddings)}: "
             "give more classes or images, or a smaller --tsne_perplexity"
         )
-    # float64: the components of almost equal embeddings are lost otherwise.
+    # float32 would lose the principal components of almost equal embeddings.
     return TSNE(init="pca", perplexity=perplexity, random_state=SEED).fit_transform(embeddings.astype(np.float64))
 
 
 def choose(labels: np.ndarray, classes: int, images: int) -> np.ndarray:
-    """Which of N labels (N,) to show: those of the first classes, and of them so many at most, drawn at random."""
+    """Return the rows to show, given the labels (N,): at most `images` rows of the first classes, drawn at random."""
     rows = np.flatnonzero(labels < classes)
     if len(rows) <= images:
         return rows
@@ -42,8 +43,11 @@ def choose(labels: np.ndarray, classes: int, images: int) -> np.ndarray:
 
 
 def measure(observed: Observations, classes: int = 10, images: int = 2000, perplexity: float = 30.0) -> Table:
-    """Columns `image` (its row in the split), `label`, `class`, and for each network that has embeddings
-    `<role>_x`, `<role>_y`.
+    """Measure the positions of the images.
+
+    Returns:
+        Columns `image` (its row in the split), `label`, `class`, and `<role>_x`, `<role>_y` for each network with
+        embeddings.
 
     Raises:
         LeftOutError: see `project`.
@@ -59,20 +63,20 @@ def measure(observed: Observations, classes: int = 10, images: int = 2000, perpl
 
 
 def draw(table: Table):
-    """A panel each; a colour and a marker a class, hollow where the colours begin again."""
+    """Draw a panel for each network; each class has a colour and a marker, hollow after all colours are used."""
     roles = [name.removesuffix("_x") for name in table if name.endswith("_x")]
     figure = new_sheet(1 + 5.5 * len(roles), 6.5)
     panels = figure.subplots(1, len(roles), squeeze=False)[0]
     classes = dict(sorted(zip(table["label"].tolist(), table["class"].tolist(), strict=True)))
     for axes, role in zip(panels, roles, strict=True):
         for index, label in enumerate(classes):
-            colour, hollow = COLOURS[index % len(COLOURS)], index // len(COLOURS) % 2
+            colour, hollow = CLASS_COLOURS[index % len(CLASS_COLOURS)], index // len(CLASS_COLOURS) % 2
             style = {"facecolors": "none" if hollow else colour, "edgecolors": colour, "linewidths": 0.8 * hollow}
             rows = table["label"] == label
             marker = MARKERS[index % len(MARKERS)]
             axes.scatter(table[f"{role}_x"][rows], table[f"{role}_y"][rows], s=18, marker=marker, **style)
         axes.set_title(f"{role}: t-SNE of {len(table['image']):,} embeddings")
-        axes.set(xticks=[], yticks=[], aspect="equal")  # its axes have no unit
+        axes.set(xticks=[], yticks=[], aspect="equal")  # t-SNE has no units
     columns = min(5, len(classes))
     figure.legend(
         panels[0].collections,

@@ -1,4 +1,4 @@
-"""How wide the logits of an image are, before and after the Z-score: why a student cannot match its teacher's.
+"""Spread of an image's logits before and after the Z-score: a student can hardly match its teacher's logits.
 
 After Sun et al., Logit Standardization in Knowledge Distillation, CVPR 2024.
 """
@@ -19,13 +19,17 @@ STAGES = {"": "logits", "_standardized": "Z-scores"}
 
 
 def spread(logits: np.ndarray) -> dict[str, np.ndarray]:
-    """`range` (N,), the largest logit minus the smallest, and `std` (N,), unbiased, of logits (N, C)."""
+    """Return `range` (N,), the largest minus the smallest logit, and `std` (N,), unbiased, of logits (N, C)."""
     return {"range": np.ptp(logits, axis=1), "std": logits.std(axis=1, ddof=1)}
 
 
 def measure(observed: Observations) -> Table:
-    """A row an image: `image` (its row in the split), `label`, `class`, and `<role>_range`, `<role>_std`, of
-    logits and, with `_standardized` behind it, of their Z-scores."""
+    """Measure the spread of the logits of each image.
+
+    Returns:
+        Columns `image` (its row in the split), `label`, `class`, and `<role>_range`, `<role>_std` of the logits;
+        the same two ending in `_standardized` are of the Z-scores.
+    """
     names = np.array(observed.class_names)
     table = {"image": observed.rows, "label": observed.labels, "class": names[observed.labels]}
     for role, network in observed.networks.items():
@@ -36,7 +40,7 @@ def measure(observed: Observations) -> Table:
 
 
 def draw(table: Table):
-    """Histograms of the images: logits above, Z-scores below, on the same scale."""
+    """Draw histograms over the images: logits above, Z-scores below, on the same scale."""
     figure = new_sheet(9, 6)
     panels = figure.subplots(2, 2, sharex="col")
     roles = [role for role in ROLE_STYLES if f"{role}_std" in table]

@@ -1,4 +1,4 @@
-"""What student and teacher say of the images of an evaluation set."""
+"""Outputs of student and teacher on the images of an evaluation set."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ..networks.teacher import Teacher, TeacherEnsemble
 
 @dataclass(frozen=True)
 class NetworkOutputs:
-    """Of N images.
+    """Outputs of one network on N images.
 
     Attributes:
         logits: (N, C) float32.
-        embeddings: (N, D) float32, what the classifier reads; None of an ensemble, and where nobody asked for them.
+        embeddings: (N, D) float32, the classifier's input; None for an ensemble, or if they were not requested.
     """
 
     logits: np.ndarray
@@ -30,7 +30,7 @@ class NetworkOutputs:
 
 @dataclass(frozen=True)
 class Observations:
-    """Of N images and C classes.
+    """Outputs of all networks on N images with C classes.
 
     Attributes:
         class_names: the C names.
@@ -52,40 +52,40 @@ def observe(
     device: torch.device,
     chosen: np.ndarray,
 ) -> Observations:
-    """One pass over the batches, with every network; what does not count is left out.
+    """Run every network over the batches, without the images that do not count.
 
     Args:
-        networks: by role; prepared, and aligned with the data set's classes.
-        chosen: the rows of the split to look at.
+        networks: networks by role, prepared and aligned with the data set's classes.
+        chosen: rows of the split to run on.
 
     Raises:
         ValueError: for a network with more or fewer classes than the data set, or if there is no image.
     """
     labels, rows, outputs = [], [], {role: [] for role in networks}
-    looked_at = torch.from_numpy(chosen).to(device)
+    chosen_rows = torch.from_numpy(chosen).to(device)
     for batch in batches:
         batch = {key: value.to(device) for key, value in batch.items()}
-        counts = (batch["labels"] != ImageSource.IGNORED) & torch.isin(batch["index"], looked_at)
+        counts = (batch["labels"] != ImageSource.IGNORED) & torch.isin(batch["index"], chosen_rows)
         if not counts.any():
             continue
         batch = {key: value[counts] for key, value in batch.items()}
         labels.append(batch["labels"].cpu())
         rows.append(batch["index"].cpu())
         for role, network in networks.items():
-            said = network(batch)
-            if said.logits.shape[1] != len(class_names):
-                raise HfkdError(f"The {role} has {said.logits.shape[1]} classes and the data set {len(class_names)}.")
-            kept = [said.logits, said.features.get(EMBEDDING)]
+            output = network(batch)
+            if output.logits.shape[1] != len(class_names):
+                raise HfkdError(f"The {role} has {output.logits.shape[1]} classes and the data set {len(class_names)}.")
+            kept = [output.logits, output.features.get(EMBEDDING)]
             outputs[role].append([None if values is None else values.float().cpu() for values in kept])
     if not labels:
-        raise HfkdError("There is no image to look at: the evaluation set is empty.")
+        raise HfkdError("There is no image to run the networks on: the evaluation set is empty.")
     return Observations(
         class_names,
         torch.cat(labels).numpy(),
         torch.cat(rows).numpy(),
-        {role: NetworkOutputs(*map(_joined, zip(*pairs, strict=True))) for role, pairs in outputs.items()},
+        {role: NetworkOutputs(*map(_concatenated, zip(*pairs, strict=True))) for role, pairs in outputs.items()},
     )
 
 
-def _joined(batches: tuple[Tensor | None, ...]) -> np.ndarray | None:
+def _concatenated(batches: tuple[Tensor | None, ...]) -> np.ndarray | None:
     return None if batches[0] is None else torch.cat(batches).numpy()

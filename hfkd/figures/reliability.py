@@ -1,4 +1,4 @@
-"""How often a network is right when it says that it is so sure.
+"""Reliability diagram: accuracy of a network by its confidence.
 
 Guo, Pleiss, Sun and Weinberger, On Calibration of Modern Neural Networks, ICML 2017.
 """
@@ -16,14 +16,15 @@ BINS = 15
 
 
 def reliability(logits: np.ndarray, labels: np.ndarray, bins: int = BINS) -> Table:
-    """Accuracy by confidence, the largest probability, in bins of equal width.
-
-    Columns: `from` and `to` (the upper end belongs to a bin), `images`, `accuracy`, `confidence` (their mean, NaN in an
-    empty bin); in percent.
+    """Measure accuracy by confidence, the largest probability, in bins of equal width.
 
     Args:
         logits: (N, C).
         labels: (N,).
+
+    Returns:
+        Columns `from` and `to` (the upper end belongs to a bin), `images`, `accuracy` and `confidence`, both the mean
+        over a bin and NaN in an empty one. All but `images` are in percent.
     """
     probabilities = torch.from_numpy(logits).double().softmax(dim=1).numpy()
     confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
@@ -43,13 +44,13 @@ def reliability(logits: np.ndarray, labels: np.ndarray, bins: int = BINS) -> Tab
 
 
 def calibration_error(table: Table) -> float:
-    """The expected calibration error in percent: |accuracy - confidence|, averaged over the images."""
+    """Return the expected calibration error in percent: |accuracy - confidence|, averaged over the images."""
     gaps = np.abs(table["accuracy"] - table["confidence"])
     return float(np.nansum(gaps * table["images"]) / table["images"].sum())
 
 
 def measure(observed: Observations) -> Table:
-    """`reliability` of each network, which the column `network` names."""
+    """Measure the `reliability` of each network; the column `network` names it."""
     tables = []
     for role, network in observed.networks.items():
         table = reliability(network.logits, observed.labels)
@@ -58,8 +59,10 @@ def measure(observed: Observations) -> Table:
 
 
 def draw(table: Table):
-    """Above, a bar a bin and its mean confidence as a dot, which of a calibrated network lies on the top of the bar;
-    below, how many images the bin has."""
+    """Draw accuracy and mean confidence of each bin as a bar and a dot, and below them the share of the images.
+
+    For a calibrated network the dot lies on top of the bar.
+    """
     roles = list(dict.fromkeys(table["network"].tolist()))
     figure = new_sheet(1 + 4.5 * len(roles), 6)
     panels = figure.subplots(2, len(roles), squeeze=False, sharex=True, sharey="row", height_ratios=(3, 1))

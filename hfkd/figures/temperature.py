@@ -1,4 +1,4 @@
-"""CTKD's temperature over training, with the published one behind it."""
+"""Temperature of CTKD over training, with the published one."""
 
 from __future__ import annotations
 
@@ -6,33 +6,35 @@ import json
 import math
 
 import numpy as np
+from transformers.trainer import TRAINER_STATE_NAME
 
-from ..hub.curves import MARKED_ROWS
-from ..plots import BLUE, GREEN, new_sheet, tidy
+from ..plots import BLUE, GREEN, marker, new_sheet, tidy
 from ..runs.finished import FinishedRun
 from ..runs.published import published_runs
 from .tables import LeftOutError, Table, rows_where
 
 METRIC = "ctkd_temperature"
-STATE_NAME = "trainer_state.json"  # Trainer's
 
 
 def measure(run: FinishedRun | None) -> Table:
-    """Columns `curve` ("measured" or "published"), `epoch`, `temperature`, of as many epochs as the run has.
+    """Read the logged temperatures of a run, and the published ones of as many epochs.
 
-    Every logged value (trainer_state.json), or where that file is missing one an evaluation (results.json). The
-    published ones are those after each epoch.
+    Measured are all logged values (trainer_state.json), or else those of the evaluations (results.json). Published is
+    one value after each epoch.
+
+    Returns:
+        Columns `curve` ("measured" or "published"), `epoch`, `temperature`.
 
     Raises:
-        LeftOutError: for a run without CTKD, or one that logged nothing yet.
+        LeftOutError: for a run without CTKD, or without a logged temperature.
     """
     if run is None or "ctkd" not in run.results["losses"]:
-        raise LeftOutError("the temperature is learnt by CTKD alone, which this model was not trained with")
-    state = run.folder / STATE_NAME
+        raise LeftOutError("only CTKD learns a temperature, and this model was trained without it")
+    state = run.folder / TRAINER_STATE_NAME
     entries = json.loads(state.read_text())["log_history"] if state.is_file() else run.results["epochs"]
     measured = [(entry["epoch"], entry[METRIC]) for entry in entries if METRIC in entry]
     if not measured:
-        raise LeftOutError(f"{run.folder} holds no {METRIC}: was it logged (logging_strategy)?")
+        raise LeftOutError(f"{run.folder} holds no {METRIC}: log it (logging_strategy)")
     published = published_runs()[run.name].temperature if run.name in published_runs() else ()
     shown = list(enumerate(published[: math.ceil(measured[-1][0])], start=1))
     epochs, temperatures = zip(*measured, *shown, strict=True)
@@ -44,14 +46,14 @@ def measure(run: FinishedRun | None) -> Table:
 
 
 def draw(table: Table):
-    """Both curves over the epochs, the published one dotted."""
+    """Draw both curves over the epochs, the published one dotted."""
     figure = new_sheet(8, 4)
     axes = figure.subplots()
     for curve, style in (("measured", {"color": BLUE}), ("published", {"color": GREEN, "linestyle": ":"})):
         rows = rows_where(table, "curve", curve)
-        marker = "o" if len(rows["epoch"]) <= MARKED_ROWS else ""
-        if len(rows["epoch"]):
-            axes.plot(rows["epoch"], rows["temperature"], label=curve, marker=marker, markersize=4, **style)
+        points = len(rows["epoch"])
+        if points:
+            axes.plot(rows["epoch"], rows["temperature"], label=curve, marker=marker(points), markersize=4, **style)
     axes.set_xlabel("epoch")
     axes.set_ylabel("temperature of CTKD")
     axes.set_ylim(bottom=0)

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.utils import logging
 
 from ..names import hub_id, is_local
+from ..runs.folder import CONFIG_NAME, RECIPE_NAME, RESULTS_NAME
 from . import card_text
 from .curves import save_curves
 
@@ -48,11 +49,11 @@ def write_card(
         FileNotFoundError: without results.json.
     """
     folder = Path(folder)
-    results = {"epochs": []} | json.loads((folder / "results.json").read_text())
+    results = {"epochs": []} | json.loads((folder / RESULTS_NAME).read_text())
     if dataset is not None:
         name = Path(dataset).name if is_local(dataset) else dataset
         results["dataset"] = {**(results["dataset"] or {}), "name": name, "hub_id": hub_id(dataset)}
-    config, recipe = (_text_of(folder / name) for name in ("config.json", "recipe.yaml"))
+    config, recipe = (_text_of(folder / name) for name in (CONFIG_NAME, RECIPE_NAME))
     config = config and json.loads(config)
     title = card_text.one_line(model_name or (repo_id or results["student"]).split("/")[-1])
     metadata = ModelCardData(

@@ -14,6 +14,7 @@ import yaml
 from ..losses import LOSSES
 from ..losses.standardize import CITATION
 from ..recipe.arguments import DistillationConfig
+from ..runs.tables import markdown_table, without_empty_columns
 
 ITS_FOLDER = "path/to/this/folder"  # what the code of a card loads where there is no repository
 
@@ -90,7 +91,7 @@ def results_section(results: dict[str, Any], figure: str | None) -> str | None:
     parts = [
         "## Results",
         f"In percent of {images}; the best epoch is the one with the highest top-1 there.",
-        table(header, _measured(results)),
+        _table(header, _measured(results)),
     ]
     parts += [f"![Accuracy and loss terms over the epochs]({figure})"] if figure else []
     return "\n\n".join(parts)
@@ -152,7 +153,7 @@ def method_section(results: dict[str, Any]) -> str:
     for name, settings in results["losses"].items():
         others = [code(f"{key}: {json.dumps(value)}") for key, value in settings.items() if key != "weight"]
         rows.append([code(name), f"{settings['weight']:g}", ", ".join(others)])
-    parts = ["## Method", table(["loss", "weight", "settings"], rows)]
+    parts = ["## Method", _table(["loss", "weight", "settings"], rows)]
     if "teacher_cache" in results:
         parts.append(_cache(results["teacher_cache"]))
     citations = [LOSSES[name].citation for name in results["losses"] if name in LOSSES]
@@ -182,7 +183,7 @@ def training_section(results: dict[str, Any], recipe: str | None) -> str:
     rows.append(["versions", ", ".join(f"{name} {version}" for name, version in results["versions"].items())])
     if results["git_commit"]:
         rows.append(["commit of hfkd", code(results["git_commit"])])
-    section = f"## Training\n\n{table(['setting', 'value'], rows)}"
+    section = f"## Training\n\n{_table(['setting', 'value'], rows)}"
     return section if recipe is None else f"{section}\n\n{_recipe(results, recipe)}"
 
 
@@ -245,7 +246,7 @@ def heading(text: str) -> str:
 
 
 def code(text: str) -> str:
-    """A code span, nothing of which is markup; of a table too, see `table`."""
+    """A code span, nothing of which is markup; `markdown_table` escapes the bars in it."""
     text = one_line(str(text))
     fence = "`" * (_longest_run(text) + 1)
     space = " " if text.startswith("`") or text.endswith("`") else ""
@@ -263,10 +264,5 @@ def _longest_run(text: str) -> int:
     return max(map(len, re.findall("`+", text)), default=0)
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A table, without the columns in which no row has a value."""
-    kept = [column for column in range(len(header)) if any(row[column] for row in rows)]
-    lines = [header, ["---"] * len(header), *rows]
-    # A bar would end its cell, even in a code span.
-    cells = [[line[column].replace("|", "\\|") for column in kept] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    return markdown_table(*without_empty_columns(header, rows))

@@ -24,9 +24,8 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from ..errors import HfkdError
+from ..runs.folder import CONFIG_NAME, WEIGHTS_NAME
 from .errors import SILENCE, PushError, asking, no_right
-
-WEIGHTS_NAME = "model.safetensors"
 
 
 def export_files(folder: Path) -> dict[str, Path]:
@@ -159,8 +158,8 @@ def _check_content(info: ModelInfo, config: Mapping[str, Any] | None, token: str
     if not others:
         return
     difference = ""
-    if "config.json" in others and config is not None:
-        path = hf_hub_download(info.id, "config.json", revision=info.sha, token=token)
+    if CONFIG_NAME in others and config is not None:
+        path = hf_hub_download(info.id, CONFIG_NAME, revision=info.sha, token=token)
         difference = _difference(path, config)
         if difference is None:
             return

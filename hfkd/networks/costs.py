@@ -1,4 +1,4 @@
-"""What a model costs to run: parameters, multiply-adds, time."""
+"""Costs of a model: parameters, multiply-adds, time."""
 
 from __future__ import annotations
 
@@ -15,8 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from .features import logits_of
 
 
+def parameter_count(model: nn.Module) -> int:
+    """Return the number of parameters, trained or frozen; shared ones count once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def multiply_adds(model: nn.Module, image_size: int) -> int:
-    """Of the forward of one image: those of convolutions, matrix products and attention, as papers count them."""
+    """Count the multiply-adds of one image's forward pass as papers do: convolutions, matrix products, attention."""
     # With gradients: the counter hooks into the graph of a module's inputs, and a ViT's class token is a parameter.
     # With the kernel that is made of matrix products: torch 2.14 does not count a CPU's fused one.
     counter = FlopCounterMode(display=False)
@@ -29,10 +34,10 @@ def multiply_adds(model: nn.Module, image_size: int) -> int:
 def latencies(
     models: Mapping[str, nn.Module], image_sizes: Mapping[str, int], batch_size: int = 1, rounds: int = 30
 ) -> dict[str, float]:
-    """Milliseconds of a forward of `batch_size` images on the CPU, in float32: the fastest of the rounds.
+    """Measure the milliseconds of a forward pass of `batch_size` images on the CPU, in float32.
 
-    The models take turns, so that what slows the machine for a while slows all. Other work only ever adds time, and
-    to a long forward, which it interrupts, more than to a short one: a median would not compare the two.
+    The models take turns, so that a slow moment of the machine slows all of them. The fastest round counts: other work
+    only ever adds time, and more to a long forward pass than to a short one, so that medians would not compare.
     """
     times: dict[str, list[float]] = {name: [] for name in models}
     images = {name: torch.randn(batch_size, 3, size, size) for name, size in image_sizes.items()}
@@ -41,7 +46,7 @@ def latencies(
             started = time.perf_counter()
             logits_of(model, images[name])
             ended = time.perf_counter()
-        if turn >= 3:  # the first ones allocate
+        if turn >= 3:  # the first rounds allocate memory
             times[name].append(1000 * (ended - started))
     return {name: min(values) for name, values in times.items()}
 

@@ -15,6 +15,7 @@ from ..errors import HfkdError, RunError
 from ..losses.standardize import at_least_float32, standardize
 from ..names import architecture_of
 from .class_matching import check_class_indices, match_classes
+from .costs import parameter_count
 from .features import EMBEDDING, InputSpec, Layer, Outputs, Taps, find_classifier, forward_views, remove_taps
 from .sharding import share_out
 
@@ -195,7 +196,7 @@ class Teacher:
         self.model.compile(**options)
 
     def parameter_count(self) -> int:
-        return sum(parameter.numel() for parameter in self.model.parameters())
+        return parameter_count(self.model)
 
 
 def _is_linear(outputs: Outputs) -> bool:

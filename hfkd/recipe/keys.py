@@ -9,10 +9,9 @@ from typing import Any
 import timm
 import yaml
 
-from ..names import is_local, last_part
+from ..names import DIGITS, is_local, last_part
 
 PATH_KEYS = {"dataset_name", "student_name_or_path", "teacher_name_or_path", "teacher_checkpoint", "teacher_cache"}
-DIGITS = "digits"  # a data set by its name, whatever lies there
 
 # Where a run writes, and to whom it reports and pushes, says nothing of its student.
 PRIVATE_KEYS = {

@@ -1,10 +1,10 @@
-"""Runs as they lie on disk: what distill.py and train_teacher.py leave."""
+"""Finished runs: the folders that `hfkd distill` and `hfkd train-teacher` write."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,18 +12,53 @@ from typing import Any
 import yaml
 
 from ..errors import HfkdError, NotFoundError, nearest
-from .folder import RECIPE_NAME, RESULTS_NAME
+from .folder import RECIPE_NAME, RESULTS_NAME, ROLES, WEIGHTS_NAME
 
-ROLES = ("student", "teacher")
-FACTS = ("role", "recipe", "seed", "planned_steps")  # what readers of runs rely on; others may be missing
+FACTS = ("role", "recipe", "seed", "planned_steps")  # readers of runs rely on these; others may be missing
+
+
+@dataclass(frozen=True)
+class RecipeTeacher:
+    """Teacher as a recipe names it, not loaded: one network, the members of an ensemble, or none.
+
+    Attributes:
+        names: a folder, Hub id or timm architecture for each network.
+        checkpoints: for each network the file of its weights, or None.
+        class_indices: for each of the student's classes, the teacher's; None: matched by name.
+    """
+
+    names: tuple[str, ...] = ()
+    checkpoints: tuple[str | None, ...] = ()
+    class_indices: list[int] | None = None
+
+    @property
+    def members(self) -> list[tuple[str, str | None]]:
+        """Name and checkpoint of each network."""
+        return list(zip(self.names, self.checkpoints, strict=True))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The keys of a recipe that name this teacher."""
+        return {
+            "teacher_name_or_path": list(self.names) or None,
+            "teacher_checkpoint": list(self.checkpoints) if any(self.checkpoints) else None,
+            "teacher_class_indices": self.class_indices,
+        }
+
+
+def teacher_of(recipe: Mapping[str, Any]) -> RecipeTeacher:
+    """Return the teacher that a recipe names; one name needs no list there."""
+    names, checkpoints = (recipe.get(key) or () for key in ("teacher_name_or_path", "teacher_checkpoint"))
+    names, checkpoints = ((each,) if isinstance(each, str) else tuple(each) for each in (names, checkpoints))
+    return RecipeTeacher(names, checkpoints or (None,) * len(names), recipe.get("teacher_class_indices"))
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run's folder, or an export alone.
+    """Folder of a run, or an export alone.
 
     Attributes:
-        results: what `results.json` holds.
+        results: content of `results.json`.
         recipe: the resolved recipe; empty for a run from code.
     """
 
@@ -33,34 +68,39 @@ class FinishedRun:
 
     @property
     def name(self) -> str:
-        """The recipe's, else the folder's."""
+        """Name of the recipe, or else of the folder."""
         return self.results["recipe"] or self.folder.name
 
     @property
     def steps(self) -> int:
-        """Those of the last evaluation; 0 before the first."""
+        """Step of the last evaluation; 0 before the first."""
         return self.results.get("last", {}).get("step", 0)
 
     @property
     def is_whole(self) -> bool:
-        """Was it evaluated after its last step?"""
+        """True if the run was evaluated after its last step."""
         return 0 < self.results["planned_steps"] <= self.steps
 
     @property
     def export(self) -> Path | None:
-        """The folder of the trained model; None where there is none yet."""
+        """Folder of the trained model; None before it is written."""
         for folder in (self.folder, self.folder / self.results["role"]):
-            if (folder / "model.safetensors").is_file():
+            if (folder / WEIGHTS_NAME).is_file():
                 return folder
         return None
 
+    @property
+    def teacher(self) -> RecipeTeacher:
+        """Teacher that the recipe names."""
+        return teacher_of(self.recipe)
+
 
 def read_run(folder: str | Path) -> FinishedRun:
-    """Reads a run's folder or an export.
+    """Read a run's folder or an export.
 
     Raises:
         FileNotFoundError: if the folder holds no run, or one that was not evaluated yet.
-        ValueError: if its files are damaged, or those of an earlier hfkd, which say less.
+        ValueError: if its files are damaged, or were written by an earlier hfkd and lack some of `FACTS`.
     """
     folder = Path(folder)
     path = folder / RESULTS_NAME
@@ -74,7 +114,7 @@ def read_run(folder: str | Path) -> FinishedRun:
         raise HfkdError(f"{path} is damaged: {error}") from error
     missing = [name for name in FACTS if name not in results]
     if missing:
-        raise HfkdError(f"{path} is that of another program or an earlier hfkd: it lacks {', '.join(missing)}.")
+        raise HfkdError(f"{path} was written by another program or an earlier hfkd: it lacks {', '.join(missing)}.")
     recipe = folder / RECIPE_NAME
     return FinishedRun(folder, results, _read_recipe(recipe) if recipe.is_file() else {})
 
@@ -87,15 +127,15 @@ def _read_recipe(path: Path) -> dict[str, Any]:
 
 
 def find_runs(paths: Sequence[str | Path]) -> tuple[list[FinishedRun], list[str]]:
-    """The evaluated runs that paths name or that lie below them, each once, in this order.
+    """Find the evaluated runs at paths or below them, each once, in the order of the paths.
 
-    A run's `student/` or `teacher/` stands for the run. Below a run's folder no others are looked for.
+    A run's `student/` or `teacher/` stands for the run. A run's folder is not searched for others.
 
     Returns:
-        The runs, and a sentence on each folder that holds none that can be shown.
+        The runs, and a sentence on each folder without a run that can be shown.
 
     Raises:
-        FileNotFoundError: if a path does not exist, or there is no run at all; it names runs that there are.
+        FileNotFoundError: if a path does not exist, or there is no run at all; the message names runs nearby.
     """
     runs: dict[Path, FinishedRun] = {}
     left_out = []
@@ -122,7 +162,7 @@ def find_runs(paths: Sequence[str | Path]) -> tuple[list[FinishedRun], list[str]
 
 
 def _run_folders(path: Path) -> list[Path]:
-    """The folders of runs, evaluated or not, at a path or below it."""
+    """Return the folders of runs, evaluated or not, at a path or below it."""
     if path.name in ROLES and (path.parent / RESULTS_NAME).is_file():
         return [path.parent]
     found = []
@@ -135,7 +175,7 @@ def _run_folders(path: Path) -> list[Path]:
 
 
 def _runs_nearby(path: Path) -> str:
-    """A sentence that names runs beside a path or, where there are none, in `runs`; the most alike first."""
+    """Return a sentence that names the runs beside a path, or else in `runs`; the most similar path comes first."""
     for place in (path.parent, Path("runs")):
         found = [str(folder) for folder in _run_folders(place) if (folder / RESULTS_NAME).is_file()]
         if found and place.exists():

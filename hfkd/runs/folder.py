@@ -1,4 +1,4 @@
-"""Files of a run's folder, written whole or not at all, and the environment that they record."""
+"""Names of the files in a run's folder, writing them whole or not at all, and the environment that they record."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-RESULTS_NAME = "results.json"
+RESULTS_NAME, RECIPE_NAME = "results.json", "recipe.yaml"
+CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"  # of an export
+ROLES = ("student", "teacher")  # folders of the exports
 LIBRARIES = ("torch", "torchvision", "transformers", "accelerate", "datasets", "timm", "evaluate", "numpy")
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that it is never seen half-written: under another name, then renamed."""
+    """Write a file under another name and rename it, so that nobody ever sees it half-written."""
     partial = path.with_name(f"{path.name}.partial")
     try:
         partial.write_text(text)
@@ -25,7 +27,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Versions of the libraries, and the commit of hfkd where it runs from a git checkout."""
+    """Return the versions of the libraries, and the commit of hfkd if it runs from a git checkout."""
     versions = {"python": platform.python_version(), "hfkd": version("hfkd")}
     versions |= {name: version(name) for name in LIBRARIES}
     return {"versions": versions, "git_commit": _git_commit()}
@@ -37,6 +39,3 @@ def _git_commit() -> str | None:
         return None  # installed from a wheel, or a machine without git
     git = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return git.stdout.strip() or None
-
-
-RECIPE_NAME = "recipe.yaml"

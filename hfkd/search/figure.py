@@ -1,4 +1,4 @@
-"""The figure of a search: top-1 over each searched parameter, and the best so far."""
+"""Figure of a search: top-1 over each searched parameter, and the best top-1 so far."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..plots import BLACK, BLUE, GREEN, VERMILION
+from ..plots import BLACK, BLUE, GREEN, VERMILION, mark_decades, new_sheet, tidy
 from .results import SearchedTrial, best_of, recipe_of
 from .space import Parameter, short
 
@@ -18,21 +18,19 @@ COLUMNS = 2
 
 
 def save_search(trials: Sequence[SearchedTrial], space: Sequence[Parameter], path: Path) -> None:
-    """Writes `search_figure` as a PNG."""
+    """Write `search_figure` as a PNG."""
     search_figure(trials, space).savefig(path)
 
 
 def search_figure(trials: Sequence[SearchedTrial], space: Sequence[Parameter]) -> Figure:
-    """A panel for each parameter, and one for the best top-1 up to each trial. Those that were stopped early, and so
-    measured after fewer epochs, are crosses."""
-    # Not pyplot, which looks for a display and keeps every figure.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    """Draw a panel for each parameter, and one for the best top-1 up to each trial.
+
+    Trials that were stopped early, and so measured after fewer epochs, are crosses.
+    """
     from matplotlib.ticker import MaxNLocator
 
     rows = -(-(len(space) + 1) // COLUMNS)
-    figure = Figure(figsize=(9, 3.0 * rows + 0.5), dpi=200, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_sheet(9, 3.0 * rows + 0.5)
     panels = figure.subplots(rows, COLUMNS, squeeze=False, sharey=True).flat
     for axes, parameter in zip(panels, space, strict=False):
         _draw_parameter(axes, trials, parameter)
@@ -40,8 +38,7 @@ def search_figure(trials: Sequence[SearchedTrial], space: Sequence[Parameter]) -
     _draw_progress(progress, trials)
     progress.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     for axes in panels[: len(space) + 1]:
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
         axes.set_ylabel("top-1 (%)")
         axes.yaxis.set_tick_params(labelleft=True)
     for axes in panels[len(space) + 1 :]:
@@ -53,8 +50,6 @@ def search_figure(trials: Sequence[SearchedTrial], space: Sequence[Parameter]) -
 
 
 def _draw_parameter(axes: Axes, trials: Sequence[SearchedTrial], parameter: Parameter) -> None:
-    from matplotlib.ticker import LogLocator, NullFormatter
-
     places = parameter.choices and {choice: index for index, choice in enumerate(parameter.choices)}
     _scatter(axes, trials, [trial.values[parameter.key] for trial in trials], places)
     axes.set_xlabel(parameter.key)
@@ -63,9 +58,7 @@ def _draw_parameter(axes: Axes, trials: Sequence[SearchedTrial], parameter: Para
         axes.set_xlim(-0.5, len(places) - 0.5)
     elif parameter.log:
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        mark_decades(axes.xaxis)
 
 
 def _draw_progress(axes: Axes, trials: Sequence[SearchedTrial]) -> None:
@@ -80,8 +73,7 @@ def _draw_progress(axes: Axes, trials: Sequence[SearchedTrial]) -> None:
 
 
 def _scatter(axes: Axes, trials: Sequence[SearchedTrial], xs: Sequence, places: dict | None = None) -> None:
-    """Every trial by its kind; what is two kinds, such as the recipe's own values that are the best, is drawn as the
-    latter."""
+    """Draw every trial by its kind; the best trial is drawn as the best even if it has the recipe's own values."""
     recipe, best = recipe_of(trials), best_of(trials)
     kinds = {
         "trial": {"color": BLUE, "marker": "o", "s": 22},

@@ -1,9 +1,7 @@
-"""What a search found: tables, and the recipe with the best values."""
+"""Results of a search: tables, and the recipe with the best values."""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -13,9 +11,10 @@ from typing import Any
 
 import yaml
 
+from ..runs.tables import csv_table, markdown_table
 from .space import Parameter, settings, short
 
-# What makes trials shorter than the run that they are for, or concerns them alone.
+# Keys that make trials shorter than the run they are for, or concern only the trials.
 OF_THE_TRIALS = {
     *("num_train_epochs", "max_steps", "lr_milestones", "train_split", "teacher_cache", "published_top1"),
     *("eval_strategy", "save_strategy", "load_best_model_at_end", "push_to_hub", "output_dir", "losses"),
@@ -24,15 +23,15 @@ OF_THE_TRIALS = {
 
 @dataclass(frozen=True)
 class SearchedTrial:
-    """What was measured of one choice.
+    """Trial of a search and its measurement.
 
     Attributes:
-        values: by the key of the parameter.
-        top1: in percent, after its last epoch.
-        step: its last.
-        pruned: was it stopped before the end?
-        is_recipe: are these the recipe's own values?
-        seconds: what it took.
+        values: searched values by the key of their parameter.
+        top1: top-1 in percent after the last epoch.
+        step: last step.
+        pruned: the trial was stopped before the end.
+        is_recipe: the values are the recipe's own.
+        seconds: duration.
     """
 
     number: int
@@ -45,25 +44,26 @@ class SearchedTrial:
 
 
 def best_of(trials: Sequence[SearchedTrial]) -> SearchedTrial:
-    """Of those that were trained to the end the one of the highest top-1, of several the first."""
+    """Return the first trial with the highest top-1, among those that were trained to the end."""
     return max((trial for trial in trials if not trial.pruned), key=lambda trial: trial.top1)
 
 
 def recipe_of(trials: Sequence[SearchedTrial]) -> SearchedTrial:
-    """The one of the recipe's own values."""
+    """Return the trial of the recipe's own values."""
     return next(trial for trial in trials if trial.is_recipe)
 
 
 def standard_error(top1: float, images: int) -> float:
-    """Of an accuracy in percent, by the choice of the images alone, in points."""
+    """Return the standard error, in points, that the choice of the images gives an accuracy in percent."""
     return 100 * math.sqrt(top1 / 100 * (1 - top1 / 100) / images)
 
 
 def answer(trials: Sequence[SearchedTrial], space: Sequence[Parameter], images: str, number: int) -> str:
-    """The recipe's own values beside the best, as a table, and how far they can be told apart.
+    """Return the recipe's own values beside the best in a table, and the standard error of the numbers.
 
     Args:
-        images: what top-1 was measured on, in words; `number` says how many.
+        images: the images on which top-1 was measured, in words.
+        number: the number of these images.
     """
     recipe, best = recipe_of(trials), best_of(trials)
     rows = [["the recipe's own", recipe], [f"the best (trial {best.number})", best]]
@@ -72,7 +72,7 @@ def answer(trials: Sequence[SearchedTrial], space: Sequence[Parameter], images: 
     stopped = sum(trial.pruned for trial in trials)
     error = standard_error(best.top1, number)
     lines = [
-        markdown(columns, table),
+        markdown_table(columns, table, padded=True),
         f"{len(trials)} trials, {stopped} of them stopped early. Top-1 in percent of {images}; the standard error of "
         f"one such number is {error:.2f} points, and the best of many is a little lucky.",
     ]
@@ -82,29 +82,25 @@ def answer(trials: Sequence[SearchedTrial], space: Sequence[Parameter], images: 
 
 
 def trials_markdown(trials: Sequence[SearchedTrial], space: Sequence[Parameter]) -> str:
-    """Every trial, the best first, those that were stopped last."""
+    """Return every trial as a Markdown table, the best first, the stopped ones last."""
     columns = ["trial", *(parameter.key for parameter in space), "top-1", "step", "seconds", "note"]
     ranked = sorted(trials, key=lambda trial: (trial.pruned, -trial.top1))
-    return markdown(
-        columns,
-        [
-            [trial.number, *_cells(trial, space), f"{trial.top1:.2f}", trial.step, f"{trial.seconds:.0f}", _note(trial)]
-            for trial in ranked
-        ],
-    )
+    rows = [
+        [trial.number, *_cells(trial, space), f"{trial.top1:.2f}", trial.step, f"{trial.seconds:.0f}", _note(trial)]
+        for trial in ranked
+    ]
+    return markdown_table(columns, rows, padded=True)
 
 
 def trials_csv(trials: Sequence[SearchedTrial], space: Sequence[Parameter]) -> str:
-    """Every trial in the order in which they were begun, all digits."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
+    """Return every trial as CSV with all digits, in the order in which they were begun."""
     keys = [parameter.key for parameter in space]
-    writer.writerow(["trial", *keys, "top1", "step", "seconds", "stopped_early", "recipes_own"])
+    rows = []
     for trial in trials:
         values = [trial.values[key] for key in keys]
         measured = [trial.top1, trial.step, round(trial.seconds, 1), trial.pruned, trial.is_recipe]
-        writer.writerow([trial.number, *values, *measured])
-    return file.getvalue()
+        rows.append([trial.number, *values, *measured])
+    return csv_table(["trial", *keys, "top1", "step", "seconds", "stopped_early", "recipes_own"], rows)
 
 
 def _cells(trial: SearchedTrial, space: Sequence[Parameter]) -> list[str]:
@@ -116,28 +112,19 @@ def _note(trial: SearchedTrial) -> str:
     return ", ".join(note for note, holds in notes.items() if holds)
 
 
-def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table, padded to be read as it is."""
-    cells = [[str(cell) for cell in row] for row in (columns, *rows)]
-    widths = [max(len(row[index]) for row in cells) for index in range(len(columns))]
-    cells.insert(1, ["-" * width for width in widths])
-    return "\n".join(
-        f"| {' | '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))} |" for row in cells
-    )
-
-
 def best_recipe(
     path: Path, folder: Path, given: Mapping[str, Any], losses: Mapping[str, Any], best: SearchedTrial
 ) -> dict[str, Any]:
-    """The searched recipe with the best values, for a file in the folder.
+    """Return the searched recipe with the best values, for a file in the folder.
 
-    It extends the searched recipe, or, where that extends one itself, its parent, beside the recipe's own lines: only
-    one level is allowed.
+    The new recipe extends the searched one. If that has a parent, the new recipe extends the parent and repeats the
+    searched recipe's lines, since only one level is allowed.
 
     Args:
-        path: the searched recipe.
-        given: what the command line set, of which it keeps what does not make trials shorter.
-        losses: those that were searched, from recipe and command line.
+        path: path of the searched recipe.
+        given: keys of the command line; those that make trials shorter are left out.
+        losses: losses of recipe and command line before the search.
+        best: trial with the best values.
     """
     own = yaml.safe_load(path.read_text())
     parent = own.pop("extends", None)
@@ -147,5 +134,5 @@ def best_recipe(
     recipe.pop("search", None)
     recipe |= {key: value for key, value in given.items() if key not in OF_THE_TRIALS}
     recipe |= settings(best.values, losses)
-    # Nobody published these values; and where the search's files lie, its run may lie as well.
+    # The published top-1 is not of these values. The run goes into the folder of the search.
     return recipe | {"published_top1": None, "output_dir": str(folder / "best")}

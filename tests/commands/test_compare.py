@@ -1,4 +1,4 @@
-"""Runs side by side: means over seeds, what is comparable with the published, the figure, and the gain in sentences."""
+"""Runs side by side: means over seeds, comparison with the published, the figure, and the savings in sentences."""
 
 import csv
 import math
@@ -19,9 +19,9 @@ from hfkd.cli import main
 from hfkd.commands.compare import compare
 from hfkd.commands.train import distill, train_teacher
 from hfkd.comparison.figure import comparison_figure
-from hfkd.comparison.gain import gain_text
 from hfkd.comparison.rows import compared
-from hfkd.comparison.table import csv_table, text_table
+from hfkd.comparison.savings import savings_text
+from hfkd.comparison.table import csv_text, text_table
 from hfkd.networks.costs import multiply_adds
 from hfkd.runs.finished import find_runs
 from hfkd.runs.published import published_runs
@@ -72,7 +72,7 @@ def test_the_csv_equals_the_table():
     finished_run("runs/short", [61.123456], recipe={"num_train_epochs": 1.0})
     finished_run("runs/cut", [50.0], 3, planned_epochs=240)
     rows = rows_of("runs")
-    records = list(csv.DictReader(csv_table(rows).splitlines()))
+    records = list(csv.DictReader(csv_text(rows).splitlines()))
     for record, shown in zip(records, cells(text_table(rows)), strict=True):
         assert record["run"] == shown["run"] and record["note"] == shown["note"]
         for name in ("best top-1", "best top-5", "last top-1", "last top-5", "agreement", "teacher top-1"):
@@ -83,7 +83,7 @@ def test_the_csv_equals_the_table():
         assert int(record["parameters"]) == int(shown["parameters"].replace(",", "")) == 278_324
     assert [record["n"] for record in records] == ["2", "1", "1"]
     assert {record["folders"] for record in records} == {"runs/1 runs/2", "runs/short", "runs/cut"}
-    assert "61.123456" in csv_table(rows)
+    assert "61.123456" in csv_text(rows)
 
 
 def test_what_is_no_row_of_the_published():
@@ -180,9 +180,9 @@ def pair():
     path.rmdir()
 
 
-def test_the_gain(pair):
+def test_the_savings(pair):
     rows = rows_of("runs/kd")
-    text = gain_text(rows, rounds=2)
+    text = savings_text(rows, rounds=2)
     expected = (
         rf"^{KD_ZSCORE}: 95.0 % of the teacher's top-1 \(76.00 of 80.00\), 67.7 % fewer parameters "
         r"\(278,324 of 861,620\), 67.5 % fewer multiply-adds \(40.8 of 125.8 million an image, at 32 px\), "
@@ -195,20 +195,20 @@ def test_the_gain(pair):
     assert float(found.group(1).split()[0]) == pytest.approx(100 * (1 - ours / theirs), abs=0.5)
 
 
-def test_what_the_gain_cannot_know(pair):
+def test_missing_networks_are_said_to_be_unknown(pair):
     """Another network where the teacher was, or none, is a gap; the one given steps in."""
     Path("runs/t").rename("moved")
-    text = gain_text(rows_of("runs/kd"), rounds=1)
+    text = savings_text(rows_of("runs/kd"), rounds=1)
     assert "67.7 % fewer parameters" in text and "multiply-adds and time on the CPU unknown: teacher not" in text
     assert text.endswith("found at runs/t/teacher: give the teacher with --teacher.") and "million" not in text
     for given in ("moved/teacher", "cifar_resnet56"):
-        assert "40.8 of 125.8 million" in gain_text(rows_of("runs/kd"), given, rounds=1)
-    text = gain_text(rows_of("runs/kd"), "cifar_resnet110", rounds=1)
+        assert "40.8 of 125.8 million" in savings_text(rows_of("runs/kd"), given, rounds=1)
+    text = savings_text(rows_of("runs/kd"), "cifar_resnet110", rounds=1)
     assert re.search(r"cifar_resnet110 has [\d,]+ parameters, the teacher had 861,620", text) and "million" not in text
     Path("runs/kd/student/model.safetensors").write_bytes(b"half")
-    assert "unknown: " in gain_text(rows_of("runs/kd"), "moved/teacher", rounds=1)
+    assert "unknown: " in savings_text(rows_of("runs/kd"), "moved/teacher", rounds=1)
     Path("runs/kd/student/model.safetensors").unlink()
-    assert "runs/kd holds no trained model" in gain_text(rows_of("runs/kd"), "moved/teacher", rounds=1)
+    assert "runs/kd holds no trained model" in savings_text(rows_of("runs/kd"), "moved/teacher", rounds=1)
 
 
 def test_an_ensemble_costs_its_members(pair):
@@ -216,7 +216,7 @@ def test_an_ensemble_costs_its_members(pair):
     Path("runs/kd/recipe.yaml").write_text(yaml.safe_dump(recipe | {"teacher_name_or_path": 2 * ["runs/t/teacher"]}))
     results = Path("runs/kd/results.json")
     results.write_text(results.read_text().replace('"teacher_parameters": 861620', '"teacher_parameters": 1723240'))
-    assert "40.8 of 251.5 million" in gain_text(rows_of("runs/kd"), rounds=1)
+    assert "40.8 of 251.5 million" in savings_text(rows_of("runs/kd"), rounds=1)
 
 
 def test_a_comparison_from_the_command_line(capsys, monkeypatch):

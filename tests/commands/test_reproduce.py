@@ -20,9 +20,9 @@ from hfkd.cli import main
 from hfkd.commands.reproduce import Slice
 from hfkd.commands.train import distill, train_teacher
 from hfkd.recipe.reading import parse_recipe
-from hfkd.runs.cells import planned_cells, recipe_folder, recipes_of
 from hfkd.runs.checkpoints import checkpoints
 from hfkd.runs.published import published_runs
+from hfkd.runs.published_cells import planned_cells, recipe_folder, recipes_of
 
 BASE = {
     "dataset_name": "digits",
@@ -71,7 +71,7 @@ def recipes(monkeypatch):
         path.write_text(yaml.safe_dump(content))
     runs = {"cifar100/teachers/tall": published(30.0, "cifar_resnet14", teacher=None)}
     runs |= {f"cifar100/tall-short/{method}": published(20.0, losses=losses[method]) for method in ("kd", "ctkd")}
-    for module in ("cells", "comparison"):
+    for module in ("runs.published_cells", "comparison.rows"):
         monkeypatch.setattr(f"hfkd.{module}.published_runs", lambda: runs)
     monkeypatch.setitem(hfkd.runs.published.IMAGES, "digits", (10, 96))
     monkeypatch.setattr("hfkd.training.exports.write_card", lambda *args, **kwargs: None)  # its figure takes long
@@ -312,7 +312,7 @@ def test_one_process(recipes, monkeypatch):
 
 
 def test_without_recipes(monkeypatch, capsys):
-    monkeypatch.setattr("hfkd.runs.cells.CHECKOUT", Path("nowhere"))
+    monkeypatch.setattr("hfkd.runs.published_cells.CHECKOUT", Path("nowhere"))
     with pytest.raises(SystemExit) as end:
         main(["reproduce", "resnet56-resnet20"])
     assert end.value.code == 2

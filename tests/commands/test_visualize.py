@@ -112,7 +112,7 @@ def test_what_is_left_out(run, capsys):
     paths = visualize(["alone/model", "--dataset_name", "digits", "--eval_split", "test[:60]", "--max_images", "20"])
     assert paths == [Path("figures/model", f"{name}.png") for name in ("logit_spread", "reliability")]
     printed = capsys.readouterr().out
-    assert "temperature is left out: the temperature is learnt by CTKD alone" in printed
+    assert "temperature is left out: only CTKD learns a temperature" in printed
     assert "class_matrices is left out: there is no teacher" in printed
     assert "tsne is left out: t-SNE with a perplexity of 30 needs more images" in printed
     header = rows_of("figures/model/logit_spread.csv")[0]

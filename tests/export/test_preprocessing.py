@@ -80,5 +80,5 @@ def test_what_cannot_be_said_is_refused(change):
 
 
 def test_without_an_image_processor():
-    with pytest.raises(ValueError, match="model does not say how images are prepared .preprocessor_config.json"):
+    with pytest.raises(ValueError, match="model has no image processor .preprocessor_config.json"):
         preprocessing_of(saved())

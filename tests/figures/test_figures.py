@@ -179,7 +179,7 @@ def test_temperature(tmp_path):
 def test_no_temperature(tmp_path):
     kd = FinishedRun(tmp_path, {"losses": {"kd": {}}}, {})
     for run in (None, kd):
-        with pytest.raises(LeftOutError, match="CTKD alone"):
+        with pytest.raises(LeftOutError, match="only CTKD learns a temperature"):
             temperature.measure(run)
     with pytest.raises(LeftOutError, match="no ctkd_temperature.*logging_strategy"):
         temperature.measure(ctkd_run(tmp_path, [{"epoch": 1.0}]))

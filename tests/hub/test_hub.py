@@ -337,7 +337,7 @@ def test_folders_that_are_no_export(hub):
 def test_arguments(capsys):
     with pytest.raises(ValueError, match="The first argument must be the folder to push, got '--hub_token'"):
         push(["--hub_token=hf_write", "student"])
-    with pytest.raises(ValueError, match="got '': hfkd push FOLDER --hub_model_id me/name"):
+    with pytest.raises(ValueError, match="got ''. Usage: hfkd push FOLDER --hub_model_id me/name"):
         push([])
     with pytest.raises(ValueError, match="hub_model_id"):
         push(["student"])

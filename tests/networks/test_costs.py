@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import hfkd  # noqa: F401  (registers cifar_*)
-from hfkd.networks.costs import latencies, multiply_adds
+from hfkd.networks.costs import latencies, multiply_adds, parameter_count
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,12 @@ def test_multiply_adds_of_known_networks(architecture, classes, image_size, mill
     model = timm.create_model(architecture, num_classes=classes)
     assert multiply_adds(model, image_size) / 1e6 == pytest.approx(millions, abs=0.005)
     assert model.training, "as it was given"
+
+
+def test_parameters():
+    shared = nn.Linear(3, 2)
+    shared.bias.requires_grad_(False)
+    assert parameter_count(nn.Sequential(shared, nn.BatchNorm1d(2), shared)) == 8 + 4
 
 
 @pytest.mark.parametrize("fused", [True, False])

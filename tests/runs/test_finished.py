@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from finished import KD_ZSCORE, finished_run
 
-from hfkd.runs.finished import find_runs, read_run
+from hfkd.runs.finished import find_runs, read_run, teacher_of
 
 
 def test_a_run_is_read_back():
@@ -64,3 +64,18 @@ def test_errors_name_the_runs_that_there_are():
     message = "There is no run to read:\n  runs/cache holds no run.\nRuns that there are: runs/digits/kd."
     with pytest.raises(FileNotFoundError, match=message):
         find_runs(["runs/cache"])
+
+
+def test_the_teacher_of_a_recipe():
+    one = teacher_of({"teacher_name_or_path": "cifar_resnet56", "teacher_checkpoint": "weights.pth"})
+    assert one.members == [("cifar_resnet56", "weights.pth")] and one.class_indices is None
+    settings = {
+        "teacher_name_or_path": ["runs/a/teacher", "runs/b/teacher"],
+        "teacher_checkpoint": None,
+        "teacher_class_indices": [1, 0],
+    }
+    ensemble = teacher_of(settings)
+    assert ensemble.members == [("runs/a/teacher", None), ("runs/b/teacher", None)] and ensemble.settings == settings
+    assert teacher_of({}).members == [] and set(teacher_of({}).settings.values()) == {None}
+    run = read_run(finished_run("runs/a", [60.0]))
+    assert run.teacher.names == ("runs/cifar100/teachers/resnet56/teacher",)

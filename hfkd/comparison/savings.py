@@ -1,4 +1,4 @@
-"""What distillation gains, in sentences: accuracy kept, parameters, multiply-adds and time saved."""
+"""Savings of a student over its teacher, in sentences: accuracy kept, parameters, multiply-adds and time saved."""
 
 from __future__ import annotations
 
@@ -13,16 +13,20 @@ from torch import nn
 from ..errors import NotFoundError
 from ..models.checkpoints import load_architecture
 from ..names import architecture_of, hub_id
-from ..networks.costs import latencies, multiply_adds
+from ..networks.costs import latencies, multiply_adds, parameter_count
 from ..networks.loading import input_spec, load_pretrained
+from ..runs.finished import RecipeTeacher
 from .rows import Row
 
-ROUNDS = 30  # of measuring the time of a forward
-UNREADABLE = (OSError, ValueError, SafetensorError)  # of a model that is not there, or not whole
+ROUNDS = 30  # of measuring the time of a forward pass
+UNREADABLE = (OSError, ValueError, SafetensorError)  # raised for a model that is missing or damaged
 
 
 class Networks:
-    """Distinct networks, to be measured together: those of one architecture, size and number of parameters are one."""
+    """Networks to be measured together.
+
+    Networks with the same architecture, image size and number of parameters are measured once.
+    """
 
     def __init__(self):
         self.models: dict[str, nn.Module] = {}
@@ -31,23 +35,23 @@ class Networks:
         self.milliseconds: dict[str, float] = {}
 
     def add(self, model: nn.Module) -> str:
-        """The name under which the network is measured."""
+        """Add a network and return the name under which it is measured."""
         size = input_spec(model).image_size
-        name = f"{architecture_of(model)}, {_parameters(model)} parameters, {size} px"
+        name = f"{architecture_of(model)}, {parameter_count(model)} parameters, {size} px"
         self.models.setdefault(name, model)
         self.sizes.setdefault(name, size)
         return name
 
     def measure(self, rounds: int) -> None:
-        """Counts multiply-adds, and takes the time on the CPU, in turns."""
+        """Count multiply-adds, and measure the time on the CPU; the networks take turns."""
         self.multiply_adds = {name: multiply_adds(model, self.sizes[name]) for name, model in self.models.items()}
         self.milliseconds = latencies(self.models, self.sizes, rounds=rounds)
 
 
-def gain_text(rows: Sequence[Row], teacher: str | None = None, rounds: int = ROUNDS) -> str:
-    """A sentence for each row of students against their teacher, and how their time was taken; empty without any.
+def savings_text(rows: Sequence[Row], teacher: str | None = None, rounds: int = ROUNDS) -> str:
+    """Compare students with their teachers: a sentence for each row, then how the time was measured.
 
-    What cannot be measured, since a network is not there, is said to be unknown.
+    Costs are unknown if a network is missing. The text is empty if no row has a teacher.
 
     Args:
         teacher: folder, Hub id or architecture, for rows whose own teacher is not where the recipe says.
@@ -79,34 +83,33 @@ def _student(row: Row) -> nn.Module:
 
 
 def _teacher(row: Row, given: str | None) -> list[nn.Module]:
-    """The teacher's networks, several of an ensemble: from where the recipe says, else the one given.
+    """Load the teacher's networks, several of an ensemble: those that the recipe names, else the one given.
 
     Raises:
         FileNotFoundError: if neither has the teacher's number of parameters.
     """
-    recipe, expected = row.first.recipe, row.first.results["teacher_parameters"]
-    names = recipe.get("teacher_name_or_path") or []
-    names = [names] if isinstance(names, str) else names
-    checkpoints = recipe.get("teacher_checkpoint") or [None] * len(names)
-    checkpoints = [checkpoints] if isinstance(checkpoints, str) else checkpoints
-    reasons = [] if names else ["the run does not say where its teacher lies"]
-    for members in (list(zip(names, checkpoints, strict=True)), [(given, None)] if given else []):
-        if not members:
+    expected = row.first.results["teacher_parameters"]
+    dataset = row.first.results["dataset"] or {}
+    own = row.first.teacher
+    reasons = [] if own.names else ["the run does not say where its teacher lies"]
+    for teacher in (own, RecipeTeacher((given,), (None,)) if given else RecipeTeacher()):
+        if not teacher.names:
             continue
         try:
-            dataset = row.first.results["dataset"] or {}
-            for models in _variants(members, dataset.get("classes")):
-                parameters = sum(map(_parameters, models))
+            for models in _variants(teacher.members, dataset.get("classes")):
+                parameters = sum(map(parameter_count, models))
                 if parameters == expected:
                     return models
-            reasons.append(f"what lies at {members[0][0]} has {parameters:,} parameters, the teacher had {expected:,}")
+            reasons.append(
+                f"the model at {teacher.names[0]} has {parameters:,} parameters, the teacher had {expected:,}"
+            )
         except UNREADABLE as error:
             reasons.append(str(error).splitlines()[0].rstrip("."))
     raise NotFoundError(f"{'; '.join(reasons)}: give the teacher with --teacher")
 
 
 def _variants(members: Sequence[tuple[str, str | None]], classes: int | None) -> Iterator[list[nn.Module]]:
-    """The networks, and, where they are architectures without weights, the same with the data set's classes."""
+    """Yield the networks, then, if all are architectures without weights, the same with the data set's classes."""
     yield [_network(name, checkpoint) for name, checkpoint in members]
     if all(timm.is_model(name) and checkpoint is None for name, checkpoint in members) and classes:
         yield [timm.create_model(name, num_classes=classes) for name, _ in members]
@@ -141,11 +144,7 @@ def _sentence(row: Row, pair: tuple[list[str], list[str]] | str, networks: Netwo
 
 
 def _change(ratio: float, less: str, as_much: str) -> str:
-    """`67.7 % fewer`, `3.5 % more` or `2.4 times as many`."""
+    """Return a ratio in words: `67.7 % fewer`, `3.5 % more` or `2.4 times as many`."""
     if ratio >= 2:
         return f"{ratio:.1f} times {as_much}"
     return f"{100 * (1 - ratio):.1f} % {less}" if ratio <= 1 else f"{100 * (ratio - 1):.1f} % more"
-
-
-def _parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())

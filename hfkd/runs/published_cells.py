@@ -1,4 +1,4 @@
-"""The cells of the published tables: which recipes and seeds they are, at which length, and where their runs lie."""
+"""Cells of the published tables: recipe, seed, length and folder of each training."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ..recipe.arguments import DataArguments, DistillationConfig, ModelArguments
 from ..recipe.keys import recipe_differences
 from ..recipe.reading import load_recipe, parse_recipe, recipe_name
 from .checkpoints import last_checkpoint
-from .finished import FinishedRun, read_run
-from .folder import RECIPE_NAME, RESULTS_NAME
+from .finished import FinishedRun, read_run, teacher_of
+from .folder import RECIPE_NAME, RESULTS_NAME, WEIGHTS_NAME
 from .published import published_runs
 
 CHECKOUT = Path(__file__).parents[2]
@@ -31,9 +31,9 @@ class Cell:
     """One training: a recipe with one seed, or the teacher that it needs.
 
     Attributes:
-        name: the recipe's.
-        role: what is trained, "student" or "teacher".
-        settings: what `parse_recipe` gives.
+        name: name of the recipe.
+        role: "student" or "teacher".
+        settings: result of `parse_recipe`.
     """
 
     name: str
@@ -42,41 +42,41 @@ class Cell:
 
     @property
     def config(self) -> DistillationConfig:
-        """How it is trained."""
+        """Configuration of the training."""
         return self.settings[2]
 
     @property
     def folder(self) -> Path:
-        """That of the run."""
+        """Folder of the run."""
         return Path(self.config.output_dir)
 
     @property
     def title(self) -> str:
-        """What to call it."""
+        """Recipe and seed, for a person."""
         return f"{self.name}, seed {self.config.seed}"
 
     @property
     def published_top1(self) -> float | None:
-        """The paper's number, whatever the schedule is here."""
+        """Top-1 of the paper, at the published schedule."""
         published = published_runs().get(self.name)
         return None if published is None else published.top1
 
     def run(self) -> FinishedRun | None:
-        """What is measured so far; None before the first evaluation."""
+        """Read the run as far as it went; None before the first evaluation."""
         if not (self.folder / RESULTS_NAME).is_file():
             return None
         run = read_run(self.folder)
         return run if run.results["epochs"] else None
 
     def is_done(self) -> bool:
-        """Is it trained to the end, and the model there? A teacher may lie there without the run that it comes from."""
+        """Return True if the training ended and the model is there; a teacher may be there without its run."""
         run = self.run()
         if run is None:
-            return self.role == "teacher" and (self.folder / self.role / "model.safetensors").is_file()
+            return self.role == "teacher" and (self.folder / self.role / WEIGHTS_NAME).is_file()
         return run.is_whole and run.export is not None
 
     def state(self) -> str:
-        """How far it is, for a person."""
+        """Return how far the training is, for a person."""
         if self.is_done():
             return "done"
         checkpoint = last_checkpoint(self.folder)
@@ -87,7 +87,11 @@ class Cell:
         return f"stopped at step {state['global_step']:,} of {state['max_steps']:,}"
 
     def check_folder(self) -> None:
-        """Raises ValueError if the folder holds a run with other settings, unless `allow_recipe_change` is set."""
+        """Check that the folder holds no run with other settings, unless `allow_recipe_change` is set.
+
+        Raises:
+            ValueError: if it does, naming the settings.
+        """
         different = recipe_differences(self.folder / RECIPE_NAME, self.settings[3])
         if different and not self.config.allow_recipe_change:
             way_out = "Give another --output_dir, or remove the folder"
@@ -98,14 +102,14 @@ class Cell:
 
 
 def recipe_folder(pair: str) -> Path:
-    """The folder of a pair's recipes: below `recipes` in the current folder, else in the checkout that hfkd runs from.
+    """Find the recipes of a pair: below `recipes` in the current folder, else in the checkout that hfkd runs from.
 
     Args:
         pair: `resnet32x4-resnet8x4`, `imagenet/resnet34-resnet18` or the folder's path.
 
     Raises:
         FileNotFoundError: if there are no recipes.
-        ValueError: if there is no such pair; it names the nearest.
+        ValueError: if the pair is unknown; the message names the nearest.
     """
     folders = {}
     for place in (CHECKOUT / "recipes", Path("recipes")):
@@ -124,10 +128,10 @@ def recipe_folder(pair: str) -> Path:
 
 
 def recipes_of(folder: Path, methods: Sequence[str]) -> list[Path]:
-    """The recipes of a pair that methods name; without any, all of which a top-1 was published.
+    """Return a pair's recipes of some methods; without methods, all recipes with a published top-1.
 
     Raises:
-        ValueError: for a method of which there is no recipe; it names the nearest.
+        ValueError: for a method without a recipe; the message names the nearest.
     """
     recipes = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
     if not methods:
@@ -141,12 +145,12 @@ def recipes_of(folder: Path, methods: Sequence[str]) -> list[Path]:
 def planned_cells(
     recipes: Sequence[Path], seeds: int, scale: float, root: Path, overrides: Sequence[str]
 ) -> list[Cell]:
-    """The trainings in their order: the teachers, then all recipes with their own seed, then with the next, ...
+    """Return the trainings in order: the teachers, then all recipes with their own seed, then with the next, ...
 
     Args:
         scale: share of the recipes' epochs.
-        root: what takes the place of `runs`.
-        overrides: `--key value ...` for all of them.
+        root: folder in place of `runs`.
+        overrides: `--key value ...` for all trainings.
 
     Raises:
         ValueError: for less than one epoch, or an override that no recipe takes.
@@ -167,19 +171,19 @@ def planned_cells(
 
 
 def _own_teacher(recipe: Mapping[str, Any]) -> Path | None:
-    """The teacher's recipe below `recipes`, without its ending, of a recipe whose teacher is trained by another one."""
-    names = recipe["teacher_name_or_path"]
-    path = Path(names) if isinstance(names, str) else Path()
+    """Return the recipe that trains a recipe's teacher, as a path below `recipes` without its ending; None without."""
+    names = teacher_of(recipe).names
+    path = Path(names[0]) if len(names) == 1 else Path()
     return path.parent.relative_to(RUNS) if path.parts[:1] == RUNS.parts and path.name == "teacher" else None
 
 
 def _cell(role: str, path: Path, scale: float, root: Path, overrides: Sequence[str], number: int = 0) -> Cell:
-    """A recipe with its own seed, or the so many-th after it."""
+    """Return a recipe with its own seed, or with the `number`-th after it."""
     recipe, name = load_recipe(path), recipe_name(path)
     seed = recipe.get("seed", DEFAULTS["seed"]) + number
     folder = root / (f"{name}-seed{seed}" if number else name)
     argv = [*shortened(recipe, scale, name), "--output_dir", str(folder)]
-    if number:  # else the run is the one that `hfkd distill` makes
+    if number:  # the first run is the same as that of `hfkd distill`
         argv += ["--seed", str(seed)]
     if (folder / RECIPE_NAME).is_file():
         argv += ["--resume_from_checkpoint", "true"]
@@ -187,10 +191,10 @@ def _cell(role: str, path: Path, scale: float, root: Path, overrides: Sequence[s
 
 
 def shortened(recipe: Mapping[str, Any], scale: float, name: str) -> list[str]:
-    """What makes a recipe's schedule shorter, as command-line tokens: its epochs, and all that it counts in epochs.
+    """Return the command-line tokens that shorten a recipe's schedule: its epochs, and all keys counted in epochs.
 
-    Epochs are rounded to whole ones, and the rest follows them. A share of all steps, such as a `warmup_steps` below 1,
-    is one of fewer steps without more ado.
+    Epochs are rounded to whole ones, and the other keys keep their ratio to them. A `warmup_steps` below 1 is a share
+    of all steps and needs no change.
 
     Raises:
         ValueError: if less than one epoch is left.

@@ -1,0 +1,59 @@
+"""Command lines of the form `SUBJECT [--key value ...]`, such as `MODEL --batch_size 100`."""
+
+from __future__ import annotations
+
+from ..errors import HfkdError
+from ..recipe.parser import ArgumentParser
+
+MODEL = "the model's folder or Hub id"
+
+
+def print_help_if_asked(argv: list[str], parser: ArgumentParser) -> None:
+    """Print a command's help if `--help` or `-h` is anywhere in the command line.
+
+    Raises:
+        SystemExit: after the help.
+    """
+    if not {"-h", "--help"}.isdisjoint(argv):
+        parser.parse_args(["--help"])
+
+
+def split_subject(argv: list[str], parser: ArgumentParser, subject: str = MODEL) -> tuple[str, list[str]]:
+    """Split a command line into its subject, the first argument, and the rest; print the help if it is asked for.
+
+    Args:
+        parser: parser of the rest, whose usage is part of the message.
+        subject: description of the subject, for the message.
+
+    Raises:
+        ValueError: if the first argument is missing or a key.
+        SystemExit: after the help.
+    """
+    print_help_if_asked(argv, parser)
+    if not argv or argv[0].startswith("-"):
+        given = argv[0].partition("=")[0] if argv else ""  # the value may be a token
+        raise HfkdError(f"The first argument must be {subject}, got '{given}'. Usage: {parser.usage}")
+    return argv[0], argv[1:]
+
+
+def parse_with_subject(argv: list[str], parser: ArgumentParser, subject: str = MODEL) -> tuple:
+    """Parse `SUBJECT [--key value ...]`.
+
+    Returns:
+        The subject and one object for each of the parser's argument classes.
+
+    Raises:
+        ValueError: without a subject, for an unknown key, with the nearest valid one, or a value of the wrong type.
+        SystemExit: after the help, if it is asked for.
+    """
+    first, rest = split_subject(argv, parser, subject)
+    return first, *parser.parse(rest)
+
+
+def parse_known(argv: list[str], parser: ArgumentParser) -> tuple:
+    """Parse the keys that a parser knows.
+
+    Returns:
+        One object for each of the parser's argument classes, and the list of the other words.
+    """
+    return parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
