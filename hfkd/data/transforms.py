@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from timm.data import auto_augment as timm_augment
 from timm.data import create_transform
+from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from torch.utils.data import get_worker_info
@@ -202,7 +203,7 @@ class RandomResizedCrop(ImageTransform):
         resize = _FastRandomResizedCrop(image_size, resize.scale, resize.ratio, interpolation)
         self._crop_and_flip = Compose([resize, *flips])
         self._policy = [_with_whole_posterize(step) for step in policy.transforms]
-        self._erase = final.transforms[2:]  # after the conversion to a tensor and the normalisation
+        self._erase = [step for step in final.transforms if isinstance(step, RandomErasing)]
 
     def _pixels(self, image):
         pixels = self._crop_and_flip(image)

@@ -16,9 +16,8 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from timm.layers import create_classifier
-from timm.models import build_model_with_cfg
+from timm.models import build_model_with_cfg, checkpoint
 from timm.models._features import feature_take_indices
-from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 from ..errors import HfkdError
