@@ -2,11 +2,13 @@
 
 import gc
 import os
+import random
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"  # for processes that tests start, which are compared with this one to the bit
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", os.environ.get("HFKD_TEST_GPU", ""))
 
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
@@ -20,6 +22,14 @@ def frozen_heap():
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def same_draws():
+    """Whatever ran before, a test draws the same numbers."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
