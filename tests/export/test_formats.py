@@ -58,9 +58,7 @@ def test_an_operator_that_onnx_does_not_have():
 
 @pytest.mark.parametrize("file_format", [ONNX, TORCH], ids=list(FORMATS))
 def test_a_forward_that_cannot_be_followed(file_format):
-    branch = (
-        r"the forward of DecidesByValues.*test_model_files.py, line \d+: `if pixel_values.sum\(\) > 0:`.*torch.where"
-    )
+    branch = r"the forward of DecidesByValues.*test_formats.py, line \d+: `if pixel_values.sum\(\) > 0:`.*torch.where"
     with pytest.raises(ValueError, match=branch):
         write(DecidesByValues(), file_format)
     with pytest.raises(ValueError, match="the forward of OneBatchSize.*a batch of one fixed size"):
