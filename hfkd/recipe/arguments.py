@@ -267,6 +267,12 @@ class DistillationConfig(TrainingArguments):
             self.use_cpu = True  # else TrainingArguments refuses bf16, which CPUs have too
         elif self.accelerator_config is None:
             self.accelerator_config = {"non_blocking": True}  # else every batch that is sent waits for the device
+        for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+            # transformers 5.24 renamed both, warns of the old names and then gives them the new ones' values. A recipe
+            # that is to run with earlier versions as well can only say the old ones.
+            renamed = name.replace("gradient", "activation")
+            if hasattr(self, renamed) and getattr(self, renamed) is None:
+                setattr(self, renamed, getattr(self, name))
         with meeting(self):
             super().__post_init__()
         check_trackers(self.report_to)

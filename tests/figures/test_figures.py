@@ -75,15 +75,18 @@ def test_no_matrices_without_a_teacher():
 
 
 def test_calibration():
-    """Four images by hand: two at 0.9 (one right), one at 0.75 (right), one at 0.55 (wrong), in ten bins."""
-    confidence, right = np.array([0.9, 0.9, 0.75, 0.55]), [True, False, True, False]
+    """Four images by hand: two at 0.88 (one right), one at 0.75 (right), one at 0.55 (wrong), in ten bins."""
+    confidence, right = np.array([0.88, 0.88, 0.75, 0.55]), [True, False, True, False]
     logits = np.log(np.stack([confidence, 1 - confidence], axis=1))
     table = reliability.reliability(logits, np.where(right, 0, 1), bins=10)
-    np.testing.assert_array_equal(table["images"], [0, 0, 0, 0, 0, 1, 0, 1, 2, 0])  # the upper end belongs to a bin
+    np.testing.assert_array_equal(table["images"], [0, 0, 0, 0, 0, 1, 0, 1, 2, 0])
     np.testing.assert_allclose(table["accuracy"][[5, 7, 8]], [0, 100, 50])
-    np.testing.assert_allclose(table["confidence"][[5, 7, 8]], [55, 75, 90])
+    np.testing.assert_allclose(table["confidence"][[5, 7, 8]], [55, 75, 88])
     assert np.isnan(table["accuracy"][0]) and table["from"][8] == pytest.approx(80)
-    assert reliability.calibration_error(table) == pytest.approx((55 + 25 + 2 * 40) / 4)
+    assert reliability.calibration_error(table) == pytest.approx((55 + 25 + 2 * 38) / 4)
+    # The upper end belongs to a bin: 0.5, the one end that a softmax gives to the bit on any processor.
+    table = reliability.reliability(np.zeros((1, 2)), np.array([0]), bins=10)
+    np.testing.assert_array_equal(table["images"], [0, 0, 0, 0, 1, 0, 0, 0, 0, 0])
 
 
 def test_the_reliability_diagram():

@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 from helpers import GOLDEN as GOLDEN_FOLDER
-from helpers import probe_weight, wave
+from helpers import aligned, probe_weight, wave
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, TimmWrapperConfig, TimmWrapperForImageClassification
 
@@ -201,7 +201,7 @@ def test_transformers_and_timm_load_what_the_wrapper_saves(name, tmp_path):
 
     images = torch.randn(2, 3, 32, 32)
     logits = model(images)
-    from_transformers = AutoModelForImageClassification.from_pretrained(tmp_path)
+    from_transformers = aligned(AutoModelForImageClassification.from_pretrained(tmp_path))
     output = from_transformers(images, output_hidden_states=True)
     assert torch.equal(wrapper(images).logits, logits)
     assert torch.equal(output.logits, logits)

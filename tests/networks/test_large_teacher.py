@@ -33,13 +33,17 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_spread_it_says_the_same(folder, dtype):
-    """Also its layers, and its classifier, whose weights lie on the disk."""
+    """Also its layers, and its classifier, whose weights lie on the disk.
+
+    To the bit, so not in channels_last: a spread teacher stays as it was loaded, and another memory format is other
+    arithmetic.
+    """
     pixels = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     outputs = []
     for device_map in (None, DEVICE_MAP):
         teacher = load_teacher(folder, device_map=device_map)
         assert teacher.dispatched == (device_map is not None)
-        teacher.prepare(torch.device("cpu"), dtype, True, layers=["vit.layers.1", "embedding"])
+        teacher.prepare(torch.device("cpu"), dtype, False, layers=["vit.layers.1", "embedding"])
         teacher.align_classes([f"LABEL_{index}" for index in range(9, -1, -1)], {"pixel_values": pixels})
         outputs.append(teacher({"pixel_values": pixels}))
     whole, spread = outputs
@@ -67,7 +71,8 @@ def test_from_a_recipe_to_a_training(folder):
     for agreement, state in states[1:]:
         assert agreement == states[0][0]
         for name, expected in states[0][1].items():
-            torch.testing.assert_close(state[name], expected, rtol=0, atol=0)
+            # The teacher in one piece is channels_last, the spread one is not: float32 rounds differently.
+            torch.testing.assert_close(state[name], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_model_that_accelerate_offloaded():

@@ -37,7 +37,9 @@ def test_as_one_process(runs, run, tolerance):
     for name, expected in one["state"].items():
         torch.testing.assert_close(first["state"][name], expected, rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(second["state"][name], first["state"][name], rtol=0, atol=0)
-    assert first["top1"] == second["top1"] == one["top1"]
+    assert first["top1"] == second["top1"]
+    # In bf16 an image or two of 26 may have two classes closer to each other than the two trainings are.
+    assert first["top1"] == pytest.approx(one["top1"], abs=200.1 / 26 if run == "bf16" else 1e-6)
     assert first["loss"] == pytest.approx(one["loss"], rel=10 * tolerance)
 
 

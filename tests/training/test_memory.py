@@ -1,6 +1,8 @@
 """What a step keeps in memory: nothing of the teacher but its weights, and less of a student that runs twice."""
 
+import dataclasses
 import importlib.util
+import warnings
 import weakref
 
 import pytest
@@ -10,7 +12,7 @@ from helpers import ROOT, Plain, config, images, train_logs
 from torch.nn.parallel import DistributedDataParallel
 from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
-from hfkd import DistillationTrainer, load_student
+from hfkd import DistillationConfig, DistillationTrainer, load_student
 
 FEATURE_METHODS = ("fitnet", "at", "sp", "vid", "pkt", "crd", "srrl", "semckd")
 ROWS = 16
@@ -143,6 +145,25 @@ def test_checkpointing_saves_memory_and_changes_nothing(name):
     assert expected.keys() == checkpointed.distiller.state_dict().keys()
     for key, value in checkpointed.distiller.state_dict().items():
         torch.testing.assert_close(value, expected[key], rtol=0, atol=0, msg=key)
+
+
+NAMES = ("gradient_checkpointing", "activation_checkpointing")  # before transformers 5.24, and since
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_both_names_of_checkpointing(name):
+    """Neither makes transformers warn of what it will drop."""
+    if name not in {field.name for field in dataclasses.fields(DistillationConfig)}:
+        pytest.skip("transformers has no such argument before 5.24")
+    plain = trainer_of(cifar_student, {"kd": {}})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        trainer = trainer_of(cifar_student, {"kd": {}}, **{name: True, f"{name}_kwargs": {"use_reentrant": False}})
+        for each in (plain, trainer):
+            each.train()
+        again = dataclasses.replace(trainer.args)
+    assert trainer.saved_bytes < 0.6 * plain.saved_bytes
+    assert again.gradient_checkpointing and again.gradient_checkpointing_kwargs == {"use_reentrant": False}
 
 
 def test_what_runs_again_leaves_no_features_behind():

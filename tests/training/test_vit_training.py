@@ -8,6 +8,7 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from hfkd import DistillationTrainer, load_student
+from hfkd.networks.loading import wrap_timm
 
 METHODS = {
     "kd": {"kd": {}},
@@ -17,11 +18,20 @@ METHODS = {
     "ctkd_instance": {"ctkd": {"instance_wise": True}},
 }
 GUIDANCE = {"locality_guidance": {"student_layers": [0, 6, 11], "teacher_layers": [1, 2, 3]}}
+SMALL_GUIDANCE = {"locality_guidance": {"student_layers": [0, 1], "teacher_layers": [1, 3]}}
 
 
 def deit(name="deit_tiny_distilled_patch16_224"):
     torch.manual_seed(0)
     return load_student(name, num_classes=10, image_size=32, patch_size=16)
+
+
+def small_deit():
+    """With two of the twelve blocks: enough where only its heads matter."""
+    torch.manual_seed(0)
+    shape = {"img_size": 32, "patch_size": 16, "depth": 2, "embed_dim": 48, "num_heads": 2}
+    model = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=10, **shape)
+    return wrap_timm(model, list(map(str, range(10))), shape)
 
 
 def teacher():
@@ -30,7 +40,7 @@ def teacher():
 
 def gradients(losses, standardization, ce_weight):
     """Of both heads of a distilled DeiT after one backward pass; an earlier trainer has kept them apart."""
-    student = deit()
+    student = small_deit()
     DistillationTrainer(student, teacher(), config(losses={"kd": {}}), train_dataset=images(8))
     torch.manual_seed(0)
     args = config(losses=losses, logit_standardization=standardization, ce_weight=ce_weight)
@@ -58,7 +68,7 @@ def test_a_class_head_that_nothing_trains_is_refused():
 
 def test_without_a_loss_on_logits_both_heads_learn_the_labels():
     """Else the distillation head would stay as it was made, and evaluation averages it in."""
-    for losses in ({}, GUIDANCE):
+    for losses in ({}, SMALL_GUIDANCE):
         assert all(gradient.abs().sum() > 0 for gradient in gradients(losses, False, ce_weight=1.0))
 
 
@@ -79,12 +89,12 @@ def test_guidance_composes_with_kd_and_moves_its_projectors():
 
 def test_guidance_with_compile():
     """The hooks that tap the layers survive torch.compile."""
-    settings = {"losses": GUIDANCE, "max_steps": 2}
-    eager = DistillationTrainer(deit(), teacher(), config("eager", **settings), train_dataset=images(16))
+    settings = {"losses": SMALL_GUIDANCE, "max_steps": 2}
+    eager = DistillationTrainer(small_deit(), teacher(), config("eager", **settings), train_dataset=images(16))
     eager.train()
     args = config("compiled", **settings, torch_compile=True, torch_compile_backend="eager")
     torch.manual_seed(0)
-    compiled = DistillationTrainer(deit(), teacher(), args, train_dataset=images(16))
+    compiled = DistillationTrainer(small_deit(), teacher(), args, train_dataset=images(16))
     compiled.train()
     for log, expected in zip(train_logs(compiled), train_logs(eager), strict=True):
         assert log["loss_ce"] == pytest.approx(expected["loss_ce"], rel=1e-4)
