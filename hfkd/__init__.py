@@ -95,6 +95,7 @@ if "timm" in sys.modules:
 else:
     sys.meta_path.insert(0, _RegisterAfterTimm())
 
+
 def _moved(name: str):
     if name not in ("input_spec", "load_pretrained", "load_student", "load_teacher"):
         raise AttributeError(f"module 'hfkd.loading' has no attribute '{name}': see hfkd and hfkd.networks.loading")

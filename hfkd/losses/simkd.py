@@ -31,8 +31,9 @@ def simkd_loss(projected: Tensor, teacher_map: Tensor) -> Tensor:
 
 
 class SimKDLoss(DistillationLoss):
-    """`simkd_loss` as a method of a recipe. It changes the student: see `hfkd.networks.simkd_student`. The projector's BatchNorm
-    takes its statistics over the images of one process.
+    """`simkd_loss` as a method of a recipe. It changes the student: see `hfkd.networks.simkd_student`.
+
+    The projector's BatchNorm takes its statistics over the images of one process.
 
     Published alone, with `ce_weight` 0 and no loss that reads logits: the classifier is the teacher's and does not
     learn.
