@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)  # in place of this folder, whose evaluate.py would hide the library of that name
+sys.path.insert(0, str(ROOT))  # this checkout's hfkd, even where another checkout is installed
 
 TEACHER = "teacher"
 BASE = {

@@ -43,7 +43,7 @@ def tables(tmp_path_factory):
         sections = "methods data jpeg trainer reference cache profile".split()
         torch.compiler.set_stance("force_eager")  # compiling takes longer than all of this; other tests do
         with printed.open("w") as file, contextlib.redirect_stdout(file):
-            run_script("benchmark.py", "--quick", "--threads", "1", "--torch_compile", "--only", *sections)
+            run_script("benchmark/run.py", "--quick", "--threads", "1", "--torch_compile", "--only", *sections)
 
     assert in_child(benchmark) == 0
     first, *others = printed.read_text().splitlines()
@@ -93,7 +93,7 @@ def test_prints_where_the_time_goes(tables):
 
 @pytest.fixture(scope="module")
 def meters():
-    spec = importlib.util.spec_from_file_location("benchmark_meters", ROOT / "scripts/benchmark_meters.py")
+    spec = importlib.util.spec_from_file_location("meters", ROOT / "scripts/benchmark/meters.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -54,7 +54,7 @@ OUTPUT_OF = {
     "--nnodes": "runs/two_nodes",
     "--teacher_cache": "runs/cached",
 }
-TESTED_APART = {"scripts/benchmark.py", "export", "reproduce", "search", "visualize"}  # each takes long
+TESTED_APART = {"scripts/benchmark/run.py", "export", "reproduce", "search", "visualize"}  # each takes long
 EVALUATES = ("evaluate", "compare", "visualize", "export", "push", "--help")  # commands that train nothing
 
 
@@ -124,7 +124,7 @@ def folder(tmp_path_factory):
 def in_small(command, folder):
     """The words of a command, with what makes it small and local."""
     words = shlex.split(command.replace("path/to/", f"{folder}/"), comments=True)
-    if any(word in words for word in EVALUATES) or "scripts/benchmark.py" in words:
+    if any(word in words for word in EVALUATES):
         return words
     if "--dataset_name" not in words and not any(name in words for name in RECIPES):
         words += ["--dataset_name", str(folder / ("imagefolder" if "recipes/imagenet" in command else "cifar100"))]
@@ -140,9 +140,9 @@ def in_small(command, folder):
 def test_the_commands(folder, monkeypatch, capsys):
     """In order, since one needs what the one before left; on two CPU processes where it says several GPUs."""
     monkeypatch.chdir(folder)
-    verbs = [re.search(r"hfkd ([\w-]+)|scripts/(\w+)\.py", command).group(1, 2) for command in COMMANDS]
+    verbs = [re.search(r"hfkd ([\w-]+)|scripts/([\w/]+)\.py", command).group(1, 2) for command in COMMANDS]
     expected = "train_teacher distill evaluate distill distill distill train-teacher distill train_teacher distill"
-    expected += " distill distill distill distill distill distill cache-teacher distill benchmark compare"
+    expected += " distill distill distill distill distill distill cache-teacher distill benchmark/run compare"
     expected += " visualize export reproduce search distill push"
     assert [verb for pair in verbs for verb in pair if verb] == expected.split()
     with writable_hub(folder / "hub", monkeypatch) as hub:

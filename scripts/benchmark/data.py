@@ -1,4 +1,4 @@
-"""The sections of scripts/benchmark.py that make batches and train on none."""
+"""The sections of scripts/benchmark/run.py that make batches and train on none."""
 
 import argparse
 import tempfile
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from benchmark_meters import Meter, Row
+from meters import Meter, Row
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""python scripts/benchmark.py [--quick] [--pairs 11] [--batch_size 64] [--threads N] [--torch_compile] [--only ...]
+"""python scripts/benchmark/run.py [--quick] [--pairs 11] [--batch_size 64] [--threads N] [--torch_compile] [--only ...]
 
 Is hfkd fast where it claims to be, and what does each method cost? Measured in one run on random images:
 
@@ -26,17 +26,13 @@ batch to the optimizer's and CRD's memory; `over KD` is that less KD's. On a CPU
 threads that wait for one another wait for the others as well. Weights are random: they cost the same.
 """
 
-import sys
+import argparse
 
-sys.path.append(sys.path.pop(0))  # this folder, behind all others: its evaluate.py would hide the library of that name
-
-import argparse  # noqa: E402
-
-import torch  # noqa: E402
-from benchmark_data import data_rows, jpeg_rows  # noqa: E402
-from benchmark_meters import DEVICE, print_table  # noqa: E402
-from benchmark_steps import cache_rows, method_rows, profile_rows, reference_rows, trainer_rows  # noqa: E402
-from transformers.utils import logging  # noqa: E402
+import torch
+from data import data_rows, jpeg_rows
+from meters import DEVICE, print_table
+from steps import cache_rows, method_rows, profile_rows, reference_rows, trainer_rows
+from transformers.utils import logging
 
 SECTIONS = {
     "data": data_rows,

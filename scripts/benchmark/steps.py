@@ -1,4 +1,4 @@
-"""The sections of scripts/benchmark.py that train."""
+"""The sections of scripts/benchmark/run.py that train."""
 
 import argparse
 import copy
@@ -10,8 +10,8 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
-from benchmark_data import CLASSES, random_images
-from benchmark_meters import DEVICE, Meter, MethodRow, Row, ShareRow, StepClock, alternate, step_bytes
+from data import CLASSES, random_images
+from meters import DEVICE, Meter, MethodRow, Row, ShareRow, StepClock, alternate, step_bytes
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback
@@ -24,7 +24,7 @@ from hfkd.teacher_cache.rows import RowFormat
 from hfkd.teacher_cache.teacher import CachedTeacher
 from hfkd.teacher_cache.writing import write_cache
 
-RECIPES = Path(__file__).parents[1] / "recipes" / "cifar100"
+RECIPES = Path(__file__).parents[2] / "recipes" / "cifar100"
 LOGIT_METHODS = ("kd", "kd_zscore", "dkd", "mlkd", "ctkd")
 FEATURE_METHODS = ("fitnet", "at", "sp", "vid", "pkt", "crd", "srrl", "semckd", "simkd")
 

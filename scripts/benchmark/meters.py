@@ -1,4 +1,4 @@
-"""What scripts/benchmark.py measures with, and the tables that it prints."""
+"""What scripts/benchmark/run.py measures with, and the tables that it prints."""
 
 import functools
 import itertools
