@@ -1,29 +1,31 @@
-"""python scripts/benchmark/run.py [--quick] [--pairs 11] [--batch_size 64] [--threads N] [--torch_compile] [--only ...]
+"""Measure how fast hfkd is and what each method costs, in one run on random images.
 
-Is hfkd fast where it claims to be, and what does each method cost? Measured in one run on random images:
+python scripts/benchmark/run.py [--quick] [--pairs 11] [--batch_size 64] [--threads N] [--torch_compile] [--only ...]
 
 data       Images/s of finished batches (float32, cropped, flipped, normalised) from one CPU thread: the weak view, and
-           the weak and the strong one. Against them, for scale, torchvision's transforms on one PIL image at a time.
-jpeg       The same from files: JPEGs of 500 x 375, decoded, a random part resized to 224, flipped, normalised, as one
-           DataLoader worker does it. Against the usual loop of PIL and torchvision's transforms over the same files.
-trainer    A step of DistillationTrainer as the recipe runs it, against a loop written by hand: same batches, networks,
-           losses, optimizer, precision, memory format and compile setting. So the ratio is what Trainer costs.
+           the weak and the strong view. torchvision's transforms on one PIL image at a time give the scale.
+jpeg       The same from files: JPEGs of 500 x 375 are decoded, cropped at random, resized to 224, flipped and
+           normalised, as one DataLoader worker does it, against PIL and torchvision's transforms on the same files.
+trainer    A step of DistillationTrainer as the recipe runs it, against a loop written by hand with the same batches,
+           networks, losses, optimizer, precision, memory format and compile setting. The ratio is the cost of Trainer.
 reference  The same against the loop of the published code: float32, contiguous, eager, the loss written out.
-           With --torch_compile these two sections have a compiled Trainer; the published loop stays eager.
+           With --torch_compile these two sections compile Trainer; the published loop stays eager.
 cache      A step of KD with resnet20 that reads the teacher's logits from a cache, all or the largest 16, against one
-           from the labels alone: making the batch, forward, backward and update, nothing else of Trainer.
-methods    A step of each method's recipe, resnet32x4 -> resnet8x4, against one of the recipe with KD alone: on batches
-           that lie ready, forward, backward and update by the same few lines, nothing else of Trainer. `kd` itself
-           shows how far two equal contenders differ.
+           from the labels alone: make the batch, forward, backward and update, without the rest of Trainer.
+methods    A step of each method of hfkd.losses.LOSSES that has a recipe for resnet32x4 -> resnet8x4, against one of the
+           recipe with KD alone: forward, backward and update on batches that are ready, without the rest of Trainer.
+           The row `kd` shows how far two equal contenders differ.
 profile    Where the time of a Trainer's step goes, resnet32x4 -> resnet8x4, KD + Z-score, in percent of the step. On
            CUDA it waits for the device after each part, which a real step does not.
 
-Contenders alternate in short rounds, and `ratio` is the median over the rounds of ours / theirs, `times as long` that
-of the method's time / KD's: what slows the machine for a while slows both. Trust the ratios and their quartiles;
-images/s and ms, medians too, are this machine's at this moment. On CUDA `peak MiB` is what a round allocates on top of
-what stood before it. `peak MiB of a step` counts tensors, on any device: the most that live at one moment, from the
-batch to the optimizer's and CRD's memory; `over KD` is that less KD's. On a CPU that others use too, give --threads 1:
-threads that wait for one another wait for the others as well. Weights are random: they cost the same.
+Contenders alternate in short rounds, so that other load on the machine slows both. `ratio` is the median over the
+rounds of ours / theirs; `times as long` is the median of the method's time / KD's. Trust the ratios and their
+quartiles; images/s and ms are medians too, but depend on the machine and the moment.
+
+On CUDA `peak MiB` is the memory that a round allocates in addition to what was allocated before. `peak MiB of a step`
+counts the tensors that live at one moment, on any device, from the batch to the optimizer's and CRD's memory; `over KD`
+is the difference to KD alone. On a CPU that others use too, give --threads 1: threads wait for each other. Weights are
+random, because they cost the same.
 """
 
 import argparse
@@ -56,7 +58,7 @@ def machine(args: argparse.Namespace) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measures hfkd's speed on random images.")
+    parser = argparse.ArgumentParser(description="Measure hfkd's speed on random images.")
     parser.add_argument("--quick", action="store_true", help="Few small rounds, to see that it runs.")
     parser.add_argument("--pairs", type=int, help="Rounds of each contender (11; quick: 2).")
     parser.add_argument("--batch_size", type=int, help="Images a step (64; quick: 8).")
