@@ -8,6 +8,7 @@ import importlib
 import importlib.abc
 import importlib.util
 import sys
+import warnings
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -86,8 +87,11 @@ class _RegisterAfterTimm(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def _register_architectures() -> None:
-    for name in _ARCHITECTURES:
-        importlib.import_module(name)
+    try:
+        for name in _ARCHITECTURES:
+            importlib.import_module(name)
+    except ImportError as error:  # of a name that another version of timm lacks: `import timm` must go on working
+        warnings.warn(f"hfkd could not register its architectures with timm: {error}", stacklevel=2)
 
 
 if "timm" in sys.modules:

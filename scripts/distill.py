@@ -1,10 +1,11 @@
-"""accelerate launch scripts/distill.py recipes/cifar100/resnet56-resnet20/kd_zscore.yaml [--key value ...]"""
+"""Train the student of a recipe, as `hfkd distill` does.
+
+accelerate launch scripts/distill.py recipes/cifar100/resnet56-resnet20/kd_zscore.yaml [--key value ...]
+"""
 
 import sys
 
-sys.path.pop(0)  # this folder: its evaluate.py would hide the library of that name
-
-from hfkd.cli import main  # noqa: E402
+from hfkd.cli import main
 
 if __name__ == "__main__":
     main(["distill", *sys.argv[1:]])

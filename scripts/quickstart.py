@@ -1,13 +1,13 @@
-"""A teacher and three students on scikit-learn's digits in one table; `bash scripts/quickstart.sh` calls it."""
+"""Train a teacher and three students on scikit-learn's digits and print one table.
+
+`bash scripts/quickstart.sh` installs hfkd and runs this script.
+"""
 
 import json
 import shutil
-import sys
 import time
 
-sys.path.pop(0)  # this folder: its evaluate.py would hide the library of that name
-
-from hfkd.commands.train import distill, train_teacher  # noqa: E402
+from hfkd.commands.train import distill, train_teacher
 
 STUDENTS = {"cross-entropy alone": "student", "KD": "kd", "KD + Z-score": "kd_zscore"}
 

@@ -19,11 +19,12 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def run_script(name: str, *arguments: str) -> None:
-    """What `python scripts/name arguments` does, in this process: starting one takes longer than most of them."""
+    """Do what `python scripts/name arguments` does, in this process: starting one takes longer than most scripts."""
+    script = ROOT / "scripts" / name
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"scripts/{name}", *arguments])
-        patch.setattr(sys, "path", [str(ROOT / "scripts"), *sys.path])  # the first of which the scripts take away
-        runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
+        patch.setattr(sys, "path", [str(script.parent), *sys.path])
+        runpy.run_path(str(script), run_name="__main__")
 
 
 def aligned(model: nn.Module) -> nn.Module:

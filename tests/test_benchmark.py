@@ -1,4 +1,4 @@
-"""The benchmark runs and prints whole tables, and counts a step's tensors and seconds rightly."""
+"""Benchmark: it prints whole tables, and counts tensors and seconds of a step correctly."""
 
 import contextlib
 import importlib.util
@@ -7,8 +7,11 @@ import re
 
 import pytest
 import torch
+import yaml
 from helpers import ROOT, run_script
 from interrupting import in_child
+
+from hfkd.losses import LOSSES
 
 SPEED_ROWS = {
     "data: weak view",
@@ -21,8 +24,7 @@ SPEED_ROWS = {
     "cache: resnet20, KD from all logits",
     "cache: resnet20, KD from the largest 16",
 }
-LOGIT_METHODS = ["kd", "kd_zscore", "dkd", "mlkd", "ctkd"]
-FEATURE_METHODS = [f"kd + {method}" for method in ("fitnet", "at", "sp", "vid", "pkt", "crd", "srrl", "semckd")]
+RECIPES = ROOT / "recipes/cifar100/resnet32x4-resnet8x4"
 PARTS = {
     "data",
     "teacher, forward",
@@ -43,7 +45,7 @@ def tables(tmp_path_factory):
         sections = "methods data jpeg trainer reference cache profile".split()
         torch.compiler.set_stance("force_eager")  # compiling takes longer than all of this; other tests do
         with printed.open("w") as file, contextlib.redirect_stdout(file):
-            run_script("benchmark.py", "--quick", "--threads", "1", "--torch_compile", "--only", *sections)
+            run_script("benchmark/run.py", "--quick", "--threads", "1", "--torch_compile", "--only", *sections)
 
     assert in_child(benchmark) == 0
     first, *others = printed.read_text().splitlines()
@@ -73,7 +75,10 @@ def test_prints_every_speed_with_its_numbers(tables):
 def test_prints_what_every_method_costs(tables):
     rows, _, _ = tables  # the sections come in the order given
     peak, more = ({cells[0]: float(cells[column].replace(",", "")) for cells in rows} for column in (5, 6))
-    assert list(peak) == [*LOGIT_METHODS, *FEATURE_METHODS, "simkd"]
+    recipes = [RECIPES / f"{method}.yaml" for method in LOSSES]
+    kd, *others = [" + ".join(yaml.safe_load(path.read_text())["losses"]) for path in recipes if path.is_file()]
+    assert list(peak) == [kd, "kd + Z-score", *others]
+    assert {"kd", "mlkd", "kd + crd", "simkd"} <= set(peak)
     for name, ours, theirs, ratio, quartiles, _, _ in rows:
         check_numbers(name, ours, theirs, ratio, quartiles)
         assert peak[name] - more[name] == pytest.approx(peak["kd"] - more["kd"], abs=0.11), "KD alone, rounded"
@@ -93,7 +98,7 @@ def test_prints_where_the_time_goes(tables):
 
 @pytest.fixture(scope="module")
 def meters():
-    spec = importlib.util.spec_from_file_location("benchmark_meters", ROOT / "scripts/benchmark_meters.py")
+    spec = importlib.util.spec_from_file_location("meters", ROOT / "scripts/benchmark/meters.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

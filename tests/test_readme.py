@@ -1,5 +1,6 @@
-"""The README's commands and its programs do what it says, on a small data set with CIFAR-100's columns."""
+"""README: its commands and programs work on a small data set with CIFAR-100's columns; its table has every method."""
 
+import inspect
 import json
 import os
 import re
@@ -18,6 +19,8 @@ from interrupting import in_child
 from PIL import Image as PILImage
 
 from hfkd.cli import main
+from hfkd.losses import LOSSES
+from hfkd.losses.standardize import CITATION
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
@@ -54,8 +57,35 @@ OUTPUT_OF = {
     "--nnodes": "runs/two_nodes",
     "--teacher_cache": "runs/cached",
 }
-TESTED_APART = {"scripts/benchmark.py", "export", "reproduce", "search", "visualize"}  # each takes long
-EVALUATES = ("evaluate", "compare", "visualize", "export", "push", "--help")  # commands that train nothing
+TESTED_APART = {"scripts/benchmark/run.py", "export", "reproduce", "search", "visualize"}  # each takes long
+EVALUATES = ("evaluate", "compare", "push", "--help")  # commands that train nothing
+
+
+def paper(citation):
+    """Return "Hinton et al., Distilling the Knowledge in a Neural Network, 2015" from a BibTeX entry."""
+    fields = {key: " ".join(text.split()) for key, text in re.findall(r"(\w+) = \{(.*?)\},\n", citation, re.DOTALL)}
+    families = [author.partition(",")[0] for author in fields["author"].split(" and ")]
+    authors = " and ".join(families) if len(families) < 3 else f"{families[0]} et al."
+    acronyms = re.findall(r"\w*[A-Z]{3}\w*", fields.get("booktitle", ""))  # of which the last is the conference's
+    where = " ".join([*acronyms[-1:], fields["year"]])
+    return f"{authors}, {re.sub('[{}]', '', fields['title'])}, {where}"
+
+
+def parameters(loss):
+    """Return a loss's parameters as a recipe has them, with defaults where there are any."""
+    given = inspect.signature(loss).parameters.values()
+    return ", ".join(p.name if p.default is p.empty else f"{p.name}: {json.dumps(p.default)}" for p in given)
+
+
+def test_the_table_of_methods():
+    """Every loss has one row. The message of a failure holds the rows to copy into the README."""
+    section = README.partition("\n## Methods\n")[2].partition("\n## ")[0]
+    _, *rows = [row for row in section.splitlines() if row.startswith("| ")]
+    expected = [f"| `{name}` | {paper(loss.citation)} | `{parameters(loss)}` |" for name, loss in LOSSES.items()]
+    expected.append(f"| `logit_standardization: true` | {paper(CITATION)} | over every logit loss |")
+    missing, outdated = set(expected) - set(rows), set(rows) - set(expected)
+    assert not missing and not outdated, "\n".join(["add:", *missing, "remove:", *outdated])
+    assert len(rows) == len(expected)
 
 
 def start(command, folder):
@@ -124,7 +154,7 @@ def folder(tmp_path_factory):
 def in_small(command, folder):
     """The words of a command, with what makes it small and local."""
     words = shlex.split(command.replace("path/to/", f"{folder}/"), comments=True)
-    if any(word in words for word in EVALUATES) or "scripts/benchmark.py" in words:
+    if any(word in words for word in EVALUATES):
         return words
     if "--dataset_name" not in words and not any(name in words for name in RECIPES):
         words += ["--dataset_name", str(folder / ("imagefolder" if "recipes/imagenet" in command else "cifar100"))]
@@ -140,9 +170,9 @@ def in_small(command, folder):
 def test_the_commands(folder, monkeypatch, capsys):
     """In order, since one needs what the one before left; on two CPU processes where it says several GPUs."""
     monkeypatch.chdir(folder)
-    verbs = [re.search(r"hfkd ([\w-]+)|scripts/(\w+)\.py", command).group(1, 2) for command in COMMANDS]
+    verbs = [re.search(r"hfkd ([\w-]+)|scripts/([\w/]+)\.py", command).group(1, 2) for command in COMMANDS]
     expected = "train_teacher distill evaluate distill distill distill train-teacher distill train_teacher distill"
-    expected += " distill distill distill distill distill distill cache-teacher distill benchmark compare"
+    expected += " distill distill distill distill distill distill cache-teacher distill benchmark/run compare"
     expected += " visualize export reproduce search distill push"
     assert [verb for pair in verbs for verb in pair if verb] == expected.split()
     with writable_hub(folder / "hub", monkeypatch) as hub:

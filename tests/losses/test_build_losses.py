@@ -1,8 +1,12 @@
+import importlib
+import inspect
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
+import hfkd.losses
 from hfkd.losses import LOSSES, CTKDLoss, DistillationLoss, DKDLoss, KDLoss, build_losses
 from hfkd.losses.checks import checked_arguments
 
@@ -18,6 +22,22 @@ def fails(losses, *words):
         build_losses(losses, logit_standardization=False)
     for word in words:
         assert word in str(failure.value), f"{word!r} is not in {str(failure.value)!r}"
+
+
+def test_every_loss_is_a_method_under_the_name_of_its_file():
+    """Losses that other losses build on, which have no citation, are none."""
+    found = {}
+    for path in Path(hfkd.losses.__file__).parent.glob("[a-z]*.py"):
+        module = importlib.import_module(f"hfkd.losses.{path.stem}")
+        for loss in vars(module).values():
+            if inspect.isclass(loss) and loss.__module__ == module.__name__ and getattr(loss, "citation", ""):
+                assert path.stem not in found, f"{path} holds two methods"
+                found[path.stem] = loss
+    assert found == LOSSES
+    assert LOSSES["kd"] is KDLoss and LOSSES["ctkd"] is CTKDLoss and next(iter(LOSSES)) == "kd"
+    for name, loss in LOSSES.items():
+        assert getattr(hfkd.losses, loss.__name__) is loss
+        assert any(re.fullmatch(rf"{name}(_\w+)?_loss", function) for function in vars(hfkd.losses)), name
 
 
 def test_parameters_reach_the_constructor_and_order_is_kept():

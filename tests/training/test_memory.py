@@ -19,7 +19,7 @@ ROWS = 16
 
 
 def load_meters():
-    spec = importlib.util.spec_from_file_location("benchmark_meters", ROOT / "scripts" / "benchmark_meters.py")
+    spec = importlib.util.spec_from_file_location("meters", ROOT / "scripts/benchmark/meters.py")
     meters = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(meters)
     return meters

@@ -1,4 +1,4 @@
-"""The sections of scripts/benchmark.py that train."""
+"""Sections of the benchmark that train."""
 
 import argparse
 import copy
@@ -10,31 +10,33 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
-from benchmark_data import CLASSES, random_images
-from benchmark_meters import DEVICE, Meter, MethodRow, Row, ShareRow, StepClock, alternate, step_bytes
+from data import CLASSES, random_images
+from meters import DEVICE, Meter, MethodRow, Row, ShareRow, StepClock, alternate, step_bytes
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback
 
 from hfkd import DistillationConfig, DistillationTrainer, Teacher, load_student
 from hfkd.data import ImageDataset, collate_batch
-from hfkd.losses import kd_loss, standardize
+from hfkd.losses import LOSSES, kd_loss, standardize
 from hfkd.recipe.reading import parse_recipe
 from hfkd.teacher_cache.rows import RowFormat
 from hfkd.teacher_cache.teacher import CachedTeacher
 from hfkd.teacher_cache.writing import write_cache
 
-RECIPES = Path(__file__).parents[1] / "recipes" / "cifar100"
-LOGIT_METHODS = ("kd", "kd_zscore", "dkd", "mlkd", "ctkd")
-FEATURE_METHODS = ("fitnet", "at", "sp", "vid", "pkt", "crd", "srrl", "semckd", "simkd")
+RECIPES = Path(__file__).parents[2] / "recipes" / "cifar100"
+PAIR = "resnet32x4-resnet8x4"  # has recipes of nearly every method
 
 
 # ---- A training step ---------------------------------------------------------------------------------------------
 
 
 class Alternate(TrainerCallback):
-    """Cuts a Trainer's run into rounds, from the end of one step to that of the `steps`-th after it, so that all that
-    Trainer does in between counts; each is followed by a round of the other loop."""
+    """Callback that alternates rounds of a Trainer with rounds of another loop.
+
+    A round lasts from the end of one step to the end of the `steps`-th step after it, so that everything that Trainer
+    does in between counts.
+    """
 
     def __init__(self, other: Iterator[None], steps: int, batch_size: int):
         self.other, self.steps, self.images = other, steps, steps * batch_size
@@ -57,7 +59,7 @@ class Alternate(TrainerCallback):
 def loop_by_hand(
     student: nn.Module, teacher: nn.Module | None, config: DistillationConfig, published: bool, batches: DataLoader
 ) -> Iterator[None]:
-    """Trains, one step for each `next`."""
+    """Train one step for each `next`."""
     bf16, kd = (False, published_kd) if published else (config.bf16, library_kd)
     fused = None if published else True  # None: what torch chooses for the device
     decay = config.weight_decay
@@ -78,7 +80,7 @@ def loop_by_hand(
 
 
 def published_kd(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """KD on Z-scores, written out; logits (B, C)."""
+    """Compute KD on Z-scores as the published code does. Logits are (B, C)."""
     student, teacher = (
         (logits - logits.mean(dim=1, keepdim=True)) / (1e-7 + logits.std(dim=1, keepdim=True)) / temperature
         for logits in (student_logits, teacher_logits)
@@ -92,7 +94,7 @@ def library_kd(student_logits: Tensor, teacher_logits: Tensor, temperature: floa
 
 
 def recipe_config(recipe: str, batch_size: int, folder: str, torch_compile=False) -> DistillationConfig:
-    """The recipe's settings, for a run of one epoch that neither evaluates, nor saves, nor logs a step."""
+    """Read the settings of a recipe, for one epoch without evaluations, checkpoints and logs."""
     changes = {"output_dir": folder, "num_train_epochs": 1, "per_device_train_batch_size": batch_size}
     changes |= {"eval_strategy": "no", "save_strategy": "no", "logging_strategy": "no"}
     changes |= {"load_best_model_at_end": False, "report_to": "none", "disable_tqdm": True}
@@ -104,7 +106,7 @@ def recipe_config(recipe: str, batch_size: int, folder: str, torch_compile=False
 def step_row(
     args: argparse.Namespace, title: str, recipe: str, student: str, teacher: str | None, steps: int, published=False
 ) -> Row:
-    """The trainer of a recipe in rounds of `steps` steps, against the published loop or its own equal by hand."""
+    """Compare the trainer of a recipe with the published loop, or with the same loop written by hand."""
     steps = 1 if args.quick else steps if DEVICE.type == "cpu" else 50
     dataset = random_images(args.batch_size * steps * (args.pairs + 1))
     student_model = load_student(student, num_classes=CLASSES)
@@ -140,7 +142,7 @@ def trainer_rows(args: argparse.Namespace) -> list[Row]:
 
 
 def reference_rows(args: argparse.Namespace) -> list[Row]:
-    recipe, pair = "resnet32x4-resnet8x4/kd_zscore.yaml", ("cifar_resnet8x4", "cifar_resnet32x4")
+    recipe, pair = f"{PAIR}/kd_zscore.yaml", ("cifar_resnet8x4", "cifar_resnet32x4")
     return [step_row(args, "reference: resnet32x4 -> resnet8x4, KD + Z-score", recipe, *pair, steps=1, published=True)]
 
 
@@ -150,7 +152,7 @@ def reference_rows(args: argparse.Namespace) -> list[Row]:
 def data_and_steps(
     args: argparse.Namespace, teacher: CachedTeacher | None, dataset: ImageDataset, folder: str
 ) -> Iterator[None]:
-    """Makes a batch and trains on it, one step for each `next`; without a teacher from the labels alone."""
+    """Make a batch and train on it, one step for each `next`; without a teacher from the labels alone."""
     config = recipe_config("resnet56-resnet20/kd_zscore.yaml", args.batch_size, folder)
     student = load_student("cifar_resnet8" if args.quick else "cifar_resnet20", num_classes=CLASSES)
     losses = config.losses if teacher else {}
@@ -168,7 +170,7 @@ def data_and_steps(
 
 
 def cache_rows(args: argparse.Namespace) -> list[Row]:
-    """A small teacher writes the caches: what they hold costs the same."""
+    """Compare KD from a cache with the labels alone. A small teacher writes the caches, which cost the same to read."""
     steps, epochs = (1, 1) if args.quick else (5, 3)
     datasets = [random_images(1_000 if args.quick else 20_000)]
     datasets += [copy.copy(datasets[0]) for _ in range(2)]  # each has a cache of its own, or none
@@ -191,16 +193,16 @@ def cache_rows(args: argparse.Namespace) -> list[Row]:
 
 
 def small_trainer(args: argparse.Namespace, recipe: str, dataset: ImageDataset, folder: str) -> DistillationTrainer:
-    """Of a recipe resnet32x4 -> resnet8x4; in quick mode with smaller networks."""
+    """Build the trainer of a recipe of the pair; in quick mode with smaller networks."""
     student, teacher = ("cifar_resnet8", "cifar_resnet14") if args.quick else ("cifar_resnet8x4", "cifar_resnet32x4")
-    config = recipe_config(f"resnet32x4-resnet8x4/{recipe}.yaml", args.batch_size, folder)
+    config = recipe_config(f"{PAIR}/{recipe}.yaml", args.batch_size, folder)
     networks = load_student(student, num_classes=CLASSES), timm.create_model(teacher, num_classes=CLASSES)
     return DistillationTrainer(*networks, config, train_dataset=dataset)
 
 
-def training_steps(args: argparse.Namespace, method: str, dataset: ImageDataset, folder: str) -> Iterator[None]:
-    """Trains as the method's recipe says, one step for each `next`, on batches of as many views as it reads."""
-    trainer = small_trainer(args, method, dataset, folder)
+def training_steps(args: argparse.Namespace, recipe: str, dataset: ImageDataset, folder: str) -> Iterator[None]:
+    """Train as a recipe of the pair says, one step for each `next`, on batches that are ready."""
+    trainer = small_trainer(args, recipe, dataset, folder)
     loader = DataLoader(dataset, args.batch_size, shuffle=True, collate_fn=collate_batch)
     batches = list(itertools.islice(loader, 8))
     model = trainer.accelerator.prepare_model(trainer.distiller).train()
@@ -213,20 +215,33 @@ def training_steps(args: argparse.Namespace, method: str, dataset: ImageDataset,
         yield
 
 
+def method_recipes() -> dict[str, str]:
+    """Return the pair's recipes: KD, KD on Z-scores, and each other method of hfkd that has a recipe there.
+
+    The names say what a recipe trains with, such as "kd + Z-score" or "kd + crd".
+    """
+    others = [method for method in LOSSES if method != "kd" and (RECIPES / PAIR / f"{method}.yaml").is_file()]
+    recipes = {}
+    for recipe in ("kd", "kd_zscore", *others):
+        config = recipe_config(f"{PAIR}/{recipe}.yaml", 1, "")
+        recipes[" + ".join([*config.losses, *["Z-score"] * config.logit_standardization])] = recipe
+    return recipes
+
+
 def method_rows(args: argparse.Namespace) -> list[MethodRow]:
-    """KD alone goes on beside every method; on a CPU a round is one step."""
+    """Compare each method with KD alone, which trains on beside every method. On a CPU a round is one step."""
     steps = 50 if DEVICE.type == "cuda" and not args.quick else 1
     dataset = random_images(1_000 if args.quick else 50_000)  # CRD remembers every image
     dataset.to(DEVICE)
     rows = []
+    recipes = method_recipes()  # before any trainer: reading a recipe resets accelerate's state
     with tempfile.TemporaryDirectory() as folder:
         alone = training_steps(args, "kd_ce1", dataset, folder)
         next(alone)
         alone_bytes = step_bytes(alone)
-        for method in (*LOGIT_METHODS, *FEATURE_METHODS):
-            ours = training_steps(args, method, dataset, folder)
+        for name, recipe in recipes.items():
+            ours = training_steps(args, recipe, dataset, folder)
             meters = alternate(ours, alone, args.pairs + 1, steps, steps * args.batch_size)
-            name = f"kd + {method}" if method in FEATURE_METHODS and method != "simkd" else method
             rows.append(MethodRow(name, *meters, args.batch_size, step_bytes(ours), alone_bytes))
     return rows
 
@@ -235,7 +250,10 @@ def method_rows(args: argparse.Namespace) -> list[MethodRow]:
 
 
 class ClockedSteps(TrainerCallback):
-    """Clocks the parts of a trainer's steps, the first and the last left out; what belongs to none is Trainer's."""
+    """Callback that measures the share of each part of a trainer's steps, except the first and the last step.
+
+    Time in no part counts as Trainer's.
+    """
 
     def __init__(self, trainer: DistillationTrainer):
         self.clock, self.shares = StepClock("Trainer, accelerate, the rest"), []
@@ -254,13 +272,13 @@ class ClockedSteps(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         seconds = self.clock.take()
-        # The first one fetches two batches and the last one none: accelerate is one ahead.
+        # The first step fetches two batches and the last step none: accelerate is one batch ahead.
         if 1 < state.global_step < state.max_steps:
             self.shares.append({part: value / sum(seconds.values()) for part, value in seconds.items()})
 
 
 def profile_rows(args: argparse.Namespace) -> list[ShareRow]:
-    """Eager, whatever is asked for: compiled, a forward is one call of which nothing can be said."""
+    """Measure where the time of a step goes, always in eager mode: a compiled forward is one call."""
     dataset = random_images(args.batch_size * (args.pairs + 2))
     with tempfile.TemporaryDirectory() as folder:
         trainer = small_trainer(args, "kd_zscore", dataset, folder)

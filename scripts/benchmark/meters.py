@@ -1,4 +1,4 @@
-"""What scripts/benchmark.py measures with, and the tables that it prints."""
+"""Meters of time and memory, and the tables that the benchmark prints."""
 
 import functools
 import itertools
@@ -17,7 +17,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Meter:
-    """Images/s of each round of one contender, the first of which is its warm-up; on CUDA also the memory it takes."""
+    """Images/s of each round of one contender, and on CUDA its memory. The first round is a warm-up."""
 
     def __init__(self):
         self.rates: list[float] = []
@@ -43,10 +43,10 @@ class Meter:
 
 
 class StepClock:
-    """Seconds that each part of a step takes; while one runs inside another, the outer one's clock stands still.
+    """Clock of the parts of a step. While one part runs inside another, the clock of the outer part stops.
 
     Args:
-        rest: what to call the time in which no part runs.
+        rest: name of the time in which no part runs.
     """
 
     def __init__(self, rest: str):
@@ -55,7 +55,7 @@ class StepClock:
         self._since = time.perf_counter()
 
     def timed(self, part: str, function: Callable) -> Callable:
-        """The function, whose calls count for the part."""
+        """Return the function, wrapped so that its calls count for the part."""
         self._seconds[part] = 0.0
 
         @functools.wraps(function)
@@ -71,7 +71,7 @@ class StepClock:
         return call
 
     def take(self) -> dict[str, float]:
-        """The seconds since the last call, by part."""
+        """Return the seconds of each part since the last call."""
         self._book()
         seconds, self._seconds = self._seconds, dict.fromkeys(self._seconds, 0.0)
         return seconds
@@ -85,9 +85,9 @@ class StepClock:
 
 
 class LiveTensors(TorchDispatchMode):
-    """Within it, the bytes of all tensors that operations have read or made and that still live, and their peak.
+    """Context that counts the bytes of all living tensors that operations have read or made, and their peak.
 
-    What an operation allocates for itself is not seen, and nothing depends on the device or its allocator.
+    It does not see memory that an operation allocates for itself, and does not depend on the device or its allocator.
     """
 
     def __init__(self):
@@ -115,16 +115,20 @@ class LiveTensors(TorchDispatchMode):
 
 
 def step_bytes(steps: Iterator[None]) -> int:
-    """The most that the tensors of one step take at one time, parameters, buffers and optimizer included."""
+    """Return the peak bytes of one step's tensors, including parameters, buffers and optimizer."""
     with LiveTensors() as tensors:
-        next(steps)  # which sees what lives on from step to step
+        next(steps)  # sees the tensors that live on from step to step
         tensors.peak_bytes = tensors.bytes
         next(steps)
     return tensors.peak_bytes
 
 
 def alternate(ours: Iterator[None], theirs: Iterator[None], rounds: int, steps: int, images: int) -> list[Meter]:
-    """Rounds of `steps` steps of one, then of the other; `images` are those of a round."""
+    """Measure rounds of `steps` steps of one contender and of the other in turns.
+
+    Args:
+        images: images of a round.
+    """
     meters = [Meter(), Meter()]
     for _ in range(rounds):
         for contender, meter in zip((ours, theirs), meters, strict=True):
@@ -137,7 +141,7 @@ def alternate(ours: Iterator[None], theirs: Iterator[None], rounds: int, steps: 
 
 @dataclass
 class Row:
-    """One line of the first table: our rounds, theirs, and what the design asks for."""
+    """Row of the first table: our rounds, their rounds, and the ratio that hfkd aims at."""
 
     name: str
     ours: Meter
@@ -164,7 +168,7 @@ class Row:
 
 @dataclass
 class MethodRow:
-    """One line of the second table: what a step of `batch_size` images costs with a method, and with KD alone."""
+    """Row of the second table: cost of a step of `batch_size` images with a method, and with KD alone."""
 
     name: str
     method: Meter
@@ -185,7 +189,7 @@ class MethodRow:
 
 @dataclass
 class ShareRow:
-    """One line of the third table: a part of a step, and its share (0 to 1) of each step's time."""
+    """Row of the third table: a part of a step, and its share (0 to 1) of each step's time."""
 
     name: str
     shares: Sequence[float]

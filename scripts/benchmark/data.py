@@ -1,4 +1,4 @@
-"""The sections of scripts/benchmark.py that make batches and train on none."""
+"""Sections of the benchmark that make batches and do not train."""
 
 import argparse
 import tempfile
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from benchmark_meters import Meter, Row
+from meters import Meter, Row
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
@@ -36,7 +36,7 @@ def random_images(count: int) -> ImageDataset:
 
 
 class PILImages(Dataset):
-    """The usual CIFAR pipeline: every image by itself, from PIL to a normalised tensor."""
+    """The usual CIFAR pipeline: one image at a time, from PIL to a normalised tensor."""
 
     def __init__(self, images: ImageDataset):
         self.pixels = images.images.permute(0, 2, 3, 1).contiguous().numpy()
@@ -53,7 +53,7 @@ class PILImages(Dataset):
 
 
 def data_rows(args: argparse.Namespace) -> list[Row]:
-    """A round is one epoch; the slower pipelines have shorter ones, so that rounds last about equally long."""
+    """Compare both views with torchvision. A round is one epoch; slow pipelines have short epochs."""
     scale = 1 if args.quick else 4
     weak, both, usual = (random_images(scale * batches * args.batch_size) for batches in (50, 10, 3))
     both.views = 2
@@ -74,7 +74,7 @@ def data_rows(args: argparse.Namespace) -> list[Row]:
 
 
 def write_photos(folder: Path, count: int) -> list[Path]:
-    """JPEGs of 500 x 375 and about 100 KB, as ImageNet's: clouds from coarse to fine, chroma at half resolution."""
+    """Write JPEGs of 500 x 375 and about 100 KB, like ImageNet's: coarse to fine noise, chroma at half resolution."""
     generator = torch.Generator().manual_seed(0)
     folder.mkdir(parents=True)
     files = [folder / f"{number:03}.jpg" for number in range(count)]
@@ -90,7 +90,7 @@ def write_photos(folder: Path, count: int) -> list[Path]:
 
 
 def jpeg_row(args: argparse.Namespace, folder: Path, files: list[Path], interpolation: str) -> Row:
-    """A round is one batch. In this process: what is compared is the worker's work and not the way to it."""
+    """Compare a worker's work with torchvision's, in this process. A round is one batch."""
     normalisation = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     _, split = load_image_splits(str(folder), train_split=None, eval_split="train")
     ours = LazyImageDataset(split, transform=RandomResizedCrop(224, *normalisation, interpolation=interpolation))
