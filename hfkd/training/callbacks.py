@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from timm.utils import ModelEmaV3
 from torch import nn
-from transformers import ProgressCallback, TrainerCallback
+from transformers import ProgressCallback, Trainer, TrainerCallback
 
 from ..data import ImageSource, StreamingImageDataset
-from .term_log import UNLOGGED_NAME
-
-if TYPE_CHECKING:
-    from transformers import Trainer
-
-    from .term_log import TermLog
+from .term_log import UNLOGGED_NAME, TermLog
 
 
 class SetEpoch(TrainerCallback):
