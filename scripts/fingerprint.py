@@ -1,11 +1,11 @@
-"""Record to the bit what short runs come to, and say what differs later: for changes that must change nothing.
+"""Record the exact results of short runs and compare them later, for changes that must not change results.
 
     python scripts/fingerprint.py record FILE
     python scripts/fingerprint.py compare FILE [--only NAME ...]
 
-A teacher is trained, then the eight students of RUNS; each is also resumed from a checkpoint in the middle of an
-epoch. It calls the command line alone, so that modules may move. Both halves belong on one machine: another processor,
-or another version of a library, rounds otherwise.
+The script trains a teacher and the eight students of RUNS, and resumes each from a checkpoint in the middle of an
+epoch. It uses the command line alone, so modules may move. Record and compare on the same machine: other processors
+and library versions round differently.
 """
 
 import argparse
@@ -81,7 +81,7 @@ STREAM = {
     "save_steps": 7,
 }
 BEST = {"eval_strategy": "steps", "eval_steps": 5, "load_best_model_at_end": True}
-# Beside its method, several have something that more than one method could have had.
+# Several runs also have a setting that does not belong to their method, to cover it once.
 RUNS = {
     "kd": {"losses": {"kd": {"temperature": 4.0, "weight": 0.9}}, "ce_weight": 0.1, "ema_decay": 0.8},
     "dkd_zscore": {
@@ -111,7 +111,7 @@ CARD_ROWS_OF_TIME = re.compile(r"\| (time, with evaluations|training images/s|ve
 
 @contextlib.contextmanager
 def workplace() -> Iterator[None]:
-    """Work in a temporary folder, and with an environment under which two runs do the same arithmetic."""
+    """Work in a temporary folder, with an environment in which two runs do the same arithmetic."""
     former = Path.cwd()
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "HF_HOME": folder}
@@ -123,7 +123,7 @@ def workplace() -> Iterator[None]:
 
 
 def import_all() -> None:
-    """Import once what every run needs, for the processes that are forked from this one."""
+    """Import the libraries of every run once, for the processes that are forked from this one."""
     import sklearn.datasets  # noqa: F401
     import sklearn.model_selection  # noqa: F401
     import torch
@@ -135,10 +135,10 @@ def import_all() -> None:
 
 
 def in_child(function: Callable, *arguments: Any) -> None:
-    """Call a function in a process of its own, so that no run finds what another one left in memory.
+    """Call a function in its own process, so that no run sees the memory of another.
 
     Raises:
-        SystemExit: if it fails; what it printed is printed before.
+        SystemExit: if it fails, after its output is printed.
     """
     child = multiprocessing.get_context("fork").Process(target=_quietly, args=(function, *arguments))
     child.start()
@@ -227,7 +227,7 @@ def run_all(names: list[str]) -> dict[str, Any]:
 
 
 def fingerprint(run: Path, role: str) -> dict[str, Any]:
-    """What a run left, but for what was measured in time or says where it ran."""
+    """Return the results of a run, without times and places."""
     import yaml
 
     card = Path(run, role, "README.md").read_text().splitlines(keepends=True)
@@ -242,7 +242,7 @@ def fingerprint(run: Path, role: str) -> dict[str, Any]:
 
 
 def content_of(path: Path) -> str | None:
-    """The hash of weights and of config.json; of any other file, that may hold times, it counts that it is there."""
+    """Return the hash of weights and config.json, and None for other files, which may hold times."""
     return sha256(path.read_bytes()) if path.suffix == ".safetensors" or path.name == "config.json" else None
 
 
@@ -251,7 +251,7 @@ def sha256(content: bytes) -> str:
 
 
 def timeless(value: Any) -> Any:
-    """Leave out of mappings, however deep, what is no result."""
+    """Return a value without the entries of NO_RESULT and NO_RESULT_ENDS, at any depth."""
     if isinstance(value, list):
         return [timeless(entry) for entry in value]
     if not isinstance(value, dict):
@@ -261,7 +261,7 @@ def timeless(value: Any) -> Any:
 
 
 def flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Every value with its path, as JSON: there NaN equals NaN, and 1 is not 1.0."""
+    """Yield every value with its path, as JSON: there NaN equals NaN, and 1 is not 1.0."""
     if isinstance(value, (dict, list)) and value:
         for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
             yield from flat(entry, f"{path}/{key}" if path else str(key))
@@ -270,7 +270,7 @@ def flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
 
 
 def differences(run: str, recorded: dict[str, Any], given: dict[str, Any]) -> list[str]:
-    """A line for every value in which two fingerprints of a run differ."""
+    """Return a line for every value that differs between two fingerprints of a run."""
     one, other = dict(flat(recorded)), dict(flat(given))
     return [
         f"{run} {path}: {one.get(path, 'nothing')} recorded, {other.get(path, 'nothing')} now"
@@ -283,10 +283,10 @@ def differences(run: str, recorded: dict[str, Any], given: dict[str, Any]) -> li
 
 
 def compare(recorded: dict[str, Any], given: dict[str, Any]) -> None:
-    """Print every difference, or that there is none.
+    """Print every difference, or that all runs are equal.
 
     Raises:
-        SystemExit: with 1 if there is one.
+        SystemExit: with 1 if there is a difference.
     """
     found = [line for run in given for line in differences(run, recorded.get(run, {}), given[run])]
     if found:

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Makes .venv and installs hfkd into it with the extras named in $1 (e.g. "[test]"); run again, it brings it up to date.
+# Make .venv and install hfkd into it with the extras in $1 (e.g. "[test]"). Run it again to update .venv.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 uv=uv
 if ! command -v uv >/dev/null; then
-    # Into a folder of the project: the user's own or an externally managed Python stays as it is.
+    # Install uv into a folder of the project, to leave the user's Python as it is.
     uv=.uv/bin/uv
     [ -x "$uv" ] || python3 -m pip install --quiet --target .uv uv
 fi

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs hfkd into .venv, trains a teacher and three students on scikit-learn's digits, and prints one table.
+# Install hfkd into .venv, train a teacher and three students on scikit-learn's digits, and print one table.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/install.sh
