@@ -22,6 +22,13 @@ def not_negative(key: str, value: float) -> float:
     return float(value)
 
 
+def finite(key: str, value: float) -> float:
+    """Return value, if it is a finite number; ValueError if not."""
+    if not _is_finite_number(value):
+        raise ValueError(f"{key} is {value!r}: give a finite number")
+    return float(value)
+
+
 def count(key: str, value: int, least: int = 1) -> int:
     """value, if it is a whole number, `least` or above; ValueError if not."""
     if type(value) is not int or value < least:
