@@ -5,57 +5,81 @@ from typing import Any
 
 from torch import nn
 
+from .abkd import ABKDLoss, abkd_loss
 from .at import ATLoss, at_loss
 from .base import DistillationLoss
 from .checks import checked_arguments, did_you_mean
 from .crd import CRDLoss, crd_loss
 from .ctkd import CTKDLoss, ctkd_instance_loss
+from .dist import DISTLoss, dist_loss
 from .dkd import DKDLoss, dkd_loss
 from .fitnet import FitNetLoss, fitnet_loss
+from .hard import HardLoss, hard_loss
 from .kd import KDLoss, kd_loss
 from .locality_guidance import LocalityGuidanceLoss, locality_guidance_loss
 from .mlkd import MLKDLoss, mlkd_loss
+from .nkd import NKDLoss, nkd_loss
 from .pkt import PKTLoss, pkt_loss
+from .rld import RLDLoss, rld_loss
 from .semckd import SemCKDLoss, semckd_loss
 from .simkd import SimKDLoss, simkd_loss
 from .sp import SPLoss, sp_loss
 from .srrl import SRRLLoss, srrl_loss
 from .standardize import standardize
+from .ttm import TTMLoss, ttm_loss
 from .vid import VIDLoss, vid_loss
+from .wsld import WSLDLoss, wsld_loss
+from .wttm import WTTMLoss, wttm_loss
 
 __all__ = [
     "LOSSES",
+    "ABKDLoss",
     "ATLoss",
     "CRDLoss",
     "CTKDLoss",
+    "DISTLoss",
     "DKDLoss",
     "DistillationLoss",
     "FitNetLoss",
+    "HardLoss",
     "KDLoss",
     "LocalityGuidanceLoss",
     "MLKDLoss",
+    "NKDLoss",
     "PKTLoss",
+    "RLDLoss",
     "SPLoss",
     "SRRLLoss",
     "SemCKDLoss",
     "SimKDLoss",
+    "TTMLoss",
     "VIDLoss",
+    "WSLDLoss",
+    "WTTMLoss",
+    "abkd_loss",
     "at_loss",
     "build_losses",
     "crd_loss",
     "ctkd_instance_loss",
+    "dist_loss",
     "dkd_loss",
     "fitnet_loss",
+    "hard_loss",
     "kd_loss",
     "locality_guidance_loss",
     "mlkd_loss",
+    "nkd_loss",
     "pkt_loss",
+    "rld_loss",
     "semckd_loss",
     "simkd_loss",
     "sp_loss",
     "srrl_loss",
     "standardize",
+    "ttm_loss",
     "vid_loss",
+    "wsld_loss",
+    "wttm_loss",
 ]
 
 LOSSES: dict[str, type[DistillationLoss]] = {
@@ -73,6 +97,14 @@ LOSSES: dict[str, type[DistillationLoss]] = {
     "crd": CRDLoss,
     "srrl": SRRLLoss,
     "simkd": SimKDLoss,
+    "dist": DISTLoss,
+    "ttm": TTMLoss,
+    "wttm": WTTMLoss,
+    "nkd": NKDLoss,
+    "abkd": ABKDLoss,
+    "wsld": WSLDLoss,
+    "hard": HardLoss,
+    "rld": RLDLoss,
 }
 
 

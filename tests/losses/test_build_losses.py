@@ -98,6 +98,16 @@ RANGES = [
     ("ctkd", "end", (0, float("nan"))),
     ("ctkd", "curriculum_epochs", (-1,)),
     ("ctkd", "weight", (-1,)),
+    *(("dist", key, (-1, float("nan"))) for key in ("beta", "gamma", "weight")),
+    ("dist", "temperature", (0, -1)),
+    *((method, "exponent", (0, -1, float("nan"))) for method in ("ttm", "wttm")),
+    *((method, "weight", (-1,)) for method in ("ttm", "wttm", "nkd", "abkd", "wsld", "hard", "rld")),
+    ("nkd", "gamma", (-1, float("nan"))),
+    *((method, "temperature", (0, -1)) for method in ("nkd", "abkd", "wsld", "rld")),
+    *(("abkd", key, (float("nan"), float("inf"))) for key in ("alpha", "beta")),
+    ("wsld", "alpha", (-1,)),
+    *(("rld", key, (-1, float("nan"))) for key in ("alpha", "beta", "warmup_epochs")),
+    ("rld", "target_temperature", (0, -1)),
 ]
 
 
