@@ -15,9 +15,7 @@ from .base import DistillationLoss, Outputs, paired
 from .checks import finite, positive
 
 
-def abkd_loss(
-    student_logits: Tensor, teacher_logits: Tensor, alpha: float, beta: float, temperature: float
-) -> Tensor:
+def abkd_loss(student_logits: Tensor, teacher_logits: Tensor, alpha: float, beta: float, temperature: float) -> Tensor:
     """Return the sum over the classes of the alpha-beta divergence of the probabilities at T, averaged over the batch.
 
     With p of the teacher and q of the student, the divergence is

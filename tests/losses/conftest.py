@@ -120,6 +120,15 @@ def feature_golden():
     return FeatureGolden(json.loads((GOLDEN / "feature_losses.json").read_text()), arrays)
 
 
+@pytest.fixture(scope="session")
+def new_feature_golden():
+    """The feature losses of 2017 to 2026."""
+    with np.load(GOLDEN / "new_feature_losses.npz") as arrays:
+        arrays = dict(arrays)
+    ((name, values),) = json.loads((GOLDEN / "new_feature_losses.json").read_text()).items()
+    return GoldenSet(name, values, arrays)
+
+
 @pytest.fixture
 def make_outputs():
     """Outputs of a random network: leaf logits, with a strong view."""
