@@ -8,26 +8,35 @@ from torch import nn
 from .abkd import ABKDLoss, abkd_loss
 from .at import ATLoss, at_loss
 from .base import DistillationLoss
+from .cc import CCLoss, cc_loss
 from .checks import checked_arguments, did_you_mean
 from .crd import CRDLoss, crd_loss
+from .crld import CRLDLoss, crld_loss
 from .ctkd import CTKDLoss, ctkd_instance_loss
 from .dist import DISTLoss, dist_loss
 from .dkd import DKDLoss, dkd_loss
+from .feature_queue import FeatureQueueLoss, feature_queue_loss
 from .fitnet import FitNetLoss, fitnet_loss
 from .hard import HardLoss, hard_loss
+from .itrd import ITRDLoss, itrd_correlation_loss, itrd_mutual_loss
 from .kd import KDLoss, kd_loss
 from .locality_guidance import LocalityGuidanceLoss, locality_guidance_loss
 from .mlkd import MLKDLoss, mlkd_loss
 from .nkd import NKDLoss, nkd_loss
+from .nst import NSTLoss, nst_loss
 from .pkt import PKTLoss, pkt_loss
+from .rkd import RKDLoss, rkd_loss
 from .rld import RLDLoss, rld_loss
 from .semckd import SemCKDLoss, semckd_loss
 from .simkd import SimKDLoss, simkd_loss
 from .sp import SPLoss, sp_loss
+from .srd import SRDLoss, srd_loss
 from .srrl import SRRLLoss, srrl_loss
 from .standardize import standardize
+from .token_mse import TokenMSELoss, token_mse_loss
 from .ttm import TTMLoss, ttm_loss
 from .vid import VIDLoss, vid_loss
+from .vkd import VkDLoss, vkd_loss
 from .wsld import WSLDLoss, wsld_loss
 from .wttm import WTTMLoss, wttm_loss
 
@@ -35,49 +44,68 @@ __all__ = [
     "LOSSES",
     "ABKDLoss",
     "ATLoss",
+    "CCLoss",
     "CRDLoss",
+    "CRLDLoss",
     "CTKDLoss",
     "DISTLoss",
     "DKDLoss",
     "DistillationLoss",
+    "FeatureQueueLoss",
     "FitNetLoss",
     "HardLoss",
+    "ITRDLoss",
     "KDLoss",
     "LocalityGuidanceLoss",
     "MLKDLoss",
     "NKDLoss",
+    "NSTLoss",
     "PKTLoss",
+    "RKDLoss",
     "RLDLoss",
     "SPLoss",
+    "SRDLoss",
     "SRRLLoss",
     "SemCKDLoss",
     "SimKDLoss",
     "TTMLoss",
+    "TokenMSELoss",
     "VIDLoss",
+    "VkDLoss",
     "WSLDLoss",
     "WTTMLoss",
     "abkd_loss",
     "at_loss",
     "build_losses",
+    "cc_loss",
     "crd_loss",
+    "crld_loss",
     "ctkd_instance_loss",
     "dist_loss",
     "dkd_loss",
+    "feature_queue_loss",
     "fitnet_loss",
     "hard_loss",
+    "itrd_correlation_loss",
+    "itrd_mutual_loss",
     "kd_loss",
     "locality_guidance_loss",
     "mlkd_loss",
     "nkd_loss",
+    "nst_loss",
     "pkt_loss",
+    "rkd_loss",
     "rld_loss",
     "semckd_loss",
     "simkd_loss",
     "sp_loss",
+    "srd_loss",
     "srrl_loss",
     "standardize",
+    "token_mse_loss",
     "ttm_loss",
     "vid_loss",
+    "vkd_loss",
     "wsld_loss",
     "wttm_loss",
 ]
@@ -105,6 +133,15 @@ LOSSES: dict[str, type[DistillationLoss]] = {
     "wsld": WSLDLoss,
     "hard": HardLoss,
     "rld": RLDLoss,
+    "crld": CRLDLoss,
+    "rkd": RKDLoss,
+    "nst": NSTLoss,
+    "cc": CCLoss,
+    "token_mse": TokenMSELoss,
+    "srd": SRDLoss,
+    "itrd": ITRDLoss,
+    "vkd": VkDLoss,
+    "feature_queue": FeatureQueueLoss,
 }
 
 

@@ -108,6 +108,15 @@ RANGES = [
     ("wsld", "alpha", (-1,)),
     *(("rld", key, (-1, float("nan"))) for key in ("alpha", "beta", "warmup_epochs")),
     ("rld", "target_temperature", (0, -1)),
+    *(("crld", key, (-1, float("nan"))) for key in ("within_view", "cross_view", "weight")),
+    ("crld", "temperature", (0,)),
+    *(("crld", key, (-0.1, 1.1)) for key in ("weak_threshold", "strong_threshold")),
+    *(("rkd", key, (-1, float("nan"))) for key in ("distance", "angle", "weight")),
+    *((method, "weight", (-1,)) for method in ("nst", "cc", "token_mse", "srd", "itrd", "vkd", "feature_queue")),
+    ("srd", "exponent", (0.5, float("inf"))),
+    *(("itrd", key, (-1,)) for key in ("correlation", "mutual")),
+    ("itrd", "alpha", (0.4,)),
+    ("feature_queue", "temperature", (0,)),
 ]
 
 
