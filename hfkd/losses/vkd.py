@@ -1,4 +1,4 @@
-"""VkD: a projection with orthonormal columns brings the student's features to the teacher's, which are whitened.
+"""VkD: the student's features, projected with orthonormal columns, are the teacher's behind a LayerNorm.
 
 Paper: Miles, Elezi and Deng, VkD: Improving Knowledge Distillation using Orthogonal Projections, CVPR 2024.
 """
