@@ -33,18 +33,38 @@ MEANS = {  # losses that are means over the batch: splitting the batch over proc
     "crd": {"crd": DrawnByRow(negatives=20, dimension=4)},
     "srrl": {"srrl": {}},
     "simkd": {"simkd": {}},
+    "ttm": {"ttm": {}},
+    "wttm": {"wttm": {}},
+    "nkd": {"nkd": {}},
+    "abkd": {"abkd": {"weight": 10.0}},
+    "wsld": {"wsld": {}},
+    "hard": {"hard": {}},
+    "rld": {"rld": {"warmup_epochs": 2}},
+    "crld": {"crld": {"weak_threshold": 0.3}},
+    "nst": {"nst": MAPS},
+    "token_mse": {"token_mse": MAPS},
+    "vkd": {"vkd": MAPS},
+    "feature_queue": {"feature_queue": {"size": 16}},
 }
-READ_LOGITS = ("kd", "dkd", "ctkd", "ctkd_instance", "mlkd")  # so that logit_standardization makes others of them
+# So that logit_standardization makes others of them.
+READ_LOGITS = ("kd", "dkd", "ctkd", "ctkd_instance", "mlkd", "dist", "ttm", "wttm", "nkd", "abkd", "wsld", "hard")
+READ_LOGITS += ("rld", "crld")
 
 COUPLED = {  # losses that compare the images of a batch with one another: each process compares its own
     "mlkd": {"mlkd": {}},
     "sp": {"sp": MAPS | {"weight": 100.0}},
     "pkt": {"pkt": {"weight": 100.0}},
     "semckd": {"semckd": MAPS | {"batch_size": 8}},
+    "dist": {"dist": {}},
+    "rkd": {"rkd": {}},
+    "cc": {"cc": {"dimension": 4, "weight": 1.0}},
+    "srd": {"srd": {}},
+    "itrd": {"itrd": {}},
 }
 
 LEARNT = {  # losses with parts that learn, or that change the student: every one must get a gradient in every step
     "features": {"kd": {}, **{name: {} for name in ("fitnet", "vid", "semckd", "srrl", "at", "sp", "pkt")}},
+    "new_features": {name: {} for name in ("rkd", "nst", "cc", "token_mse", "srd", "itrd", "vkd", "feature_queue")},
     "learnt_simkd": {"kd": {}, "simkd": {}},
 }
 

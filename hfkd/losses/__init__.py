@@ -20,6 +20,15 @@ from .kd import KDLoss as KDLoss, kd_loss as kd_loss
 from .dkd import DKDLoss as DKDLoss, dkd_loss as dkd_loss
 from .mlkd import MLKDLoss as MLKDLoss, mlkd_loss as mlkd_loss
 from .ctkd import CTKDLoss as CTKDLoss, ctkd_instance_loss as ctkd_instance_loss
+from .dist import DISTLoss as DISTLoss, dist_loss as dist_loss
+from .ttm import TTMLoss as TTMLoss, ttm_loss as ttm_loss
+from .wttm import WTTMLoss as WTTMLoss, wttm_loss as wttm_loss
+from .nkd import NKDLoss as NKDLoss, nkd_loss as nkd_loss
+from .abkd import ABKDLoss as ABKDLoss, abkd_loss as abkd_loss
+from .wsld import WSLDLoss as WSLDLoss, wsld_loss as wsld_loss
+from .hard import HardLoss as HardLoss, hard_loss as hard_loss
+from .rld import RLDLoss as RLDLoss, rld_loss as rld_loss
+from .crld import CRLDLoss as CRLDLoss, crld_loss as crld_loss
 from .locality_guidance import (
     LocalityGuidanceLoss as LocalityGuidanceLoss,
     locality_guidance_loss as locality_guidance_loss,
@@ -32,6 +41,18 @@ from .semckd import SemCKDLoss as SemCKDLoss, semckd_loss as semckd_loss
 from .pkt import PKTLoss as PKTLoss, pkt_loss as pkt_loss
 from .crd import CRDLoss as CRDLoss, crd_loss as crd_loss
 from .srrl import SRRLLoss as SRRLLoss, srrl_loss as srrl_loss
+from .rkd import RKDLoss as RKDLoss, rkd_loss as rkd_loss
+from .nst import NSTLoss as NSTLoss, nst_loss as nst_loss
+from .cc import CCLoss as CCLoss, cc_loss as cc_loss
+from .srd import SRDLoss as SRDLoss, srd_loss as srd_loss
+from .vkd import VkDLoss as VkDLoss, vkd_loss as vkd_loss
+from .token_mse import TokenMSELoss as TokenMSELoss, token_mse_loss as token_mse_loss
+from .feature_queue import FeatureQueueLoss as FeatureQueueLoss, feature_queue_loss as feature_queue_loss
+from .itrd import (
+    ITRDLoss as ITRDLoss,
+    itrd_correlation_loss as itrd_correlation_loss,
+    itrd_mutual_loss as itrd_mutual_loss,
+)
 from .simkd import SimKDLoss as SimKDLoss, simkd_loss as simkd_loss
 # isort: on
 

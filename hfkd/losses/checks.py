@@ -25,6 +25,20 @@ def not_negative(key: str, value: float) -> float:
     return float(value)
 
 
+def finite(key: str, value: float) -> float:
+    """Return value, if it is a finite number; ValueError if not."""
+    if not _is_finite_number(value):
+        raise HfkdError(f"{key} is {value!r}: give a finite number")
+    return float(value)
+
+
+def fraction(key: str, value: float) -> float:
+    """Return value, if it is a number from 0 to 1; ValueError if not."""
+    if not (_is_finite_number(value) and 0 <= value <= 1):
+        raise HfkdError(f"{key} is {value!r}: give a finite number from 0 to 1")
+    return float(value)
+
+
 def count(key: str, value: int, least: int = 1) -> int:
     """value, if it is a whole number, `least` or above; ValueError if not."""
     if type(value) is not int or value < least:

@@ -32,6 +32,15 @@ class GoldenSet:
             settings = (part.split("=") for part in name.split("/") if "=" in part)
             yield name, {key: float(value) for key, value in settings}
 
+    def check_loss(self, case, loss, standardized):
+        """Check the module `loss` in a run with or without Z-scores, past every warm-up."""
+        student, teacher = self.inputs()
+        loss.logit_standardization = bool(standardized)
+        batch = {"labels": self.tensor("labels"), "progress": torch.tensor(100.0)}
+        value = loss(SimpleNamespace(logits=student), SimpleNamespace(logits=teacher, standardized=False), batch)
+        value.backward()
+        self.check(case, value, student=student.grad)
+
     def check(self, case, value, **gradients):
         """value and gradients (by name in the npz) agree to 1e-9, gradients relative to the largest entry."""
         assert value.item() == pytest.approx(self.values[case], rel=1e-9, abs=0), case
@@ -51,6 +60,20 @@ def golden_file():
 @pytest.fixture(params=["cifar_b8", "sharp_teacher_b8", "imagenet_b4"])
 def golden(request, golden_file):
     values, arrays = golden_file
+    return GoldenSet(request.param, values[request.param], arrays)
+
+
+@pytest.fixture(scope="session")
+def new_logit_file():
+    with np.load(GOLDEN / "new_logit_losses.npz") as arrays:
+        arrays = dict(arrays)
+    return json.loads((GOLDEN / "new_logit_losses.json").read_text()), arrays
+
+
+@pytest.fixture(params=["logits_b8c10_a", "logits_b4c100_a", "extreme_b8c10", "faint_b4c100"])
+def new_golden(request, new_logit_file):
+    """The logit losses of 2021 to 2026: usual logits, logits in the hundreds, and logits near 0."""
+    values, arrays = new_logit_file
     return GoldenSet(request.param, values[request.param], arrays)
 
 
@@ -95,6 +118,15 @@ def feature_golden():
     with np.load(GOLDEN / "feature_losses.npz") as arrays:
         arrays = dict(arrays)
     return FeatureGolden(json.loads((GOLDEN / "feature_losses.json").read_text()), arrays)
+
+
+@pytest.fixture(scope="session")
+def new_feature_golden():
+    """The feature losses of 2017 to 2026."""
+    with np.load(GOLDEN / "new_feature_losses.npz") as arrays:
+        arrays = dict(arrays)
+    ((name, values),) = json.loads((GOLDEN / "new_feature_losses.json").read_text()).items()
+    return GoldenSet(name, values, arrays)
 
 
 @pytest.fixture

@@ -14,7 +14,19 @@ CONFIGURATIONS = {
     "mlkd": {"mlkd": {}},
     "ctkd": {"ctkd": {}},
     "ctkd_instance": {"ctkd": {"instance_wise": True}},
+    "dist": {"dist": {}},
+    "ttm": {"ttm": {}},
+    "wttm": {"wttm": {}},
+    "nkd": {"nkd": {}},
+    "abkd": {"abkd": {}},
+    "wsld": {"wsld": {}},
+    "hard": {"hard": {}},
+    "rld": {"rld": {}},
+    "crld": {"crld": {"weak_threshold": 0.0, "strong_threshold": 0.0}},  # else unsure images have no gradient
 }
+BOUNDED = {"dist", "abkd"}  # correlations, and at its default exponents a distance of distributions
+# A student equal to its teacher still learns from them: the target is not the teacher's output for the same view.
+OTHER_TARGETS = {"ttm", "wttm", "nkd", "wsld", "hard", "rld", "crld"}
 
 
 @pytest.fixture(params=CONFIGURATIONS)
@@ -104,17 +116,19 @@ def test_large_logits_are_still_told_apart(method, make_batch):
         labels = {"labels": torch.tensor([0, 3, 3, 19]), "progress": torch.tensor(30.0)}
         values.append(total(loss(student, teacher, labels)).item())
     same, opposite, mixed = values
-    assert 0 <= same < 1
-    assert opposite > 1e3 and mixed > 1e2
+    assert 0 <= same < (10 if method in OTHER_TARGETS else 1)
+    assert (opposite > 2 and mixed > 1) if method in BOUNDED else (opposite > 1e3 and mixed > 1e2)
 
 
+@pytest.mark.parametrize("method", [name for name in CONFIGURATIONS if name not in OTHER_TARGETS], indirect=True)
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn(method, zscore, make_outputs, make_batch):
     student, teacher = make_outputs(dtype=torch.float64), make_outputs(dtype=torch.float64)
     loss = build(method, zscore, student, teacher)
     value = total(loss(student, teacher, make_batch(3.0)))
     value.backward()
-    # Instance-wise, 1e-7 is added to each of the teacher's probabilities.
-    slack = 1e-3 if method == "ctkd_instance" else 1e-12
+    # Instance-wise, 1e-7 is added to each of the teacher's probabilities; DIST adds 1e-8 to
+    # products of norms, of which those of rare classes are small.
+    slack = {"ctkd_instance": 1e-3, "dist": 1e-4}.get(method, 1e-12)
     assert value.abs() < slack
     assert all(gradient.abs().max() < slack for gradient in gradients(student))
 

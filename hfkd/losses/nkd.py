@@ -1,0 +1,91 @@
+"""NKD: cross-entropy with the teacher on the label, and on the other classes after a softmax of their own.
+
+Paper: Yang, Zeng, Li, Zhang, Yuan and Li, From Knowledge Distillation to Self-Knowledge Distillation: A Unified
+Approach with Normalized Loss and Customized Soft Labels, ICCV 2023.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .base import DistillationLoss, Outputs, paired
+from .checks import not_negative, positive
+from .labels import check_classes, dominant_classes
+
+
+def nkd_loss(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, gamma: float, temperature: float
+) -> Tensor:
+    """Return -p_y * log(q_y) - gamma * T^2 * sum of p'_c * log(q'_c) over c != y, averaged over the batch.
+
+    p and q are the probabilities of teacher and student at temperature 1, y the label. p' and q' are the softmax at T
+    over all classes but the label. The loss is a cross-entropy: it is above 0 where the student equals the teacher.
+
+    Args:
+        student_logits: (B, C).
+        teacher_logits: (B, C).
+        labels: (B,), int64, each in [0, C).
+        gamma: weight of the other classes.
+        temperature: T, above 0.
+
+    Returns:
+        0-d, float32 or float64.
+
+    Raises:
+        ValueError: the logits' shapes differ or are not (B, C), or labels are not (B,).
+    """
+    student_logits, teacher_logits = paired(student_logits, teacher_logits)
+    check_classes(labels, student_logits)
+    label_column = labels[:, None]
+    student_label = F.log_softmax(student_logits, dim=1).gather(1, label_column)
+    teacher_label = F.softmax(teacher_logits, dim=1).gather(1, label_column)
+    target = -(teacher_label * student_label).mean()
+    student_others = _log_probs_of_others(student_logits / temperature, label_column)
+    teacher_others = _log_probs_of_others(teacher_logits / temperature, label_column).exp()
+    others = -(teacher_others * student_others).sum(dim=1).mean()
+    return target + gamma * temperature**2 * others
+
+
+def _log_probs_of_others(logits: Tensor, label_column: Tensor) -> Tensor:
+    """Return log-probabilities (B, C) among all classes but the label, whose entry is 0."""
+    return F.log_softmax(logits.scatter(1, label_column, -torch.inf), dim=1).scatter(1, label_column, 0.0)
+
+
+class NKDLoss(DistillationLoss):
+    """`nkd_loss` as a method of a recipe. The label of a mixed image (mixup, CutMix) is the class with the largest
+    share, as released.
+
+    Args:
+        gamma: weight of the classes other than the label.
+        temperature: of these classes, above 0.
+        weight: see `DistillationLoss`.
+
+    Raises:
+        ValueError: one of them out of range.
+    """
+
+    citation = """
+        @inproceedings{yang2023knowledge,
+            title = {From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach with Normalized Loss
+                and Customized Soft Labels},
+            author = {Yang, Zhendong and Zeng, Ailing and Li, Zhe and Zhang, Tianke and Yuan, Chun and Li, Yu},
+            booktitle = {Proceedings of the IEEE/CVF International Conference on Computer Vision (ICCV)},
+            year = {2023},
+        }
+    """
+
+    def __init__(self, gamma: float = 1.5, temperature: float = 1.0, weight: float = 1.0):
+        super().__init__(weight)
+        self.gamma = not_negative("gamma", gamma)
+        self.temperature = positive("temperature", temperature)
+
+    @property
+    def teacher_temperature(self) -> float | None:
+        return 1.0 if self.temperature == 1 else None
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Mapping[str, Tensor]) -> Tensor:
+        student_logits, teacher_logits = self.logits(student, teacher)
+        labels = dominant_classes(batch["labels"])
+        return nkd_loss(student_logits, teacher_logits, labels, self.gamma, self.temperature)

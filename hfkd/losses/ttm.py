@@ -1,0 +1,67 @@
+"""TTM: the student, at temperature 1, matches a power of the teacher's probabilities.
+
+Paper: Zheng and Yang, Knowledge Distillation Based on Transformed Teacher Matching, ICLR 2024.
+"""
+
+from collections.abc import Mapping
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .base import DistillationLoss, Outputs, paired
+from .checks import positive
+
+
+def ttm_loss(student_logits: Tensor, teacher_logits: Tensor, exponent: float) -> Tensor:
+    """Return KL(p^l / sum(p^l) || q), averaged over the batch.
+
+    p and q are the probabilities of teacher and student, l is the exponent. p^l / sum(p^l) is the teacher's softmax at
+    temperature 1 / l. So TTM is KD with a temperature for the teacher alone, and without the factor T^2.
+
+    Args:
+        student_logits: (B, C).
+        teacher_logits: (B, C).
+        exponent: l, above 0.
+
+    Returns:
+        0-d, float32 or float64.
+
+    Raises:
+        ValueError: the logits' shapes differ or are not (B, C).
+    """
+    student_logits, teacher_logits = paired(student_logits, teacher_logits)
+    student_log_probs = F.log_softmax(student_logits, dim=1)
+    transformed_log_probs = F.log_softmax(exponent * teacher_logits, dim=1)
+    return F.kl_div(student_log_probs, transformed_log_probs, reduction="batchmean", log_target=True)
+
+
+class TTMLoss(DistillationLoss):
+    """`ttm_loss` as a method of a recipe.
+
+    Args:
+        exponent: of the teacher's probabilities, above 0; below 1 it softens them.
+        weight: see `DistillationLoss`.
+
+    Raises:
+        ValueError: exponent or weight out of range.
+    """
+
+    citation = """
+        @inproceedings{zheng2024knowledge,
+            title = {Knowledge Distillation Based on Transformed Teacher Matching},
+            author = {Zheng, Kaixiang and Yang, En-Hui},
+            booktitle = {International Conference on Learning Representations (ICLR)},
+            year = {2024},
+        }
+    """
+
+    def __init__(self, exponent: float = 0.1, weight: float = 1.0):
+        super().__init__(weight)
+        self.exponent = positive("exponent", exponent)
+
+    @property
+    def teacher_temperature(self) -> float:
+        return 1 / self.exponent
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Mapping[str, Tensor]) -> Tensor:
+        return ttm_loss(*self.logits(student, teacher), self.exponent)
