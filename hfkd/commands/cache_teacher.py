@@ -75,8 +75,7 @@ def cache_teacher(argv: list[str] | None = None) -> Path:
         RuntimeError: if there is no room for it.
     """
     argv = sys.argv[1:] if argv is None else argv
-    if not {"-h", "--help"}.isdisjoint(argv):
-        ArgumentParser((CacheArguments, *ARGUMENT_CLASSES), USAGE).parse_args(["--help"])
+    ArgumentParser((CacheArguments, *ARGUMENT_CLASSES), USAGE).answer_help(argv)
     cache_args, rest = ArgumentParser((CacheArguments,), USAGE).parse_args_into_dataclasses(
         argv[1:], return_remaining_strings=True, look_for_args_file=False
     )

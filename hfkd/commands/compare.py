@@ -54,8 +54,7 @@ def compare(argv: list[str] | None = None) -> list[Row]:
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = ArgumentParser((ComparisonArguments,), USAGE, DESCRIPTION)
-    if not {"-h", "--help"}.isdisjoint(argv):
-        parser.parse_args(["--help"])
+    parser.answer_help(argv)
     args, paths = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     options = [path for path in paths if path.startswith("-")]
     if options:

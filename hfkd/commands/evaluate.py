@@ -70,8 +70,7 @@ def parse_model(argv: list[str], usage: str, *argument_classes: type) -> tuple:
         ValueError: without a model or a data set, or for a key that is unknown.
     """
     parser = ArgumentParser((DataArguments, EvaluationArguments, *argument_classes), usage=usage)
-    if argv[:1] in (["-h"], ["--help"]):
-        parser.parse_args(["--help"])
+    parser.answer_help(argv[:1])
     if not argv or argv[0].startswith("-"):
         given = argv[0] if argv else ""
         raise HfkdError(f"The first argument must be the model's folder or Hub id, got '{given}'. Usage: {usage}")

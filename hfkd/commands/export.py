@@ -93,8 +93,7 @@ def export(argv: list[str] | None = None) -> Path:
 def _parse(argv: list[str]) -> tuple[str, ExportArguments]:
     """MODEL, and what is said of it."""
     parser = ArgumentParser((ExportArguments,), usage=USAGE)
-    if not {"-h", "--help"}.isdisjoint(argv):
-        parser.parse_args(["--help"])
+    parser.answer_help(argv)
     if not argv or argv[0].startswith("-"):
         given = argv[0] if argv else ""
         raise HfkdError(f"The first argument must be the model's folder or Hub id, got '{given}'. Usage: {USAGE}")

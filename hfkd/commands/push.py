@@ -59,8 +59,7 @@ def push(argv: list[str] | None = None) -> CommitInfo:
     argv = sys.argv[1:] if argv is None else argv
     usage = "hfkd push FOLDER --hub_model_id me/name [--key value ...]"
     parser = ArgumentParser((PushArguments,), usage, "Uploads what a run exported, with its card, to the Hub.")
-    if not {"-h", "--help"}.isdisjoint(argv):
-        parser.parse_args(["--help"])
+    parser.answer_help(argv)
     name = argv[0].partition("=")[0] if argv else ""  # what is behind it may be the token
     if not name or name.startswith("-"):
         raise HfkdError(f"The first argument must be the folder to push, got '{name}': {usage}.")

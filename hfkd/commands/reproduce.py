@@ -143,8 +143,7 @@ def parse(argv: list[str]) -> tuple[str, ReproductionArguments, list[str]]:
         ValueError: without a pair, for a number out of range, or a key that is settled already.
     """
     parser = ArgumentParser((ReproductionArguments,), USAGE, DESCRIPTION)
-    if not {"-h", "--help"}.isdisjoint(argv):
-        parser.parse_args(["--help"])
+    parser.answer_help(argv)
     if not argv or argv[0].startswith("-"):
         raise HfkdError(f"The first argument must be a pair, got '{argv[0] if argv else ''}'. Usage: {USAGE}")
     args, overrides = parser.parse_args_into_dataclasses(

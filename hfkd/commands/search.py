@@ -115,8 +115,7 @@ def search(argv: list[str] | None = None) -> list[SearchedTrial]:
 
 def _parsed(argv: list[str]) -> tuple[SearchArguments, ModelArguments, DataArguments, DistillationConfig, dict]:
     """How to search, and what `parse_recipe` makes of the other arguments."""
-    if not {"-h", "--help"}.isdisjoint(argv):
-        ArgumentParser((SearchArguments, *ARGUMENT_CLASSES), USAGE).parse_args(["--help"])
+    ArgumentParser((SearchArguments, *ARGUMENT_CLASSES), USAGE).answer_help(argv)
     search_args, rest = ArgumentParser((SearchArguments,), USAGE).parse_args_into_dataclasses(
         argv[1:], return_remaining_strings=True, look_for_args_file=False
     )

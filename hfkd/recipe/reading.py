@@ -82,8 +82,7 @@ def parse_recipe(
     argv = sys.argv[1:] if argv is None else argv
     usage = f"{command} recipe.yaml [--key value ...]"
     parser = ArgumentParser(ARGUMENT_CLASSES, usage, RECIPE_HELP, methods_help())
-    if not {"-h", "--help"}.isdisjoint(argv):
-        parser.parse_args(["--help"])
+    parser.answer_help(argv)
     path, overrides = argv[0] if argv else "", argv[1:]
     if not path or path.startswith("-"):
         raise HfkdError(f"The first argument must be a recipe, got '{path}': {usage}. `--help` explains the keys.")
