@@ -4,32 +4,36 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import nn
-from transformers import PreTrainedModel
-from transformers.models.timm_wrapper import TimmWrapperForImageClassification
+if TYPE_CHECKING:
+    from torch import nn
 
 DIGITS = "digits"  # scikit-learn's data set, even if a folder has the same name
 
 
 def is_local(name_or_path: str) -> bool:
-    """Is it a path on this machine rather than the name of an architecture or a Hub id?"""
+    """Return whether a name is a path on this machine, and not the name of an architecture or a Hub id."""
     written_as_path = os.path.isabs(name_or_path) or name_or_path.startswith(("~", ".", "runs/"))
     return written_as_path or ("/" in name_or_path and os.path.exists(name_or_path))
 
 
 def hub_id(name_or_path: str) -> str | None:
-    """The name, if it is that of a repository (`owner/name`) on the Hub."""
+    """Return the name if it is a Hub id (`owner/name`), else None."""
     return name_or_path if name_or_path.count("/") == 1 and not is_local(name_or_path) else None
 
 
 def public_name(name_or_path: str, model: nn.Module) -> str:
-    """What to call a model in results: a Hub id as it is, else the architecture."""
+    """Return the name of a model in results: its Hub id, or else its architecture."""
     return hub_id(name_or_path) or architecture_of(model)
 
 
 def architecture_of(model: nn.Module) -> str:
-    """timm's name of the architecture, the model type of transformers, or the name of the class."""
+    """Return timm's name of the architecture, the model type of transformers, or the name of the class."""
+    # Here and not above: most users of this module have names and no models, and these take seconds to import.
+    from transformers import PreTrainedModel
+    from transformers.models.timm_wrapper import TimmWrapperForImageClassification
+
     if isinstance(model, TimmWrapperForImageClassification):
         return model.config.architecture
     if isinstance(model, PreTrainedModel):
@@ -40,5 +44,5 @@ def architecture_of(model: nn.Module) -> str:
 
 
 def last_part(path: str) -> str:
-    """The last part of a path, also where it is written as `.`."""
+    """Return the last part of a path, also if it is written as `.`."""
     return Path(path).resolve().name

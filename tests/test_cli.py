@@ -19,6 +19,7 @@ from transformers import TrainingArguments
 import hfkd
 from hfkd.cli import COMMANDS, main
 from hfkd.losses import LOSSES
+from hfkd.recipe.arguments import DistillationConfig
 from hfkd.recipe.parser import to_argv
 from hfkd.recipe.reading import ARGUMENT_CLASSES
 
@@ -77,12 +78,23 @@ def test_no_such_command(argv, message, capsys):
     assert ending.value.code == 2 and message in printed.err and not printed.out
 
 
+def printed_help(capsys, *argv):
+    with pytest.raises(SystemExit) as ending:
+        main(list(argv))
+    assert not ending.value.code
+    return capsys.readouterr().out
+
+
+def groups_of(printed):
+    """The keys in each group of a help, by its title."""
+    groups = re.split(r"^(?=[a-z].*:$)", printed, flags=re.MULTILINE)[1:]
+    return {group.partition(":\n")[0]: re.findall(r"^  --(\w+)", group, re.MULTILINE) for group in groups}
+
+
 def test_help_explains_every_key(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")  # each on one line
-    with pytest.raises(SystemExit) as ending:
-        main(["distill", "--help"])
-    printed = capsys.readouterr().out
-    assert ending.value.code == 0 and printed.startswith("usage: hfkd distill recipe.yaml [--key value ...]\n")
+    printed = printed_help(capsys, "distill", "--help-all")
+    assert printed.startswith("usage: hfkd distill recipe.yaml [--key value ...]\n")
     keys, methods = printed.split("\nmethods, ")
     explained = dict(re.findall(r"^  --(\w+)[ \n](.*?)\n(?=  --|\n|$)", keys, re.MULTILINE | re.DOTALL))
     fields = [field for cls in ARGUMENT_CLASSES for field in dataclasses.fields(cls) if field.init]
@@ -101,24 +113,59 @@ def test_help_explains_every_key(capsys, monkeypatch):
         assert re.findall(r"(?:^|, )(\w+)", line) == list(inspect.signature(loss).parameters)
 
 
-def test_help_groups_the_keys(capsys):
-    with pytest.raises(SystemExit):
-        main(["distill", "r.yaml", "--help"])  # a recipe that need not be there
-    printed = capsys.readouterr().out
-    groups = re.split(r"^(?=[a-z].*:$)", printed, flags=re.MULTILINE)
-    heads = [group.partition(":")[0] for group in groups[1:-1]]
-    assert heads == ["options", "model", "data", "distillation", "training (transformers' TrainingArguments)"]
-    ours, theirs = (re.findall(r"^  --(\w+)", group, re.MULTILINE) for group in groups[4:6])
-    assert theirs == [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
-    assert {"losses", "ce_weight", "ema_decay"} <= set(ours) and not set(ours) & set(theirs)
+TRAINING = "training (transformers' TrainingArguments)"
+METHODS = "methods, whose parameters are set by --losses.METHOD.PARAMETER VALUE"
+
+
+@pytest.mark.parametrize(
+    "command, first, last",
+    [
+        ("distill", [], [METHODS]),
+        ("train-teacher", [], [METHODS]),
+        ("search", ["search"], []),
+        ("cache-teacher", ["cache"], []),
+    ],
+)
+def test_help_leaves_the_keys_of_transformers_to_help_all(command, first, last, capsys):
+    """A key that hfkd declares anew, with another default, is its own."""
+    short = printed_help(capsys, command, "r.yaml", "--help")  # a recipe that need not be there
+    whole = printed_help(capsys, command, "r.yaml", "--help-all")
+    assert "`--help-all` explains them" in short.splitlines()[-1] and "`--help-all`" not in whole
+    groups, all_groups = groups_of(short), groups_of(whole)
+    assert list(groups) == ["options", *first, "model", "data", "distillation", *last]
+    assert list(all_groups) == ["options", *first, "model", "data", "distillation", TRAINING, *last]
+    ours, theirs = groups["distillation"], all_groups.pop(TRAINING)
+    assert all_groups == groups
+    inherited = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
+    assert theirs == [name for name in inherited if name not in ours]
+    assert ours == list(inspect.get_annotations(DistillationConfig))
+    assert {"losses", "ce_weight", "ema_decay", "output_dir"} <= set(ours)
+
+
+def test_help_and_mistakes_wait_for_nothing_heavy(tmp_path):
+    """What takes seconds to import is not imported before a recipe is found to be right."""
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(RECIPE))
+    program = """
+import sys
+from hfkd.cli import main
+
+for argv in (["distill", "--help"], ["distill", "r.yaml", "--sed", "1"]):
+    try:
+        main(argv)
+    except SystemExit:
+        pass
+heavy = "timm datasets torchvision torch._dynamo transformers.modeling_utils transformers.image_utils".split()
+print("imported:", [name for name in heavy if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.stdout.splitlines()[-1] == "imported: []", done.stderr
+    assert "Did you mean 'seed'?" in done.stderr
 
 
 @pytest.mark.parametrize("command", ["train-teacher", "evaluate", "push"])
 def test_each_command_has_help(command, capsys):
-    with pytest.raises(SystemExit) as ending:
-        main([command, "--help"])
-    printed = capsys.readouterr().out
-    assert ending.value.code == 0 and printed.startswith(f"usage: hfkd {command} ") and "(default: " in printed
+    printed = printed_help(capsys, command, "--help")
+    assert printed.startswith(f"usage: hfkd {command} ") and "(default: " in printed
 
 
 @pytest.mark.parametrize(

@@ -8,16 +8,6 @@ from ..recipe.parser import ArgumentParser
 MODEL = "the model's folder or Hub id"
 
 
-def print_help_if_asked(argv: list[str], parser: ArgumentParser) -> None:
-    """Print a command's help if `--help` or `-h` is anywhere in the command line.
-
-    Raises:
-        SystemExit: after the help.
-    """
-    if not {"-h", "--help"}.isdisjoint(argv):
-        parser.parse_args(["--help"])
-
-
 def split_subject(argv: list[str], parser: ArgumentParser, subject: str = MODEL) -> tuple[str, list[str]]:
     """Split a command line into its subject, the first argument, and the rest; print the help if it is asked for.
 
@@ -29,7 +19,7 @@ def split_subject(argv: list[str], parser: ArgumentParser, subject: str = MODEL)
         ValueError: if the first argument is missing or a key.
         SystemExit: after the help.
     """
-    print_help_if_asked(argv, parser)
+    parser.answer_help(argv)
     if not argv or argv[0].startswith("-"):
         given = argv[0].partition("=")[0] if argv else ""  # the value may be a token
         raise HfkdError(f"The first argument must be {subject}, got '{given}'. Usage: {parser.usage}")

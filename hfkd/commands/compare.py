@@ -17,7 +17,7 @@ from ..errors import HfkdError, require, unknown_key_error
 from ..recipe.parser import ArgumentParser
 from ..runs.finished import find_runs
 from ..runs.folder import write_whole
-from .arguments import parse_known, print_help_if_asked
+from .arguments import parse_known
 
 USAGE = "hfkd compare RUN [RUN ...] [--output_dir DIR] [--teacher NAME_OR_PATH]"
 DESCRIPTION = (
@@ -57,7 +57,7 @@ def compare(argv: list[str] | None = None) -> list[Row]:
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = ArgumentParser((ComparisonArguments,), USAGE, DESCRIPTION)
-    print_help_if_asked(argv, parser)
+    parser.answer_help(argv)
     args, paths = parse_known(argv, parser)
     options = [path for path in paths if path.startswith("-")]
     if options:

@@ -14,6 +14,7 @@ from pathlib import Path
 from ..comparison.rows import Row, compared
 from ..comparison.table import LEGEND, Gap, csv_text, text_table
 from ..errors import HfkdError
+from ..recipe.keys import SCHEDULE_KEYS, SEEDS
 from ..recipe.parser import ArgumentParser
 from ..runs.folder import write_whole
 from ..runs.published_cells import RUNS, Cell, planned_cells, recipe_folder, recipes_of
@@ -31,12 +32,9 @@ DESCRIPTION = (
 )
 WORK_IS_LEFT = 75  # what sysexits.h calls a temporary failure: try again
 SHORTEST_SLICE = 30.0  # seconds; the networks and images of a run take about ten to load
-SETTLED = {  # keys that are no run's own here, and why
-    **dict.fromkeys(("seed", "data_seed"), "--seeds N takes the recipe's own seed and the N - 1 after it"),
-    **dict.fromkeys(
-        ("num_train_epochs", "max_steps", "lr_milestones", "warmup_steps"),
-        "--epochs_scale shortens all that is counted in epochs alike",
-    ),
+SETTLED = {  # keys that `reproduce` sets or keeps, with the reason
+    **dict.fromkeys(SEEDS, "--seeds N takes the recipe's own seed and the N - 1 after it"),
+    **dict.fromkeys(SCHEDULE_KEYS, "--epochs_scale shortens all that is counted in epochs alike"),
     "resume_from_checkpoint": "every run goes on where it was stopped",
     **dict.fromkeys(
         ("student_name_or_path", "losses", "logit_standardization", "ce_weight"),

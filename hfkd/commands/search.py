@@ -24,7 +24,7 @@ from ..recipe.reading import ARGUMENT_CLASSES, load_recipe, parse_recipe, recipe
 from ..runs.folder import write_whole
 from ..search.figure import save_search
 from ..search.results import SearchedTrial, answer, best_of, best_recipe, trials_csv, trials_markdown
-from ..search.space import Parameter, search_space
+from ..search.space import TRIAL_SETTINGS, Parameter, search_space
 from ..teacher_cache.files import read_facts
 from ..training.trainer import DistillationTrainer
 from .arguments import parse_known, split_subject
@@ -33,11 +33,6 @@ from .messages import hide_token
 
 SETTINGS_NAME, BEST_NAME = "search.yaml", "best.yaml"  # what was searched, and what was found
 USAGE = "hfkd search recipe.yaml [--n_trials N] [--held_out SHARE] [--key value ...]"
-# A trial is measured after every epoch, and leaves nothing but its numbers.
-OF_A_TRIAL = (
-    "--eval_strategy=epoch --save_strategy=no --load_best_model_at_end=false --push_to_hub=false "
-    "--resume_from_checkpoint=false"
-).split()
 
 
 @dataclass
@@ -125,7 +120,8 @@ def _parsed(argv: list[str]) -> tuple[SearchArguments, ModelArguments, DataArgum
     search_args, rest = parse_known(rest, ArgumentParser((SearchArguments,), USAGE))
     if any(word.partition("=")[0] in ("--output_dir", "--output-dir") for word in rest):
         raise HfkdError("output_dir is the folder of a run, and a search has many: give --search_dir.")
-    return search_args, *parse_recipe([path, *rest, *OF_A_TRIAL], command="hfkd search")
+    of_a_trial = [f"--{key}={value}" for key, value in TRIAL_SETTINGS.items()]
+    return search_args, *parse_recipe([path, *rest, *of_a_trial], command="hfkd search")
 
 
 def _check(

@@ -5,29 +5,21 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from transformers import AutoImageProcessor, set_seed
-from transformers.models.timm_wrapper import TimmWrapperForImageClassification
 from transformers.utils import logging
 
 from ..errors import HfkdError
 from ..names import hub_id, last_part
-from ..networks.loading import input_spec
 from ..recipe.arguments import DataArguments, DistillationConfig, ModelArguments
 from ..recipe.keys import recipe_differences
 from ..recipe.reading import parse_recipe, recipe_name
 from ..runs.checkpoints import checkpoints, last_checkpoint
 from ..runs.folder import RECIPE_NAME, RESULTS_NAME, write_whole
-from ..training.trainer import DistillationTrainer
-from .build import (
-    build_student,
-    image_sets,
-    load_splits,
-    load_teachers,
-    open_cache,
-)
+
+if TYPE_CHECKING:
+    from ..training.trainer import DistillationTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -95,6 +87,15 @@ def build_trainer(
     Raises:
         ValueError: if they do not fit.
     """
+    # Here and not above: these import timm, datasets and transformers' models, which takes seconds. `--help` and
+    # mistakes in a recipe are answered without them.
+    from transformers import AutoImageProcessor, set_seed
+    from transformers.models.timm_wrapper import TimmWrapperForImageClassification
+
+    from ..networks.loading import input_spec
+    from ..training.trainer import DistillationTrainer
+    from .build import build_student, image_sets, load_splits, load_teachers, open_cache
+
     set_seed(config.seed)  # the student's initial weights are part of the recipe
     splits = load_splits(data_args)
     student = build_student(model_args, data_args, splits[0].class_names)

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import HfkdError
-from ..recipe.keys import WITHOUT_EFFECT
+from ..recipe.keys import SEEDS, WITHOUT_EFFECT
 from ..runs.finished import FinishedRun
 from ..runs.published import PublishedRun, departures, processes, published_runs
 
-# Runs that differ only in these keys are averaged.
-OF_ONE_RUN = WITHOUT_EFFECT | {"seed", "data_seed"}
+# Runs that differ in these keys alone share a row, which shows their mean.
+OF_ONE_RUN = WITHOUT_EFFECT.union(SEEDS)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Paper: Tian, Krishnan and Isola, Contrastive Representation Distillation, ICLR 2
 
 import math
 from collections.abc import Mapping
+from types import MethodType
 
 import torch
 import torch.distributed as dist
@@ -207,6 +208,9 @@ class CRDLoss(DistillationLoss):
         self.dimension = count("dimension", dimension)
         self.relaxed_positives = relaxed_positives
         self.register_buffer("places", None)
+        # Compiled, the backward pass would read the memories as they are after the step. Not a decorator of `forward`,
+        # because torch.compiler.disable imports the compiler, which takes longer than importing torch.
+        self.forward = MethodType(torch.compiler.disable(type(self).forward), self)
 
     def setup_rows(self, labels: Tensor) -> None:
         """Makes the memories, of the rows that are trained on.
@@ -251,7 +255,6 @@ class CRDLoss(DistillationLoss):
         others = _random_below(len(self.student_memory) - size, self.negatives)
         return torch.cat([place, others + size * (others >= start)], dim=1)
 
-    @torch.compiler.disable  # compiled, the backward pass would read the memories as they are after the step
     def forward(self, student: Outputs, teacher: Outputs, batch: Mapping[str, Tensor]) -> Tensor:
         if self.places is None or "index" not in batch:
             raise HfkdError(

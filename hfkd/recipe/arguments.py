@@ -1,4 +1,4 @@
-"""Every key that a recipe may hold."""
+"""Argument classes: every key that a recipe may hold, with its default, help and checks."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import torch
 from accelerate import PartialState
 from torch.distributed import DistNetworkError, DistStoreError
 from transformers import TrainingArguments
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from ..errors import HfkdError, RendezvousError, did_you_mean
+from .keys import RECIPE_KEYS
 
 
 @dataclass
 class ModelArguments:
-    """Which network learns and which one teaches."""
+    """Keys of the student and the teacher."""
 
     _argument_group_name = "model"  # in `--help`
 
@@ -89,7 +89,7 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """Which images, and how they are prepared."""
+    """Keys of the images and their preparation."""
 
     _argument_group_name = "data"
 
@@ -161,12 +161,10 @@ class DataArguments:
             raise HfkdError(f"color_jitter must not be negative, got {self.color_jitter}.")
         if self.shuffle_buffer_size < 1:
             raise HfkdError(f"shuffle_buffer_size must be 1 image or more, got {self.shuffle_buffer_size}.")
-        if self.augmentation == "crop":
-            defaults = {field.name: field.default for field in dataclasses.fields(self)}
-            ignored = ("interpolation", "crop_pct", "auto_augment", "color_jitter", "random_erasing", "streaming")
-            given = [key for key in ignored if getattr(self, key) != defaults[key]]
-            if given:
-                raise HfkdError(f"{given[0]} goes with augmentation: random_resized_crop; this recipe's is crop.")
+        for each in dataclasses.fields(DataArguments):
+            needed = RECIPE_KEYS[each.name].augmentation
+            if needed not in (None, self.augmentation) and getattr(self, each.name) != each.default:
+                raise HfkdError(f"{each.name} goes with augmentation: {needed}; this recipe's is {self.augmentation}.")
 
 
 @dataclass
@@ -305,16 +303,21 @@ class DistillationConfig(TrainingArguments):
 
     @property
     def mixes(self) -> bool:
-        """Are the images of a batch mixed?"""
+        """Whether the images of a batch are mixed."""
         return self.mixup > 0 or self.cutmix > 0
 
 
 def check_trackers(names: list[str]) -> None:
-    """Can every tracker be used here? Trainer asks, too, but only when all networks and images are loaded.
+    """Check that every tracker can be used here; Trainer does so, too, but after loading all networks and images.
 
     Raises:
         ValueError: for one that transformers does not know, or whose package is not installed.
     """
+    if not names:
+        return
+    # Here and not above, because it imports transformers' modelling code, which takes seconds.
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
     for name in names:
         if name not in INTEGRATION_TO_CALLBACK:
             valid = did_you_mean(name, INTEGRATION_TO_CALLBACK)
@@ -330,7 +333,7 @@ def check_trackers(names: list[str]) -> None:
 
 @contextlib.contextmanager
 def meeting(args: DistillationConfig) -> Iterator[None]:
-    """While the processes of a run meet, as they do where `TrainingArguments` finds its device.
+    """Turn the error for processes that do not join, as `TrainingArguments` makes them do, into one for people.
 
     Raises:
         TimeoutError: if some are missing after `ddp_timeout` seconds.

@@ -1,49 +1,199 @@
-"""What each recipe key is: public or private, and whether it changes the result."""
+"""Recipe keys: one table of what each key is, the sets that follow from it, and recipes compared and made public."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import timm
 import yaml
 
 from ..names import DIGITS, is_local, last_part
 
-PATH_KEYS = {"dataset_name", "student_name_or_path", "teacher_name_or_path", "teacher_checkpoint", "teacher_cache"}
+SECTIONS = ("extends", "search")  # parts of a recipe file that are no keys: its parent, the space of `hfkd search`
 
-# Where a run writes, and to whom it reports and pushes, says nothing of its student.
-PRIVATE_KEYS = {
-    "output_dir",
-    "run_name",
-    "project",
-    "trackio_space_id",
-    "trackio_bucket_id",
-    "trackio_static_space_id",
-    "push_to_hub",
-    "hub_model_id",
-    "hub_strategy",
-    "hub_private_repo",
-    "hub_always_push",
-    "hub_revision",
-}
-# Secrets, and what is no setting.
-NOT_RECORDED = {"hub_token", "push_to_hub_token", "resume_from_checkpoint", "allow_recipe_change"}
 
-# On what is trained.
-WITHOUT_EFFECT = PRIVATE_KEYS | {
-    *("disable_tqdm", "report_to", "dataloader_num_workers", "per_device_eval_batch_size"),
-    *("teacher_device_map", "shard_teacher"),
+class Effect(Enum):
+    """Effect of a key on a run."""
+
+    RESULT = "changes the student or what is measured of it"
+    SPEED = "changes only speed and memory"
+    OUTPUT = "changes only what is written and reported, and where"
+    CONTROL = "says whether and how a run is resumed, and is not recorded"
+
+
+RESULT, SPEED, OUTPUT, CONTROL = Effect
+
+
+@dataclass(frozen=True)
+class Key:
+    """Properties of a recipe key.
+
+    Attributes:
+        effect: effect of the key on a run.
+        fixed: a run is resumed, and shares a row of a comparison, only with the same value, although the key does not
+            change the student. Keys with the effect RESULT are fixed anyway.
+        private: left out of the recipe that is published.
+        secret: never written to a file.
+        path: a local path may stand in place of a public name; a published recipe shows `path/to/<name>`.
+        seed: changes the result only by chance, so that a comparison takes the mean over it.
+        schedule: counted in epochs or steps, so that a shortened run has another value.
+        searchable: a number, not negative, that `hfkd search` may vary.
+        augmentation: the only `augmentation` with which the key may be set.
+    """
+
+    effect: Effect
+    fixed: bool = False
+    private: bool = False
+    secret: bool = False
+    path: bool = False
+    seed: bool = False
+    schedule: bool = False
+    searchable: bool = False
+    augmentation: str | None = None
+
+
+# A key that is not listed, such as a new one of transformers, counts as RESULT.
+_TRANSFORMERS = {
+    # Optimisation
+    **dict.fromkeys(("num_train_epochs", "max_steps", "warmup_steps"), Key(RESULT, schedule=True)),
+    **dict.fromkeys(("learning_rate", "weight_decay"), Key(RESULT, searchable=True)),
+    **dict.fromkeys(("seed", "data_seed"), Key(RESULT, seed=True)),
+    **dict.fromkeys(
+        (
+            *("per_device_train_batch_size", "gradient_accumulation_steps", "auto_find_batch_size", "max_grad_norm"),
+            *("lr_scheduler_type", "lr_scheduler_kwargs", "optim", "optim_args", "optim_target_modules"),
+            *("adam_beta1", "adam_beta2", "adam_epsilon", "label_smoothing_factor", "neftune_noise_alpha"),
+            "average_tokens_across_devices",
+        ),
+        Key(RESULT),
+    ),
+    # Arithmetic: other kernels round differently
+    **dict.fromkeys(
+        (
+            *("bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32", "use_cpu", "full_determinism"),
+            *("torch_compile", "torch_compile_backend", "torch_compile_mode", "use_liger_kernel"),
+            *("liger_kernel_config", "accelerator_config", "parallelism_config", "fsdp", "fsdp_config", "deepspeed"),
+            *("ddp_backend", "ddp_bucket_cap_mb", "ddp_broadcast_buffers"),
+        ),
+        Key(RESULT),
+    ),
+    # Data
+    **dict.fromkeys(
+        (
+            *("dataloader_drop_last", "dataloader_in_order", "train_sampling_strategy", "length_column_name"),
+            *("remove_unused_columns", "label_names"),
+        ),
+        Key(RESULT),
+    ),
+    # Evaluation and checkpoints, as far as they decide which epoch is the best and where a run goes on
+    **dict.fromkeys(
+        (
+            *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "prediction_loss_only"),
+            *("include_for_metrics", "batch_eval_metrics", "eval_do_concat_batches", "save_strategy", "save_steps"),
+            *("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "ignore_data_skip"),
+            "restore_callback_states_from_checkpoint",
+        ),
+        Key(RESULT),
+    ),
+    # Of no use to hfkd, and on the safe side
+    **dict.fromkeys(("do_train", "do_eval", "do_predict", "local_rank", "use_cache"), Key(RESULT)),
+    # Speed and memory
+    **dict.fromkeys(("dataloader_num_workers", "per_device_eval_batch_size"), Key(SPEED)),
+    **dict.fromkeys(
+        (
+            *("gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing"),
+            *("activation_checkpointing_kwargs", "torch_empty_cache_steps", "eval_accumulation_steps"),
+            *("eval_use_gather_object", "dataloader_pin_memory", "dataloader_persistent_workers"),
+            *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "ddp_find_unused_parameters"),
+            *("ddp_static_graph", "ddp_timeout"),
+        ),
+        Key(SPEED, fixed=True),
+    ),
+    # Files, logs, trackers and the Hub
+    **dict.fromkeys(("hub_token", "push_to_hub_token"), Key(OUTPUT, secret=True)),
+    **dict.fromkeys(
+        (
+            *("output_dir", "run_name", "project", "trackio_space_id", "trackio_bucket_id"),
+            *("trackio_static_space_id", "push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo"),
+            *("hub_always_push", "hub_revision"),
+        ),
+        Key(OUTPUT, private=True),
+    ),
+    **dict.fromkeys(("disable_tqdm", "report_to"), Key(OUTPUT)),
+    **dict.fromkeys(
+        (
+            *("logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter", "log_level"),
+            *("log_level_replica", "log_on_each_node", "include_num_input_tokens_seen", "skip_memory_metrics"),
+            *("debug", "save_only_model", "save_total_limit", "save_on_each_node", "enable_jit_checkpoint"),
+        ),
+        Key(OUTPUT, fixed=True),
+    ),
+    "resume_from_checkpoint": Key(CONTROL),
 }
+_MODEL = {
+    **dict.fromkeys(
+        ("student_name_or_path", "teacher_name_or_path", "teacher_checkpoint", "teacher_cache"), Key(RESULT, path=True)
+    ),
+    **dict.fromkeys(("teacher_class_indices", "drop_path_rate", "patch_size"), Key(RESULT)),
+    "teacher_device_map": Key(SPEED),
+}
+_DATA = {
+    "dataset_name": Key(RESULT, path=True),
+    **dict.fromkeys(
+        (
+            *("train_split", "eval_split", "image_column", "label_column", "image_size", "random_flip"),
+            *("augmentation", "shuffle_buffer_size", "skip_bad_images"),
+        ),
+        Key(RESULT),
+    ),
+    **dict.fromkeys(
+        ("interpolation", "crop_pct", "auto_augment", "color_jitter", "random_erasing", "streaming"),
+        Key(RESULT, augmentation="random_resized_crop"),
+    ),
+}
+_DISTILLATION = {
+    **dict.fromkeys(
+        (
+            *("losses", "logit_standardization", "decay_all_parameters", "lr_gamma", "mixup", "cutmix", "ema_decay"),
+            "channels_last",  # which kernels run, and so how they round
+        ),
+        Key(RESULT),
+    ),
+    "ce_weight": Key(RESULT, searchable=True),
+    "lr_milestones": Key(RESULT, schedule=True),
+    "shard_teacher": Key(SPEED),
+    "published_top1": Key(OUTPUT, fixed=True),
+    "allow_recipe_change": Key(CONTROL),
+}
+RECIPE_KEYS: dict[str, Key] = _TRANSFORMERS | _MODEL | _DATA | _DISTILLATION
+
+
+def keys_that(condition: Callable[[Key], bool]) -> tuple[str, ...]:
+    """Return the names of the keys that meet a condition, in the order of the table."""
+    return tuple(name for name, key in RECIPE_KEYS.items() if condition(key))
+
+
+NOT_RECORDED = frozenset(keys_that(lambda key: key.secret or key.effect is CONTROL))
+PRIVATE_KEYS = frozenset(keys_that(lambda key: key.private))
+PATH_KEYS = frozenset(keys_that(lambda key: key.path))
+# Keys that may differ between a run and its resumption, and between the runs of one row of a comparison. Those that are
+# not recorded are in no recipe that could be compared.
+WITHOUT_EFFECT = frozenset(keys_that(lambda key: key.effect in (SPEED, OUTPUT) and not (key.fixed or key.secret)))
+SEEDS = keys_that(lambda key: key.seed)
+SCHEDULE_KEYS = keys_that(lambda key: key.schedule)
+SEARCHABLE_KEYS = keys_that(lambda key: key.searchable)
 
 
 def recipe_differences(path: Path, recipe: dict[str, Any]) -> list[str]:
-    """The keys on which the recipe of an earlier run, if there is one, has another value, with both values."""
+    """Return the keys on which the recipe of an earlier run, if there is one, has another value, with both values."""
     if not path.is_file():
         return []
     there = yaml.safe_load(path.read_text())
-    # The workers of a stream share out its rows.
+    # The workers of a stream share out its rows, so that another number of them trains on another order.
     without_effect = WITHOUT_EFFECT - ({"dataloader_num_workers"} if recipe.get("streaming") else set())
     return [
         f"{key}: {there.get(key)!r} there, {recipe.get(key)!r} here"
@@ -54,17 +204,27 @@ def recipe_differences(path: Path, recipe: dict[str, Any]) -> list[str]:
 
 
 def public_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A resolved recipe for others: `path/to/<name>` in place of a local path, nothing of `PRIVATE_KEYS`."""
+    """Return a resolved recipe without private keys, and with `path/to/<name>` in place of each local path."""
     return {key: public_value(key, value) for key, value in recipe.items() if key not in PRIVATE_KEYS}
 
 
 def public_value(key: str, value: Any) -> Any:
-    """The value of one key for others."""
+    """Return the value of one key with `path/to/<name>` in place of each local path."""
     if isinstance(value, dict):
         return {name: public_value(name, entry) for name, entry in value.items()}
     if isinstance(value, list):
         return [public_value(key, entry) for entry in value]
     if not isinstance(value, str):
         return value
-    bare_folder = key in PATH_KEYS and os.path.exists(value) and not timm.is_model(value) and value != DIGITS
-    return f"path/to/{last_part(value)}" if bare_folder or is_local(value) else value
+    is_path = is_local(value) or (key in PATH_KEYS and _is_bare_path(value))
+    return f"path/to/{last_part(value)}" if is_path else value
+
+
+def _is_bare_path(name: str) -> bool:
+    """Return whether a name without a slash is a file or folder here, and neither an architecture nor a data set."""
+    if name == DIGITS or not os.path.exists(name):
+        return False
+    # timm takes seconds to import: `--help` and mistakes in a recipe are answered without it.
+    import timm
+
+    return not timm.is_model(name)

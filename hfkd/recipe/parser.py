@@ -1,82 +1,152 @@
-"""The command-line parser behind every command: argument classes in, checked objects out."""
+"""Command-line parser behind every command: argument classes in, checked objects out.
+
+Internals of other libraries that it uses: `ArgumentParser._actions` of argparse, which TRL's parser reads, too. Of
+transformers' HfArgumentParser it uses two documented attributes: `_argument_group_name`, the title of a class's group
+in the help, and `dataclass_types`, the classes that are filled.
+"""
 
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
-import functools
+import inspect
 import json
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, get_type_hints
 
 from transformers import HfArgumentParser, TrainingArguments
 
 from ..errors import HfkdError, unknown_key_error
 
+HELP_WORDS = ("-h", "--help", "--help-all")
+MORE_HELP = (
+    "The keys of transformers' TrainingArguments, such as learning_rate, num_train_epochs and\n"
+    "per_device_train_batch_size, can be set as well: `--help-all` explains them, too."
+)
+
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Every key with its default; the lines before and after the keys as they are."""
+    """Help with the default of every key, and description and epilog as they are written."""
+
+
+class HelpAll(argparse.Action):
+    """Option `--help-all`: print the help with the keys that `--help` leaves out."""
+
+    def __call__(self, parser: ArgumentParser, namespace, values, option_string=None):
+        parser.show_inherited()
+        parser.print_help()
+        parser.exit()
 
 
 class ArgumentParser(HfArgumentParser):
-    """Fills argument classes from the command line; raises ValueError where argparse would print and exit.
+    """Parser that fills argument classes and raises HfkdError where argparse would print and exit.
 
-    `--help` explains each key once, those of transformers' TrainingArguments behind our own.
+    `--help` explains each of hfkd's keys once. Keys that a class inherits unchanged from transformers'
+    TrainingArguments stand in a group of their own, which only `--help-all` shows.
+
+    Attributes:
+        options: the option of every word that names one, such as `--seed` and `--no_bf16`.
     """
 
-    def __init__(self, argument_classes, usage: str, description: str | None = None, epilog: str | None = None):
+    def __init__(
+        self,
+        argument_classes: Sequence[type],
+        usage: str,
+        description: str | None = None,
+        epilog: str | None = None,
+    ):
+        groups = [group for argument_class in argument_classes for group in _help_groups(argument_class)]
         super().__init__(
-            argument_classes,
-            allow_abbrev=False,
-            usage=usage,
-            description=description,
-            epilog=epilog,
-            formatter_class=HelpFormatter,
+            groups, allow_abbrev=False, usage=usage, description=description, formatter_class=HelpFormatter
         )
-        for option in self._actions[1:]:  # the first is --help
-            del option.option_strings[1:]  # `--batch-size` is understood, too
-            if isinstance(option, argparse._StoreFalseAction):  # `--no_random_flip`: the same as `--random_flip false`
+        self.dataclass_types = list(argument_classes)
+        self.options = {word: option for option in self._actions for word in option.option_strings}
+        inherited = {
+            field.name for group in groups if issubclass(group, Inherited) for field in dataclasses.fields(group)
+        }
+        self._left_out = {}
+        for option in self._actions:
+            if option.dest == "help":
+                continue
+            if option.option_strings[0] != f"--{option.dest}":  # `--no_random_flip`: the same as `--random_flip false`
                 option.help = argparse.SUPPRESS
+            del option.option_strings[1:]  # `--batch-size` is understood, too
             if option.choices is None:
                 option.metavar = "VALUE"
             if option.required:
                 option.help, option.default = f"{option.help} (required)", argparse.SUPPRESS
+            if option.dest in inherited:
+                self._left_out[option], option.help = option.help, argparse.SUPPRESS
+        self.epilog = self._whole_epilog = epilog
+        if inherited:
+            self.epilog = f"{epilog}\n\n{MORE_HELP}" if epilog else MORE_HELP
+            text = f"show this and the {len(inherited)} other keys of transformers' TrainingArguments, and exit"
+            self.add_argument("--help-all", action=HelpAll, nargs=0, default=argparse.SUPPRESS, help=text)
 
-    def _add_dataclass_arguments(self, argument_class: type):
-        inherits = issubclass(argument_class, TrainingArguments)
-        self._inherited = {field.name for field in dataclasses.fields(TrainingArguments)} if inherits else set()
-        super()._add_dataclass_arguments(argument_class)
+    def show_inherited(self) -> None:
+        """Let the help explain the keys that it leaves out."""
+        self.epilog = self._whole_epilog
+        for option, text in self._left_out.items():
+            option.help = text
 
-    def _parse_dataclass_field(self, group, field: dataclasses.Field):
-        super()._parse_dataclass_field(self._training_group if field.name in self._inherited else group, field)
-
-    @functools.cached_property
-    def _training_group(self):
-        return self.add_argument_group("training (transformers' TrainingArguments)")
+    def answer_help(self, argv: Sequence[str]) -> None:
+        """Print the help and exit if there is a word such as `--help` among the arguments, also behind wrong ones."""
+        asked = [word for word in argv if word in HELP_WORDS]
+        if asked:
+            self.parse_args(["--help-all" if "--help-all" in asked and self._left_out else "--help"])
 
     def error(self, message: str):
         raise HfkdError(message)
 
     def option(self, token: str) -> argparse.Action | None:
-        """The option that a command-line token such as `--seed=3` or `--no_bf16` names, if it names one."""
-        return self._option_string_actions.get(token.partition("=")[0])
+        """Return the option that a command-line token such as `--seed=3` or `--no_bf16` names, if it names one."""
+        return self.options.get(token.partition("=")[0])
 
     def parse(self, argv: list[str]) -> list:
-        """One object a class.
+        """Return one object of each class.
 
         Raises:
             ValueError: for an unknown key, with the nearest valid one, or a value of the wrong type.
         """
-        *parsed, unknown = self.parse_args_into_dataclasses(
-            argv, return_remaining_strings=True, look_for_args_file=False
-        )
+        _, unknown = self.parse_known_args(argv)  # first, because TrainingArguments takes seconds to find its device
         if unknown:
             keys = [field.name for cls in self.dataclass_types for field in dataclasses.fields(cls) if field.init]
             raise unknown_key_error(unknown[0].lstrip("-").partition("=")[0], keys, "the command line")
-        return parsed
+        return list(self.parse_args_into_dataclasses(argv, look_for_args_file=False))
+
+
+class Inherited:
+    """Base of the classes made for keys that are inherited unchanged from transformers' TrainingArguments."""
+
+    _argument_group_name = "training (transformers' TrainingArguments)"
+
+
+def _help_groups(argument_class: type) -> list[type]:
+    """Return the classes that stand for an argument class in the help, each with a group of its own.
+
+    They differ from it for TrainingArguments: a class for what its subclass declares, and one for what it inherits.
+    """
+    if not issubclass(argument_class, TrainingArguments):
+        return [argument_class]
+    types = get_type_hints(argument_class)
+    fields = {field.name: field for field in dataclasses.fields(argument_class) if field.init}
+    declared = [name for name in inspect.get_annotations(argument_class) if name in fields]
+    inherited = [name for name in fields if name not in declared]
+
+    def part(names: list[str], base: type) -> type:
+        # Copies, since a field belongs to one class; keyword-only, since some without a default follow others.
+        entries = [(name, types[name], copy.copy(fields[name])) for name in names]
+        return dataclasses.make_dataclass(base.__name__, entries, bases=(base,), kw_only=True)
+
+    class Declared:
+        _argument_group_name = argument_class._argument_group_name
+
+    return [part(declared, Declared), part(inherited, Inherited)]
 
 
 def to_argv(recipe: dict[str, Any], parser: ArgumentParser) -> list[str]:
-    """The recipe as command-line tokens, so that one parser converts and checks the types of both."""
+    """Return the recipe as command-line tokens, so that one parser converts and checks the types of both."""
     tokens = []
     for key, value in recipe.items():
         if isinstance(value, list):

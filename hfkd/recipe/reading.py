@@ -1,4 +1,4 @@
-"""Recipes: a YAML file over at most one parent, then the command line, become the three argument classes."""
+"""Reading of recipes: a YAML file, its parent and the command line become objects of the three argument classes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ import yaml
 from ..errors import HfkdError, NotFoundError, nearest, unknown_key_error
 from ..losses import LOSSES
 from .arguments import DataArguments, DistillationConfig, ModelArguments
-from .keys import NOT_RECORDED
+from .keys import NOT_RECORDED, SECTIONS
 from .parser import ArgumentParser, to_argv
 
 ARGUMENT_CLASSES = (ModelArguments, DataArguments, DistillationConfig)
-NO_SETTINGS = ("extends", "search")  # of the run: a parent, and what `hfkd search` tries
 KEYS = [field.name for cls in ARGUMENT_CLASSES for field in dataclasses.fields(cls) if field.init]
 
 RECIPE_HELP = (
@@ -28,9 +27,9 @@ RECIPE_HELP = (
 
 
 def load_recipe(path: str | Path) -> dict[str, Any]:
-    """Reads a recipe and, where it `extends` another one (relative to itself), lays it over its parent.
+    """Read a recipe and, if it `extends` another one (relative to itself), lay it over its parent.
 
-    Mappings such as `losses` are replaced whole, not merged: what a recipe says of its losses stands in one place.
+    Mappings such as `losses` are replaced whole, not merged: the losses of a recipe stand in one place.
 
     Raises:
         FileNotFoundError: if the recipe or its parent does not exist.
@@ -60,15 +59,15 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(recipe, dict):
         raise HfkdError(f"{path} must hold a mapping of keys to values, got {type(recipe).__name__}.")
     for key in recipe:
-        if key not in (*KEYS, *NO_SETTINGS):
-            raise unknown_key_error(str(key), [*KEYS, *NO_SETTINGS], str(path))
+        if key not in (*KEYS, *SECTIONS):
+            raise unknown_key_error(str(key), [*KEYS, *SECTIONS], str(path))
     return recipe
 
 
 def parse_recipe(
     argv: list[str] | None = None, command: str = "hfkd distill"
 ) -> tuple[ModelArguments, DataArguments, DistillationConfig, dict]:
-    """Parses `recipe.yaml [--key value ...]`; the command line wins over the recipe, the recipe over the defaults.
+    """Parse `recipe.yaml [--key value ...]`; the command line wins over the recipe, the recipe over the defaults.
 
     A loss parameter is set by its path (`--losses.dkd.beta 2`). Without `output_dir` a run goes to `runs/` under the
     recipe's own path below the `recipes` folder.
@@ -83,11 +82,10 @@ def parse_recipe(
     argv = sys.argv[1:] if argv is None else argv
     usage = f"{command} recipe.yaml [--key value ...]"
     parser = ArgumentParser(ARGUMENT_CLASSES, usage, RECIPE_HELP, methods_help())
-    if not {"-h", "--help"}.isdisjoint(argv):
-        parser.parse_args(["--help"])
+    parser.answer_help(argv)
     path, overrides = argv[0] if argv else "", argv[1:]
     if not path or path.startswith("-"):
-        raise HfkdError(f"The first argument must be a recipe, got '{path}': {usage}. `--help` explains every key.")
+        raise HfkdError(f"The first argument must be a recipe, got '{path}': {usage}. `--help` explains the keys.")
     recipe = load_recipe(path)
     recipe.pop("search", None)
     losses, overrides = _split_loss_overrides(recipe.get("losses") or {}, overrides)
@@ -98,7 +96,7 @@ def parse_recipe(
 
 
 def methods_help() -> str:
-    """Every method with its parameters and their defaults, one a line."""
+    """Return the methods with their parameters and defaults, one method a line."""
     lines = ["methods, whose parameters are set by --losses.METHOD.PARAMETER VALUE:"]
     for name, loss in LOSSES.items():
         parameters = inspect.signature(loss).parameters.values()
@@ -107,7 +105,7 @@ def methods_help() -> str:
 
 
 def _resolve(parser: ArgumentParser, argv: list[str]) -> dict[str, Any]:
-    """Every key that `argv` sets, with its value as typed: what the argument classes make of it is not a recipe's."""
+    """Return every key that `argv` sets with its value as typed, before the argument classes change it."""
     values = vars(parser.parse_known_args(argv)[0])
     options = [parser.option(token) for token in argv]
     resolved = {option.dest: values[option.dest] for option in options if option is not None}
@@ -118,7 +116,7 @@ def _resolve(parser: ArgumentParser, argv: list[str]) -> dict[str, Any]:
 
 
 def recipe_name(path: str | Path) -> str:
-    """`cifar100/a-b/kd` of `recipes/cifar100/a-b/kd.yaml`; of a recipe from elsewhere its file's name alone."""
+    """Return `cifar100/a-b/kd` for `recipes/cifar100/a-b/kd.yaml`, for a recipe from elsewhere its file's name."""
     parts = Path(path).resolve().with_suffix("").parts
     if "recipes" in parts:
         return str(Path(*parts[len(parts) - parts[::-1].index("recipes") :]))
@@ -126,12 +124,12 @@ def recipe_name(path: str | Path) -> str:
 
 
 def default_output_dir(path: str | Path) -> str:
-    """`recipes/cifar100/a-b/kd.yaml` runs in `runs/cifar100/a-b/kd`; a recipe from elsewhere in `runs/<its name>`."""
+    """Return `runs/cifar100/a-b/kd` for `recipes/cifar100/a-b/kd.yaml`, for one from elsewhere `runs/<its name>`."""
     return str(Path("runs", recipe_name(path)))
 
 
 def _split_loss_overrides(losses: dict, argv: list[str]) -> tuple[dict, list[str]]:
-    """Takes `--losses.method.parameter value` out of `argv` and writes it into a copy of `losses`."""
+    """Move each `--losses.method.parameter value` from `argv` into a copy of `losses`, and return both."""
     if not isinstance(losses, dict):
         raise HfkdError(f"losses must map method names to their parameters, got {losses!r}.")
     losses = {method: dict(parameters or {}) for method, parameters in losses.items()}

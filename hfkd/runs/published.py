@@ -14,7 +14,9 @@ from ..recipe.arguments import DataArguments, DistillationConfig, ModelArguments
 
 # Training and test images of the published runs, whatever a copy of the data set is called.
 IMAGES = {"uoft-cs/cifar100": (100, 50_000), "ILSVRC/imagenet-1k": (1_000, 1_281_167)}  # classes, training images
-# The keys on which accuracy depends, beside teacher, data set and batch size, which results tell better.
+# Keys that make up a published protocol. They are a list of their own and not all keys with the effect RESULT: the
+# results of a run say better which teacher, images and batch size it had, and another seed, precision or number of
+# evaluations is no departure from a protocol.
 COMPARED_KEYS = (
     *("student_name_or_path", "drop_path_rate", "patch_size", "image_size", "random_flip", "augmentation"),
     *("interpolation", "crop_pct", "auto_augment", "color_jitter", "random_erasing", "teacher_cache", "losses"),

@@ -11,13 +11,16 @@ from typing import Any
 
 import yaml
 
+from ..recipe.keys import SCHEDULE_KEYS
 from ..runs.tables import csv_table, markdown_table
-from .space import Parameter, settings, short
+from .space import TRIAL_SETTINGS, Parameter, settings, short
 
-# Keys that make trials shorter than the run they are for, or concern only the trials.
+# Keys of the command line that the best recipe does not get: they make trials shorter than the run that they are for,
+# or concern trials alone, or the search gives them other values. A given warm-up is kept.
 OF_THE_TRIALS = {
-    *("num_train_epochs", "max_steps", "lr_milestones", "train_split", "teacher_cache", "published_top1"),
-    *("eval_strategy", "save_strategy", "load_best_model_at_end", "push_to_hub", "output_dir", "losses"),
+    *(key for key in SCHEDULE_KEYS if key != "warmup_steps"),
+    *TRIAL_SETTINGS,
+    *("train_split", "teacher_cache", "published_top1", "output_dir", "losses"),
 }
 
 

@@ -12,11 +12,19 @@ from torch import nn
 from ..errors import HfkdError, did_you_mean
 from ..losses import build_losses
 from ..recipe.arguments import DistillationConfig
+from ..recipe.keys import SEARCHABLE_KEYS
 
 if TYPE_CHECKING:
     from optuna import Trial
 
-SETTINGS = ("learning_rate", "weight_decay", "ce_weight")  # beside the parameters of the losses
+# Settings of every trial: it is measured after every epoch, and leaves nothing but its numbers.
+TRIAL_SETTINGS = {
+    "eval_strategy": "epoch",
+    "save_strategy": "no",
+    "load_best_model_at_end": "false",
+    "push_to_hub": "false",
+    "resume_from_checkpoint": "false",
+}
 EXAMPLE = "`search: {losses.kd.temperature: {low: 1, high: 8, log: true}, learning_rate: {choices: [0.05, 0.1]}}`"
 FACTOR = 3.0  # the default space reaches from a third of the recipe's value to three times as much
 
@@ -78,7 +86,7 @@ def search_space(section: Mapping[str, Any] | None, config: DistillationConfig) 
         space.append(_parameter(key, defaults[key], entry))
     for parameter in space:
         for value in parameter.choices or (parameter.low, parameter.high):
-            if parameter.key in SETTINGS and value < 0:
+            if parameter.key in SEARCHABLE_KEYS and value < 0:
                 raise HfkdError(f"search: {parameter.key} must not be negative, got {value:g}.")
             build_losses(settings({parameter.key: value}, config.losses)["losses"], config.logit_standardization)
     return space
@@ -92,7 +100,7 @@ def _searchable(losses: nn.ModuleDict, config: DistillationConfig) -> dict[str, 
         for parameter, value in loss.arguments.items()
         if isinstance(value, (float, int, bool, str))
     }
-    return values | {key: float(getattr(config, key)) for key in SETTINGS}
+    return values | {key: float(getattr(config, key)) for key in SEARCHABLE_KEYS}
 
 
 def _default_space(losses: nn.ModuleDict, config: DistillationConfig) -> list[Parameter]:
@@ -166,7 +174,7 @@ def settings(values: Mapping[str, Any], losses: Mapping[str, Any]) -> dict[str, 
     losses = {method: dict(parameters or {}) for method, parameters in copy.deepcopy(dict(losses)).items()}
     recipe = {}
     for key, value in values.items():
-        if key in SETTINGS:
+        if key in SEARCHABLE_KEYS:
             recipe[key] = value
         else:
             _, method, parameter = key.split(".")

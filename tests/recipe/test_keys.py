@@ -1,0 +1,126 @@
+"""The table of recipe keys, and the sets that other modules derive from it."""
+
+import dataclasses
+
+import pytest
+
+from hfkd.commands.reproduce import SETTLED
+from hfkd.comparison.rows import OF_ONE_RUN
+from hfkd.recipe.arguments import DataArguments
+from hfkd.recipe.keys import (
+    DIGITS,
+    NOT_RECORDED,
+    PATH_KEYS,
+    PRIVATE_KEYS,
+    RECIPE_KEYS,
+    SCHEDULE_KEYS,
+    SEARCHABLE_KEYS,
+    SECTIONS,
+    SEEDS,
+    WITHOUT_EFFECT,
+    Effect,
+    public_value,
+    recipe_differences,
+)
+from hfkd.recipe.reading import ARGUMENT_CLASSES, KEYS
+from hfkd.runs.published import COMPARED_KEYS
+from hfkd.search.results import OF_THE_TRIALS
+from hfkd.search.space import TRIAL_SETTINGS
+
+PRIVATE = {
+    *("output_dir", "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
+    *("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"),
+}
+FREE = PRIVATE | {
+    *("disable_tqdm", "report_to", "dataloader_num_workers", "per_device_eval_batch_size"),
+    *("teacher_device_map", "shard_teacher"),
+}
+TRIALS = {
+    *("num_train_epochs", "max_steps", "lr_milestones", "train_split", "teacher_cache", "published_top1"),
+    *("eval_strategy", "save_strategy", "load_best_model_at_end", "push_to_hub", "output_dir", "losses"),
+}
+
+
+@pytest.mark.parametrize("argument_class", ARGUMENT_CLASSES)
+def test_every_key_has_an_entry(argument_class):
+    """A key that transformers adds counts as one that changes the result, until it is looked at and listed."""
+    new = [field.name for field in dataclasses.fields(argument_class) if field.name not in RECIPE_KEYS]
+    assert not new, f"{', '.join(new)}: say in hfkd/recipe/keys.py what they are"
+
+
+@pytest.mark.parametrize(
+    "derived, expected",
+    [
+        (PRIVATE_KEYS, PRIVATE),
+        (WITHOUT_EFFECT, FREE),
+        (OF_ONE_RUN, FREE | {"seed", "data_seed"}),
+        (NOT_RECORDED, {"hub_token", "push_to_hub_token", "resume_from_checkpoint", "allow_recipe_change"}),
+        (
+            PATH_KEYS,
+            {"dataset_name", "student_name_or_path", "teacher_name_or_path", "teacher_checkpoint", "teacher_cache"},
+        ),
+        (OF_THE_TRIALS, TRIALS | {"resume_from_checkpoint"}),  # the last one is in no recipe
+        (
+            set(SETTLED),
+            {
+                *("seed", "data_seed", "num_train_epochs", "max_steps", "lr_milestones", "warmup_steps"),
+                *("resume_from_checkpoint", "student_name_or_path", "losses", "logit_standardization", "ce_weight"),
+            },
+        ),
+    ],
+    ids=["private", "without effect", "of one run", "not recorded", "paths", "of the trials", "settled"],
+)
+def test_derived_sets(derived, expected):
+    assert derived == expected
+
+
+def test_derived_lists():
+    """Their order shows in messages."""
+    assert SEEDS == ("seed", "data_seed")
+    assert set(SCHEDULE_KEYS) == {"num_train_epochs", "max_steps", "lr_milestones", "warmup_steps"}
+    assert SEARCHABLE_KEYS == ("learning_rate", "weight_decay", "ce_weight")
+    assert SECTIONS == ("extends", "search") and not set(SECTIONS) & set(KEYS)
+
+
+def test_entries_do_not_contradict_one_another():
+    for name, key in RECIPE_KEYS.items():
+        without_effect = key.effect is not Effect.RESULT
+        assert without_effect or not (key.private or key.secret or key.fixed), name
+        assert not without_effect or not (key.seed or key.schedule or key.searchable or key.augmentation), name
+    assert {RECIPE_KEYS[name].effect for name in COMPARED_KEYS} == {Effect.RESULT}
+    assert set(TRIAL_SETTINGS) <= set(RECIPE_KEYS)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        *(("interpolation", "bilinear"), ("crop_pct", 0.5), ("auto_augment", "rand-m9"), ("color_jitter", 0.4)),
+        *(("random_erasing", 0.1), ("streaming", True)),
+    ],
+)
+def test_keys_of_one_augmentation(key, value):
+    assert RECIPE_KEYS[key].augmentation == "random_resized_crop"
+    DataArguments("digits", augmentation="random_resized_crop", **{key: value})
+    with pytest.raises(ValueError, match=f"^{key} goes with augmentation: random_resized_crop; this recipe's is crop"):
+        DataArguments("digits", **{key: value})
+
+
+def test_a_run_goes_on_with_other_keys_without_effect(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("{learning_rate: 0.1, output_dir: there, dataloader_num_workers: 2}")
+    here = {"learning_rate": 0.1, "output_dir": "here", "dataloader_num_workers": 4}
+    assert recipe_differences(tmp_path / "nowhere.yaml", here) == recipe_differences(path, here) == []
+    assert recipe_differences(path, here | {"logging_steps": 5}) == ["logging_steps: None there, 5 here"]
+    assert recipe_differences(path, here | {"new_in_transformers": 1}) == ["new_in_transformers: None there, 1 here"]
+    streamed = recipe_differences(path, here | {"streaming": True})
+    assert streamed == ["dataloader_num_workers: 2 there, 4 here", "streaming: None there, True here"]
+
+
+def test_a_folder_without_a_slash_is_a_path_unless_it_is_a_public_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("photos", DIGITS, "resnet18"):
+        (tmp_path / name).mkdir()
+    assert public_value("dataset_name", "photos") == "path/to/photos"
+    names = public_value("teacher_name_or_path", ["photos", "resnet18", "runs/a"])
+    assert names == ["path/to/photos", "resnet18", "path/to/a"]
+    assert public_value("dataset_name", DIGITS) == DIGITS and public_value("train_split", "photos") == "photos"
