@@ -1,7 +1,9 @@
-"""Distillation losses: one method a file, and the table of the methods that a recipe can name.
+"""Distillation losses, one method a file, and the table of methods that a recipe can name.
 
-A method costs one line here, an import that publishes its loss and its function (`import A as A` does so, PEP 484). Its
-name in recipes is the name of its file: `kd.py` is `losses: {kd: ...}`.
+Each file holds a pure function, the module that a recipe builds, and the citation of its paper. A new method costs one
+import here, which publishes its loss and its function (`import A as A`, PEP 484); its name in recipes is the name of
+its file: `kd.py` is `losses: {kd: ...}`. Of hfkd, the room imports `hfkd.errors` and never anything else: no data, no
+models, no networks, no recipe, no training.
 """
 
 from collections.abc import Mapping
@@ -14,7 +16,7 @@ from .base import DistillationLoss as DistillationLoss
 from .checks import checked_arguments
 from .standardize import standardize as standardize
 
-# In this order the methods are listed, by --help and by the benchmark.
+# --help and the benchmark list the methods in this order.
 # isort: off
 from .kd import KDLoss as KDLoss, kd_loss as kd_loss
 from .dkd import DKDLoss as DKDLoss, dkd_loss as dkd_loss
@@ -72,13 +74,13 @@ def build_losses(
     """Build the losses of a run, by name, in the order given.
 
     Args:
-        losses: for each method of `LOSSES` its keyword arguments, None for its defaults; or, under any name,
-            an instance of a DistillationLoss.
-        logit_standardization: the run's switch, set on every loss, given instances included.
+        losses: for each method of `LOSSES` its keyword arguments, or None for its defaults. Under any other name, an
+            instance of a DistillationLoss.
+        logit_standardization: the run's switch. It is set on every loss, given instances included.
 
     Raises:
-        ValueError: an unknown method, an unknown, missing or ill-typed parameter, a value out of range, or a
-            name that cannot be a module's.
+        HfkdError: an unknown method, an unknown, missing or ill-typed parameter, a value out of range, or a name that a
+            module cannot have.
     """
     if not isinstance(losses, Mapping):
         raise HfkdError(f"losses is {losses!r}: give a mapping of methods, such as {{'kd': {{'temperature': 4.0}}}}")
@@ -86,7 +88,7 @@ def build_losses(
     for name, given in losses.items():
         loss = given if isinstance(given, DistillationLoss) else _build(name, given)
         if not (isinstance(name, str) and name.isidentifier()) or name in dir(modules):
-            raise HfkdError(f"losses: {name!r} cannot name a loss; take letters, digits and underscores")
+            raise HfkdError(f"losses: {name!r} cannot name a loss; use letters, digits and underscores")
         loss.logit_standardization = logit_standardization
         modules[name] = loss
     return modules

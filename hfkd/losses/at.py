@@ -1,4 +1,4 @@
-"""AT: the student looks where the teacher looks.
+"""AT: the student imitates the teacher's spatial attention.
 
 Paper: Zagoruyko and Komodakis, Paying More Attention to Attention: Improving the Performance of Convolutional Neural
 Networks via Attention Transfer, ICLR 2017.
@@ -16,10 +16,10 @@ from .standardize import at_least_float32
 
 
 def at_loss(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:
-    """Sum over the pairs of the mean squared difference of their attention.
+    """Sum over all pairs the mean squared difference of their attention.
 
-    The maps of a pair are first averaged down to the smaller sides of the two. Attention is the mean over the channels
-    of the squared map, divided by its L2 norm over the positions.
+    The maps of a pair are first averaged down to the smaller height and width of the two. Attention is the mean over
+    the channels of the squared map, divided by its L2 norm over the positions.
 
     Args:
         student_maps: (B, C, H, W) each.
@@ -29,7 +29,8 @@ def at_loss(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> T
         0-d, float32 or float64.
 
     Raises:
-        ValueError: the numbers of maps differ, or a pair's batches, or one is no map.
+        HfkdError: the batch sizes of a pair differ, or an input is not a map.
+        ValueError: the numbers of maps differ.
     """
     loss = 0.0
     for student, teacher in zip(student_maps, teacher_maps, strict=True):
@@ -43,7 +44,10 @@ def at_loss(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> T
 
 
 def _attention(feature_map: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, H * W), rows of norm 1; the row of a map of zeros is zero, and so is its gradient."""
+    """Return the attention (B, H * W) of maps (B, C, H, W), rows of norm 1.
+
+    The row of a map of zeros is zero, and its gradient is zero too.
+    """
     return F.normalize(feature_map.pow(2).mean(dim=1).flatten(1))
 
 
@@ -55,7 +59,7 @@ class ATLoss(MapPairsLoss):
         weight: see `DistillationLoss`; the default is the published one.
 
     Raises:
-        ValueError: see `MapPairsLoss`.
+        HfkdError: see `MapPairsLoss`.
     """
 
     citation = """

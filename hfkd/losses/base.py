@@ -1,7 +1,8 @@
-"""The interface of a distillation loss, and what every logit loss shares."""
+"""Interface of a distillation loss, and the parts that all logit losses share."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any, Protocol
 
 import torch
@@ -13,24 +14,26 @@ from .standardize import at_least_float32, standardize
 
 
 class Outputs(Protocol):
-    """What a loss reads of a model's outputs."""
+    """Outputs of a model, as far as losses read them."""
 
     logits: Tensor  # (B, C)
-    features: Mapping[int | str, Tensor]  # what the layers that losses name gave
-    embedding: Tensor  # (B, D), what the classifier reads, where a loss names the layer "embedding"
-    classifier: nn.Linear | None  # of a teacher, frozen; None unless its logits are those of one linear layer
-    standardized: bool  # of a teacher: its logits are Z-scores already
-    strong: "Outputs | None"  # the same images under the strong augmentation, where a loss has views = 2
+    features: Mapping[int | str, Tensor]  # outputs of the layers that losses name
+    embedding: Tensor  # (B, D), input of the classifier, if a loss names the layer "embedding"
+    classifier: nn.Linear | None  # of a teacher, frozen; None unless one linear layer gives its logits
+    standardized: bool  # of a teacher: True if its logits are already Z-scores
+    strong: "Outputs | None"  # the same images, strongly augmented, if a loss has views = 2
 
 
 @dataclass(frozen=True)
 class ReusedClassifier:
-    """How a student is to end in the teacher's classifier: the trainer builds it before anything taps the student.
+    """Description of a student that ends in the teacher's classifier.
+
+    The trainer builds this student before it taps any layer.
 
     Attributes:
-        student_layer: the stage whose map a projector reads; what lies behind it is dropped.
-        teacher_layer: the layer whose map the projector imitates, a stage index, a module path or "embedding".
-        factor: the projector's inner channels are the teacher's divided by it.
+        student_layer: the stage whose map a projector reads. The layers behind it are dropped.
+        teacher_layer: the layer whose map the projector imitates: a stage index, a module path or "embedding".
+        factor: the projector's inner channels are the teacher's channels divided by this number.
     """
 
     student_layer: int
@@ -39,101 +42,114 @@ class ReusedClassifier:
 
 
 class DistillationLoss(nn.Module):
-    """One method: reads the student's and the teacher's outputs, returns its terms.
+    """Base of all methods: reads the outputs of student and teacher, returns the method's terms.
 
-    A subclass states what it needs in the class attributes, takes its hyper-parameters by name in its
-    constructor, each annotated, and passes `weight` on. It may own parameters and buffers: they are trained,
-    synchronised and checkpointed with the student, and not shipped with it.
+    A subclass states in class attributes what it needs. It takes its hyper-parameters by name in its constructor, each
+    annotated, and passes `weight` on. It may own parameters and buffers: they are trained, synchronised and
+    checkpointed with the student, and they are not exported with it.
 
-    In several processes each computes its terms over its own images, and gradients are averaged. For a term that is a
-    mean over the batch that comes to the mean over all images. A term that compares images with one another compares
-    those of one process, as in the released code, which computes the losses on each GPU.
+    In a run of several processes each computes its terms over its own images, and gradients are averaged. For a term
+    that is a mean over the batch, the result is the mean over all images. A term that compares images with one another
+    compares the images of one process, as in the released code, which computes the losses on each GPU.
 
     Args:
-        weight: what the training loop multiplies every term by; `forward` returns them without it.
+        weight: factor by which the training loop multiplies every term. `forward` returns the terms without it.
 
     Raises:
-        ValueError: weight is negative or not finite.
+        HfkdError: weight is negative or not finite.
     """
 
     views = 1  # 2: `student.strong` and `teacher.strong` are filled
-    reads_logits = True  # False: a student's distillation head, where it has one, gets nothing from this loss
-    reads_raw_logits = False  # True: other logits than `self.logits()` gives, so also those that are not standardized
-    # The one temperature at which `forward` reads the teacher's logits; None: it reads them at several, or otherwise.
+    reads_logits = True  # False: this loss does not train a student's distillation head
+    reads_raw_logits = False  # True: it reads logits besides `self.logits()`, so also unstandardized ones
+    # The one temperature at which `forward` reads the teacher's logits. None: it reads them in another way.
     teacher_temperature: float | None = None
-    takes_mixed_labels = True  # False: `labels` must be classes, which mixup and CutMix do not leave
-    # What `features` must hold: stage indices, module paths or "embedding". None: every stage but the first, which the
-    # trainer then fills in.
+    takes_mixed_labels = True  # False: `labels` must be classes, so mixup and CutMix are refused
+    # The layers that `features` must hold: stage indices, module paths or "embedding". None: every stage except the
+    # first; the trainer replaces None by these stages.
     student_layers: Sequence[int | str] | None = ()
     teacher_layers: Sequence[int | str] | None = ()
-    needs_index = False  # True: `batch` must hold `index`, the images' rows in the data set; `setup_rows` is called
-    replicated_buffers: Sequence[str] = ()  # that `forward` keeps equal in all processes, so that DDP need not
-    least_images = 1  # in a batch: 2 where BatchNorm sees one value an image and channel
-    reuses_classifier: ReusedClassifier | None = None  # not None: the student gets a projector at its path "projector"
+    needs_index = False  # True: `batch` holds `index`, the images' rows in the data set, and `setup_rows` is called
+    replicated_buffers: Sequence[str] = ()  # kept equal in all processes by `forward`, so DDP does not copy them
+    least_images = 1  # smallest batch: 2 if BatchNorm sees one value for each image and channel
+    reuses_classifier: ReusedClassifier | None = None  # not None: the student gets a module "projector"
 
-    citation = ""  # of the method's paper, one BibTeX entry, indented as one likes: the model card of a run quotes it
+    citation = ""  # BibTeX entry of the method's paper, with any indentation; a run's model card quotes it
 
-    # The run's one switch. `build_losses` sets it, so that no constructor has to repeat it.
+    # The run's switch for all losses. `build_losses` sets it, so that no constructor has to take it.
     logit_standardization = False
-    arguments: Mapping[str, Any] = {}  # of its constructor, defaults included; `build_losses` sets them, too
-    autocast_dtype: torch.dtype | None = None  # the run's precision, None: float32; the trainer sets it
+    arguments: Mapping[str, Any] = {}  # of the constructor, with defaults; set by `build_losses`
+    autocast_dtype: torch.dtype | None = None  # the run's precision, None for float32; set by the trainer
 
     def __init__(self, weight: float = 1.0):
         super().__init__()
         self.weight = not_negative("weight", weight)
 
     def setup(self, student: Outputs, teacher: Outputs) -> None:
-        """Build what depends on shapes, from the outputs of one batch. Called once, before the optimizer.
+        """Build the parts that depend on shapes, from the outputs of one batch.
+
+        The trainer calls it once, before it creates the optimizer.
 
         Raises:
-            ValueError: if the loss cannot work with such outputs.
+            HfkdError: if the loss cannot work with these outputs.
         """
 
     def setup_rows(self, labels: Tensor) -> None:
-        """Build what depends on the training set, for a loss that `needs_index`. Called once, before `setup`.
+        """Build the parts that depend on the training set, for a loss with `needs_index`.
+
+        The trainer calls it once, before `setup`.
 
         Args:
-            labels: (N,) int64, one a row; -100 where a row is not trained on.
+            labels: (N,) int64, one for each row of the data set; -100 for a row that is not trained on.
         """
 
+    def run_eagerly(self) -> None:
+        """Keep torch.compile out of `forward`, for a loss whose state changes within a step.
+
+        Call it in the constructor or in `setup`. It is no decorator, because `torch.compiler.disable` imports the
+        compiler, which takes longer than importing torch.
+        """
+        self.forward = MethodType(torch.compiler.disable(type(self).forward), self)
+
     def autocast(self, device: torch.device) -> torch.autocast:
-        """The run's precision, for learnt projectors: `forward` itself runs in float32."""
+        """Return a context with the run's precision, for learnt projectors; `forward` itself runs in float32."""
         return torch.autocast(device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Mapping[str, Tensor]) -> Tensor | dict[str, Tensor]:
-        """The terms, not yet weighted: one 0-d tensor, or {term: 0-d tensor}.
+        """Return the unweighted terms: one 0-d tensor, or {term: 0-d tensor}.
 
-        `batch` holds `labels` (B,), int64, or after mixup (B, C), shares of each class, and `progress`, 0-d: epochs
-        done, 2.5 half way through the third.
+        Args:
+            batch: holds `labels`, (B,) int64, or after mixup (B, C), the share of each class; and `progress`, 0-d, the
+                epochs done: 2.5 half way through the third epoch.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define forward")
 
     def metrics(self) -> dict[str, Tensor]:
-        """{name: detached 0-d tensor}: what is logged beside the terms, as of the last forward."""
+        """Return values of the last forward to log beside the terms, {name: detached 0-d tensor}."""
         return {}
 
     def settings(self) -> dict[str, Any]:
-        """Its parameters as results name them: `arguments`, with the layers that it really reads."""
+        """Return the parameters as results name them: `arguments`, with the layers that the loss reads."""
         layers = {"student_layers": self.student_layers, "teacher_layers": self.teacher_layers}
-        read = {key: list(value) for key, value in layers.items() if key in self.arguments}
-        return {**self.arguments, **read, "weight": self.weight}
+        actual = {key: list(value) for key, value in layers.items() if key in self.arguments}
+        return {**self.arguments, **actual, "weight": self.weight}
 
     def logits(self, student: Outputs, teacher: Outputs) -> tuple[Tensor, Tensor]:
-        """Student and teacher logits, each (B, C), standardized when the run asks for it."""
+        """Return student and teacher logits, each (B, C), standardized if the run asks for it."""
         if self.logit_standardization:
             return standardize(student.logits), teacher.logits if teacher.standardized else standardize(teacher.logits)
         return student.logits, teacher.logits
 
 
 def paired(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The two, in float32 or wider, after a check that they can be compared class by class.
+    """Check that logits can be compared class by class, and return both in float32 or wider.
 
     Raises:
-        ValueError: the shapes differ, or are not (B, C) with two classes or more.
+        HfkdError: the shapes differ, or are not (B, C) with two classes or more.
     """
     if student_logits.shape != teacher_logits.shape:
         raise HfkdError(
-            "student and teacher logits must have one shape (B, C), "
+            "student and teacher logits must have the same shape (B, C), "
             f"got {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
         )
     if student_logits.ndim != 2 or student_logits.shape[1] < 2:
@@ -142,5 +158,5 @@ def paired(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tens
 
 
 def epoch_number(progress: Tensor) -> Tensor:
-    """The epoch under way, counted from 1, as warm-ups and curricula count it. 0-d."""
+    """Return the current epoch, 0-d, counted from 1 as warm-ups and curricula count it."""
     return progress.floor() + 1

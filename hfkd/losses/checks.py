@@ -1,4 +1,4 @@
-"""Checks of what a recipe gives to a loss: names, types and ranges, each failing with the way out."""
+"""Checks of the names, types and ranges of loss parameters; each error names the fix."""
 
 from __future__ import annotations
 
@@ -12,14 +12,22 @@ from ..errors import HfkdError, did_you_mean
 
 
 def positive(key: str, value: float) -> float:
-    """value, if it is a finite number above 0; ValueError if not."""
+    """Return the value if it is a finite number above 0.
+
+    Raises:
+        HfkdError: if it is not.
+    """
     if not (_is_finite_number(value) and value > 0):
         raise HfkdError(f"{key} is {value!r}: give a finite number above 0")
     return float(value)
 
 
 def not_negative(key: str, value: float) -> float:
-    """value, if it is a finite number, 0 or above; ValueError if not."""
+    """Return the value if it is a finite number, 0 or above.
+
+    Raises:
+        HfkdError: if it is not.
+    """
     if not (_is_finite_number(value) and value >= 0):
         raise HfkdError(f"{key} is {value!r}: give a finite number, 0 or above")
     return float(value)
@@ -40,14 +48,22 @@ def fraction(key: str, value: float) -> float:
 
 
 def count(key: str, value: int, least: int = 1) -> int:
-    """value, if it is a whole number, `least` or above; ValueError if not."""
+    """Return the value if it is a whole number, `least` or above.
+
+    Raises:
+        HfkdError: if it is not.
+    """
     if type(value) is not int or value < least:
         raise HfkdError(f"{key} is {value!r}: give a whole number, {least} or above")
     return value
 
 
 def layers_of(key: str, value: list[int | str]) -> list[int | str]:
-    """value, if it is a list of stage indices and module paths, one at least; ValueError if not."""
+    """Return the value if it is a non-empty list of stage indices and module paths.
+
+    Raises:
+        HfkdError: if it is not.
+    """
     if not isinstance(value, list) or not value or not all(type(layer) in (int, str) for layer in value):
         raise HfkdError(f"{key} is {value!r}: give a list of stage indices or module paths, such as [0, blocks.6]")
     return value
@@ -58,15 +74,14 @@ def _is_finite_number(value: Any) -> bool:
 
 
 def checked_arguments(method: str, loss_class: type, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Every argument of loss_class's constructor: those given, numbers that YAML left as strings converted, or the
-    defaults.
+    """Return every argument of a loss's constructor: the given values, and defaults for the rest.
 
-    Only float, int, bool and str annotations are checked here; what is annotated otherwise, the constructor
-    checks itself.
+    Numbers that YAML left as strings are converted. Only float, int, bool and str annotations are checked here. The
+    constructor checks parameters with other annotations.
 
     Raises:
-        ValueError: a parameter the constructor does not take, one it requires and does not get, or a value of
-            another type than the annotation says.
+        HfkdError: a parameter that the constructor does not take, a required one that is missing, or a value of another
+            type than its annotation.
     """
     parameters = inspect.signature(loss_class).parameters
     hints = get_type_hints(loss_class.__init__)
@@ -76,24 +91,27 @@ def checked_arguments(method: str, loss_class: type, arguments: Mapping[str, Any
     for key, parameter in parameters.items():
         if parameter.default is parameter.empty and key not in arguments:
             raise HfkdError(f"losses.{method} needs the parameter {key!r}. Add losses.{method}.{key}")
-    given = {key: _converted(f"losses.{method}.{key}", value, hints.get(key)) for key, value in arguments.items()}
+    given = {key: _convert(f"losses.{method}.{key}", value, hints.get(key)) for key, value in arguments.items()}
     return {key: given.get(key, parameter.default) for key, parameter in parameters.items()}
 
 
-def _converted(key: str, value: Any, wanted: Any) -> Any:
-    if wanted is float or wanted is int:
-        number = _parsed_number(value)
-        if number is None or (wanted is int and not number.is_integer()):
-            raise HfkdError(f"{key} is {value!r} ({type(value).__name__}): give a number ({wanted.__name__})")
-        return wanted(number)
-    if wanted in (bool, str) and not isinstance(value, wanted):
-        example = "true or false" if wanted is bool else "a string"
+def _convert(key: str, value: Any, annotation: Any) -> Any:
+    if annotation is float or annotation is int:
+        number = _parse_number(value)
+        if number is None or (annotation is int and not number.is_integer()):
+            raise HfkdError(f"{key} is {value!r} ({type(value).__name__}): give a number ({annotation.__name__})")
+        return annotation(number)
+    if annotation in (bool, str) and not isinstance(value, annotation):
+        example = "true or false" if annotation is bool else "a string"
         raise HfkdError(f"{key} is {value!r} ({type(value).__name__}): give {example}")
     return value
 
 
-def _parsed_number(value: Any) -> float | None:
-    """A number, or the string of one: YAML 1.1 reads 5e-1 and 1e3, which lack a dot or a sign, as strings."""
+def _parse_number(value: Any) -> float | None:
+    """Return a number, or the number that a string spells, or None.
+
+    YAML 1.1 reads 5e-1 and 1e3, which lack a dot or a sign, as strings.
+    """
     if isinstance(value, bool) or not isinstance(value, (Real, str)):
         return None
     try:

@@ -5,7 +5,6 @@ Paper: Tian, Krishnan and Isola, Contrastive Representation Distillation, ICLR 2
 
 import math
 from collections.abc import Mapping
-from types import MethodType
 
 import torch
 import torch.distributed as dist
@@ -18,7 +17,7 @@ from .base import DistillationLoss, Outputs
 from .checks import count, not_negative, positive
 from .standardize import at_least_float32
 
-EPS = 1e-7  # beside the probability that noise gave a row
+EPS = 1e-7  # added to a row's probability under the noise distribution
 
 
 def crd_loss(
@@ -30,59 +29,59 @@ def crd_loss(
     log_normalizers: Tensor,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    """How well each network's embedding finds the positive among rows of the other network's memory.
+    """Contrast each network's embeddings with rows of the other network's memory.
 
     With h = exp(<row, embedding> / temperature) / Z and c = K / N, the loss of one network is
 
         -(sum of log(h / (h + c + eps)) over the positives + sum of log(c / (h + c + eps)) over the negatives) / B
 
-    and the two networks' losses are added. The memories get no gradient and may change before the backward pass. It
-    cannot be differentiated twice.
+    and the losses of both networks are added. The memories get no gradient and may change before the backward pass. The
+    loss cannot be differentiated twice.
 
     Args:
-        student: (B, D), each of length 1.
-        teacher: (B, D), likewise; gradients reach both.
+        student: (B, D), each row of length 1. Gradients reach it.
+        teacher: (B, D), each row of length 1. Gradients reach it.
         student_memory: (N, D), earlier student embeddings.
-        teacher_memory: (N, D).
+        teacher_memory: (N, D), earlier teacher embeddings.
         contrast_rows: (B, 1 + K) int64, rows of the memories: for each sample the positive, then the negatives.
-        log_normalizers: (2,), log Z of the student and of the teacher. Where NaN, this batch sets Z: to N times the
-            mean of exp(<row, embedding> / temperature), averaged over the processes, as a constant.
+        log_normalizers: (2,), log Z of the student and of the teacher. Where NaN, this batch sets Z to N times the mean
+            of exp(<row, embedding> / temperature), averaged over the processes, as a constant.
         temperature: above 0.
 
     Returns:
         0-d, float32 or float64, and the log_normalizers (2,) that were used.
 
     Raises:
-        ValueError: the shapes do not fit one another.
+        HfkdError: the shapes do not fit one another.
     """
     student, teacher = at_least_float32(student), at_least_float32(teacher)
     _check_shapes(student, teacher, student_memory, teacher_memory, contrast_rows)
     with torch.no_grad():
         student_logits = contrast_logits(student, teacher_memory, contrast_rows, temperature)
         teacher_logits = contrast_logits(teacher, student_memory, contrast_rows, temperature)
-        of_batch = _log_normalizers(student_logits, teacher_logits, len(student_memory))
-        # Decided on the device: to ask whether they are set would make every step wait for it.
-        log_normalizers = torch.where(log_normalizers.isnan(), of_batch, log_normalizers)
+        batch_normalizers = _log_normalizers(student_logits, teacher_logits, len(student_memory))
+        # Selected on the device: a Python condition would make every step wait for the device.
+        log_normalizers = torch.where(log_normalizers.isnan(), batch_normalizers, log_normalizers)
     arguments = contrast_rows, temperature
-    student_loss = _Contrast.apply(student, student_logits, teacher_memory, log_normalizers[0], *arguments)
-    teacher_loss = _Contrast.apply(teacher, teacher_logits, student_memory, log_normalizers[1], *arguments)
+    student_loss = _ContrastiveLoss.apply(student, student_logits, teacher_memory, log_normalizers[0], *arguments)
+    teacher_loss = _ContrastiveLoss.apply(teacher, teacher_logits, student_memory, log_normalizers[1], *arguments)
     return student_loss + teacher_loss, log_normalizers
 
 
 def contrast_logits(embeddings: Tensor, memory: Tensor, contrast_rows: Tensor, temperature: float) -> Tensor:
-    """<memory, embedding> / temperature for the contrast rows, (B, 1 + K)."""
-    # One product with the whole memory, of which the scores are picked. To pick the rows, as the release does, copies
-    # (1 + K) D numbers a sample, 537 MB for a batch of 64 with 16384 negatives: with CIFAR's 50,000 images this
-    # takes fifteen times as long on a CPU core and twelve times the memory, though the product computes three times
-    # what is picked.
+    """Return <memory row, embedding> / temperature for the contrast rows, (B, 1 + K)."""
+    # One product with the whole memory, from which the scores are gathered. The release gathers rows instead, which
+    # copies (1 + K) D numbers a sample: 537 MB for a batch of 64 with 16384 negatives. With CIFAR's 50,000 images that
+    # takes fifteen times as long on a CPU core and twelve times the memory, although the product computes three times
+    # as many scores as are used.
     return (embeddings @ memory.T).gather(1, contrast_rows).div_(temperature)
 
 
 def _log_normalizers(student_logits: Tensor, teacher_logits: Tensor, rows: int) -> Tensor:
-    """log Z of the student and of the teacher, (2,), as this step's batches in all processes set it."""
+    """Return log Z of the student and of the teacher, (2,), from this step's batches in all processes."""
     sums = torch.stack([student_logits.logsumexp((0, 1)), teacher_logits.logsumexp((0, 1))])
-    everyone = all_processes(sums[None])
-    return everyone.logsumexp(0) - math.log(len(everyone)) + math.log(rows / student_logits.numel())
+    gathered = all_processes(sums[None])
+    return gathered.logsumexp(0) - math.log(len(gathered)) + math.log(rows / student_logits.numel())
 
 
 def _check_shapes(student: Tensor, teacher: Tensor, *others: Tensor) -> None:
@@ -100,21 +99,21 @@ def _check_shapes(student: Tensor, teacher: Tensor, *others: Tensor) -> None:
         )
 
 
-class _Contrast(torch.autograd.Function):
-    """One network's loss, from logits already computed.
+class _ContrastiveLoss(torch.autograd.Function):
+    """Loss of one network, from logits already computed.
 
-    The gradient is formed in the forward pass: by the backward pass the memory has changed, and to keep the scores
-    (B, N) until then would be most of the method's memory.
+    The gradient is computed in the forward pass: the memory changes before the backward pass, and keeping the scores
+    (B, N) until then would take most of the method's memory.
     """
 
     @staticmethod
     def forward(ctx, embeddings, logits, memory, log_normalizer, contrast_rows, temperature):
         batch_size, columns = logits.shape
         noise = (columns - 1) / len(memory)
-        # h / (h + noise + eps) is the sigmoid of these: no exponential overflows, whatever the temperature.
+        # h / (h + noise + eps) is the sigmoid of these, so no exponential overflows at any temperature.
         logits = logits - (log_normalizer + math.log(noise + EPS))
-        # -log_sigmoid(-x) for the negatives and, which is that less x, -log_sigmoid(x) for the positives. The last
-        # term is what eps does where it stands in the denominator alone.
+        # -log_sigmoid(-x) for the negatives; -log_sigmoid(x) = -log_sigmoid(-x) - x for the positives. The last term
+        # corrects for the negatives' numerator c, which has no eps.
         value = -F.logsigmoid(-logits).sum() - logits[:, 0].sum() + batch_size * (columns - 1) * math.log1p(EPS / noise)
         gradient = logits.sigmoid_()
         gradient[:, 0] -= 1
@@ -125,13 +124,13 @@ class _Contrast(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, outer):
+    def backward(ctx, grad_output):
         (gradient,) = ctx.saved_tensors
-        return outer * gradient, None, None, None, None, None
+        return grad_output * gradient, None, None, None, None, None
 
 
 def all_processes(tensor: Tensor) -> Tensor:
-    """The tensors (B, ...) of all processes one after the other, (processes * B, ...); B must be the same in all."""
+    """Concatenate the tensors (B, ...) of all processes to (processes * B, ...); B must be the same in all."""
     if not (dist.is_available() and dist.is_initialized()):
         return tensor
     gathered = tensor.new_empty(dist.get_world_size() * len(tensor), *tensor.shape[1:])
@@ -140,38 +139,40 @@ def all_processes(tensor: Tensor) -> Tensor:
 
 
 def memory_mib(rows: int, dimension: int) -> float:
-    """What the two memories take, in float32: MiB."""
+    """Return the size of both memories in float32, in MiB."""
     return 2 * rows * dimension * torch.float32.itemsize / 2**20
 
 
 class CRDLoss(DistillationLoss):
     """`crd_loss` as a method of a recipe; learnt linear layers bring both embeddings to one width.
 
-    Each network has a memory of one row for every training image, which follows the image's embedding: two times
-    images x dimension floats on the device of every process and in every checkpoint. The rows are sorted by class, so
-    that negatives are drawn as numbers outside a block. They are drawn uniformly and independently from the images of
-    other classes, so the same image may come twice; the release draws without replacement, which has the same
-    expectation. Classes are those of the data set, whatever was done to the batch's labels.
+    Each network has a memory with one row for every training image. The row follows the image's embedding. Both
+    memories together hold 2 x images x dimension floats, on the device of every process and in every checkpoint. The
+    rows are sorted by class, so that the images of a class are one block and negatives are drawn as row numbers outside
+    it. Negatives are drawn uniformly and independently from the images of other classes, so an image may be drawn
+    twice. The release draws without replacement, which has the same expectation. Classes are the classes of the data
+    set, also where mixing changed the batch's labels.
 
-    Each step compares a batch with the whole memories, which takes batch x images floats a few times: 13 MB for 64 of
-    CIFAR-100, 1.3 GB for 256 of ImageNet.
+    Each step compares a batch with the whole memories, which takes a few times batch x images floats: 13 MB for 64
+    images of CIFAR-100, 1.3 GB for 256 images of ImageNet.
 
-    In several processes all hold the same memories: they start from the same ones, and every forward moves the rows of
-    the images of all. The normalizers, too, are those of the first batch of all. So the loss is that of one process
-    with all their images in its batch, but for the negatives, which each process draws for its own images, and from the
-    same numbers as the others, since Trainer seeds all alike. Batches must have one size in all, which Trainer sees to.
-    Where gradients are accumulated, the memories move with every batch, before the step.
+    In a run of several processes all hold the same memories: they start from the same values, and every forward moves
+    the rows of the images of all processes. The normalizers are also computed from the first batch of all. The loss is
+    therefore the loss of one process with all images in its batch, except for the negatives. Each process draws
+    negatives for its own images, and from the same random numbers as the others, since Trainer gives all processes the
+    same seed. The batch size must be the same in all processes; Trainer takes care of this. If gradients are
+    accumulated, the memories move with every batch, before the step.
 
     Args:
-        negatives: K, a sample.
+        negatives: K, the number of negatives for each sample.
         temperature: above 0.
-        momentum: of the memories: the share that a row keeps when its image is seen; 0 or above and below 1.
-        dimension: D, of the embeddings that are compared.
-        relaxed_positives: the positive is any image of the class, drawn each time; false: the image itself.
+        momentum: share that a memory row keeps when its image is seen; 0 or above and below 1.
+        dimension: D, width of the embeddings that are compared.
+        relaxed_positives: True: the positive is any image of the class, drawn each time. False: it is the image itself.
         weight: see `DistillationLoss`.
 
     Raises:
-        ValueError: one of them out of range.
+        HfkdError: a parameter is out of range.
     """
 
     citation = """
@@ -208,15 +209,13 @@ class CRDLoss(DistillationLoss):
         self.dimension = count("dimension", dimension)
         self.relaxed_positives = relaxed_positives
         self.register_buffer("places", None)
-        # Compiled, the backward pass would read the memories as they are after the step. Not a decorator of `forward`,
-        # because torch.compiler.disable imports the compiler, which takes longer than importing torch.
-        self.forward = MethodType(torch.compiler.disable(type(self).forward), self)
+        self.run_eagerly()  # compiled, the backward pass would read the memories as they are after the step
 
     def setup_rows(self, labels: Tensor) -> None:
-        """Makes the memories, of the rows that are trained on.
+        """Create the memories of the rows that are trained on.
 
         Raises:
-            ValueError: fewer than two classes.
+            HfkdError: there are fewer than two classes.
         """
         order = labels.argsort(stable=True)
         order = order[labels[order] >= 0]
@@ -228,11 +227,12 @@ class CRDLoss(DistillationLoss):
             )
         starts = sizes.cumsum(0) - sizes
         columns = [torch.arange(len(order)), starts.repeat_interleave(sizes), sizes.repeat_interleave(sizes)]
-        # For each row of the data set: its row in the memories, the first one of its class, and the class's size.
-        places = torch.full((len(labels), 3), len(order))  # out of range, so an error, where it is not trained on
+        # For each row of the data set: its memory row, the first memory row of its class, and the size of the class.
+        # A row that is not trained on gets a memory row out of range, so that reading it is an error.
+        places = torch.full((len(labels), 3), len(order))
         places[order] = torch.stack(columns, dim=1)
         self.register_buffer("places", places, persistent=False)
-        # Drawn here as on every other process, since DDP leaves these to the loss.
+        # A fixed seed gives the same memories in every process: DDP does not copy `replicated_buffers`.
         generator = torch.Generator().manual_seed(0)
         bound = math.sqrt(3 / self.dimension)  # length 1 on average
         for name in ("student_memory", "teacher_memory"):
@@ -248,7 +248,7 @@ class CRDLoss(DistillationLoss):
         self.embed_teacher = nn.Linear(teacher.embedding.shape[1], self.dimension)
 
     def draw(self, index: Tensor) -> Tensor:
-        """The contrast rows (B, 1 + K) in the memories of the samples at `index` (B,), the positive first."""
+        """Draw the contrast rows (B, 1 + K) of the samples at `index` (B,), the positive first."""
         place, start, size = self.places[index].split(1, dim=1)
         if self.relaxed_positives:
             place = start + _random_below(size, 1)
@@ -258,35 +258,37 @@ class CRDLoss(DistillationLoss):
     def forward(self, student: Outputs, teacher: Outputs, batch: Mapping[str, Tensor]) -> Tensor:
         if self.places is None or "index" not in batch:
             raise HfkdError(
-                "CRD remembers every training image: `setup_rows` must have got the labels, and the batch must hold "
-                f"'index', the images' rows in the data set. The batch holds {sorted(batch)}."
+                "CRD keeps a memory of every training image. Call `setup_rows` with the labels first, and put 'index', "
+                f"the images' rows in the data set, into the batch. The batch holds {sorted(batch)}."
             )
         index = batch["index"]
         with self.autocast(index.device):
             embeddings = self.embed_student(student.embedding), self.embed_teacher(teacher.embedding)
-        own, other = (F.normalize(at_least_float32(embedding), dim=1) for embedding in embeddings)
+        normalized = [F.normalize(at_least_float32(embedding), dim=1) for embedding in embeddings]
         memories = self.student_memory, self.teacher_memory
-        loss, normalizers = crd_loss(own, other, *memories, self.draw(index), self.log_normalizers, self.temperature)
+        loss, normalizers = crd_loss(*normalized, *memories, self.draw(index), self.log_normalizers, self.temperature)
         self.log_normalizers.copy_(normalizers)
-        self.remember(index, own, other)
+        self.remember(index, *normalized)
         return loss
 
     @torch.no_grad()
     def remember(self, index: Tensor, student: Tensor, teacher: Tensor) -> None:
-        """Moves the rows of the samples at `index` (B,), of all processes, towards their embeddings (B, D).
+        """Move the rows of the samples at `index` (B,), of all processes, towards their embeddings (B, D).
 
-        Of a sample that comes twice in a step, as some do that fill up a last batch, the last one counts.
+        A sample may occur twice in a step, where the sampler fills up the last batch. Its last embedding counts.
         """
         place = all_processes(self.places[index, 0])
-        turn = torch.arange(len(place), device=place.device)
-        last = turn.new_zeros(len(self.student_memory)).scatter_reduce_(0, place, turn, "amax")[place]
-        both = all_processes(torch.cat([student, teacher], dim=1))[last]
-        for memory, embedding in zip((self.student_memory, self.teacher_memory), both.chunk(2, dim=1), strict=True):
+        # Two writes to one row would come in any order. So every occurrence of a sample gets the embedding of its last
+        # one, and all processes write the same values.
+        position = torch.arange(len(place), device=place.device)
+        last = position.new_zeros(len(self.student_memory)).scatter_reduce_(0, place, position, "amax")[place]
+        pairs = all_processes(torch.cat([student, teacher], dim=1))[last]
+        for memory, embedding in zip((self.student_memory, self.teacher_memory), pairs.chunk(2, dim=1), strict=True):
             moved = self.momentum * memory[place] + (1 - self.momentum) * embedding
-            memory.index_copy_(0, place, F.normalize(moved, dim=1))  # a row that comes twice gets one value twice
+            memory.index_copy_(0, place, F.normalize(moved, dim=1))
 
 
 def _random_below(limits: Tensor, number: int) -> Tensor:
-    """Uniform in 0 ... limit - 1: int64 (B, number) for limits (B, 1)."""
-    # The remainder favours small numbers by limit / 2^62.
+    """Draw int64 (B, number) uniformly from 0 ... limit - 1, for limits (B, 1)."""
+    # The remainder favours small numbers by limit / 2^62, which is negligible.
     return torch.randint(2**62, (len(limits), number), device=limits.device).remainder_(limits)

@@ -1,7 +1,6 @@
-"""CTKD: KD at a temperature that is learned against the student, harder from epoch to epoch.
+"""CTKD: KD at a temperature that is trained against the student, with a curriculum over the epochs.
 
-Paper: Li, Li, Yang, Zhao, Song, Luo, Li and Yang, Curriculum Temperature for Knowledge Distillation,
-AAAI 2023.
+Paper: Li, Li, Yang, Zhao, Song, Luo, Li and Yang, Curriculum Temperature for Knowledge Distillation, AAAI 2023.
 """
 
 import math
@@ -21,9 +20,9 @@ HIDDEN_FEATURES = 128
 
 
 def ctkd_instance_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: Tensor) -> Tensor:
-    """T^2 * sum of p * log(p / q) at each sample's own temperature T, averaged over the batch.
+    """Return T^2 * sum of p * log(p / q) at each sample's own temperature T, averaged over the batch.
 
-    p are the teacher's probabilities plus 1e-7, as in the released code, q the student's.
+    p are the teacher's probabilities plus 1e-7, as in the released code. q are the student's probabilities.
 
     Args:
         student_logits: (B, C).
@@ -34,7 +33,7 @@ def ctkd_instance_loss(student_logits: Tensor, teacher_logits: Tensor, temperatu
         0-d, float32 or float64.
 
     Raises:
-        ValueError: the logits' shapes differ or are not (B, C), or temperature is not (B,).
+        HfkdError: the logits' shapes differ or are not (B, C), or temperature is not (B,).
     """
     student_logits, teacher_logits = paired(student_logits, teacher_logits)
     if temperature.shape != student_logits.shape[:1]:
@@ -47,17 +46,18 @@ def ctkd_instance_loss(student_logits: Tensor, teacher_logits: Tensor, temperatu
 
 
 def curriculum_factor(progress: Tensor, curriculum_epochs: float) -> Tensor:
-    """What the temperature's gradient is multiplied by: from 0 to -1 along a cosine, then -1. 0-d.
+    """Return the factor of the temperature's gradient, 0-d: a cosine from 0 to -1, then -1.
 
-    (cos(pi * min(epoch / curriculum_epochs, 1)) - 1) / 2, epochs counted from 1; without a curriculum, -1.
+    The factor is (cos(pi * min(epoch / curriculum_epochs, 1)) - 1) / 2, with epochs counted from 1. With 0 curriculum
+    epochs it is -1 throughout.
     """
-    # The epoch is 1 or more, so with 0 curriculum epochs the quotient is infinite and the clamp gives 1.
+    # The epoch is at least 1, so with 0 curriculum epochs the quotient is infinite and the clamp gives 1.
     done = (epoch_number(progress) / curriculum_epochs).clamp(max=1)
     return (torch.cos(math.pi * done) - 1) / 2
 
 
 def scale_gradient(value: Tensor, factor: Tensor) -> Tensor:
-    """value, unchanged, whose gradient is multiplied by factor; a negative one reverses it."""
+    """Return the value unchanged, with its gradient multiplied by `factor`; a negative factor reverses it."""
     constant = value.detach()
     return constant + factor * (value - constant)
 
@@ -67,20 +67,20 @@ class GlobalTemperature(nn.Module):
 
     def __init__(self):
         super().__init__()
-        # One element rather than none: FSDP does not shard 0-d parameters.
+        # Shape (1,) and not 0-d: FSDP does not shard 0-d parameters.
         self.raw = nn.Parameter(torch.full((1,), RAW_TEMPERATURE))
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        """The raw temperature, 0-d."""
+        """Return the raw temperature, 0-d."""
         return self.raw[0]
 
 
 class InstanceTemperature(nn.Module):
-    """A raw temperature for each sample, predicted by a small network from both logits.
+    """Small network that predicts a raw temperature for each sample from both logits.
 
-    Its normalisation is LayerNorm, not BatchNorm: it takes batches of one and has no statistics to
-    synchronise. The logits are detached: through the network the student would receive the reversed gradient
-    and learn to raise its own loss.
+    It normalises with LayerNorm, not BatchNorm: LayerNorm takes batches of one and has no statistics to synchronise.
+    The logits are detached. Otherwise the student would receive the reversed gradient through this network and learn to
+    raise its own loss.
     """
 
     def __init__(self, classes: int):
@@ -94,11 +94,11 @@ class InstanceTemperature(nn.Module):
             nn.ReLU(),
             nn.Linear(HIDDEN_FEATURES, 1),
         )
-        # So that it starts about where the global temperature does.
+        # Then it starts close to the global temperature.
         nn.init.constant_(self.layers[-1].bias, RAW_TEMPERATURE)
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        """Logits (B, C) -> raw temperatures (B,)."""
+        """Return raw temperatures (B,) for logits (B, C)."""
         logits = torch.cat([teacher_logits, student_logits], dim=1).detach()
         with torch.autocast(device_type=logits.device.type, enabled=False):
             return self.layers(logits.to(self.layers[0].weight.dtype)).squeeze(1)
@@ -107,18 +107,18 @@ class InstanceTemperature(nn.Module):
 class CTKDLoss(DistillationLoss):
     """KD at temperature start + end * sigmoid(raw), where raw is trained to raise the loss.
 
-    The gradient to raw is multiplied by `curriculum_factor`. The temperature of the last step is logged.
+    The gradient of raw is multiplied by `curriculum_factor`. The temperature of the last step is logged.
 
     Args:
-        instance_wise: not one temperature but one for each sample, by the `InstanceTemperature` that `setup`
-            builds.
-        start: the lowest temperature, above 0.
-        end: what can be added to it, above 0.
-        curriculum_epochs: until the reversed gradient has its full size; 0 for at once.
+        instance_wise: True: one temperature for each sample, from the `InstanceTemperature` that `setup` builds. False:
+            one temperature for all samples.
+        start: lowest temperature, above 0.
+        end: highest value that can be added to it, above 0.
+        curriculum_epochs: epochs until the reversed gradient has its full size; 0 for full size at once.
         weight: see `DistillationLoss`.
 
     Raises:
-        ValueError: one of them out of range.
+        HfkdError: a parameter is out of range.
     """
 
     citation = """
@@ -145,7 +145,7 @@ class CTKDLoss(DistillationLoss):
         self.end = positive("end", end)
         self.curriculum_epochs = not_negative("curriculum_epochs", curriculum_epochs)
         self.raw_temperature = None if instance_wise else GlobalTemperature()
-        # A buffer, written in place: logging it waits for no device and breaks no compiled graph.
+        # A buffer, written in place: logging it neither waits for the device nor breaks a compiled graph.
         initial = self._temperature(torch.tensor(RAW_TEMPERATURE))
         self.register_buffer("last_temperature", initial, persistent=False)
 
@@ -164,7 +164,7 @@ class CTKDLoss(DistillationLoss):
         return loss(student_logits, teacher_logits, temperature)
 
     def metrics(self) -> dict[str, Tensor]:
-        """`temperature`: that of the last forward; instance-wise, its mean over the batch."""
+        """Return the `temperature` of the last forward, averaged over the batch if it is instance-wise."""
         return {"temperature": self.last_temperature.clone()}
 
     def _temperature(self, raw: Tensor) -> Tensor:

@@ -22,9 +22,10 @@ def dkd_loss(
     beta: float,
     temperature: float,
 ) -> Tensor:
-    """T^2 * (alpha * TCKD + beta * NCKD), averaged over the batch.
+    """Return T^2 * (alpha * TCKD + beta * NCKD), averaged over the batch.
 
-    TCKD is the KL divergence between (label, any other class), NCKD the one among the other classes.
+    TCKD is the KL divergence between the distributions over (label, any other class). NCKD is the KL divergence between
+    the distributions over the other classes.
 
     Args:
         student_logits: (B, C).
@@ -38,7 +39,7 @@ def dkd_loss(
         0-d, float32 or float64.
 
     Raises:
-        ValueError: the logits' shapes differ or are not (B, C), or labels are not (B,).
+        HfkdError: the logits' shapes differ or are not (B, C), or labels are not (B,).
     """
     student_logits, teacher_logits = paired(student_logits, teacher_logits)
     if labels.shape != student_logits.shape[:1]:
@@ -54,11 +55,11 @@ def dkd_loss(
 
 
 def _decoupled_log_probs(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of (label, any other class), (B, 2), and among the other classes, (B, C).
+    """Return log-probabilities of (label, any other class), (B, 2), and among the other classes, (B, C).
 
-    The label's column of the second is 0 in student and teacher alike, so it adds nothing to their
-    divergence. Everything is a difference of logits and log-sum-exps: neither a large negative mask, which
-    logits of 1e3 outgrow, nor the log of a probability, which underflows.
+    The label's column of the second result is 0 for student and teacher, so it adds nothing to their divergence. Both
+    results are differences of logits and log-sum-exps. A large negative mask would fail for logits of 1e3, and the log
+    of a probability would underflow.
     """
     label_column = labels[:, None]
     others = logits.scatter(1, label_column, -torch.inf)
@@ -71,19 +72,19 @@ def _decoupled_log_probs(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
 class DKDLoss(DistillationLoss):
     """`dkd_loss` as a method of a recipe, with its warm-up.
 
-    The loss is multiplied by min(epoch / warmup_epochs, 1), epochs counted from 1.
+    The loss is multiplied by min(epoch / warmup_epochs, 1), with epochs counted from 1.
 
     Args:
         alpha: weight of TCKD.
         beta: weight of NCKD.
         temperature: above 0.
-        warmup_epochs: 0 for none.
-        dominant_label: take the class with the largest share as the label of a mixed image (mixup, CutMix); without
-            it, mixing is refused, since the target class of a mixture is not defined.
+        warmup_epochs: 0 for no warm-up.
+        dominant_label: True: the label of a mixed image (mixup, CutMix) is the class with the largest share. False:
+            mixing is refused, since the target class of a mixture is not defined.
         weight: see `DistillationLoss`.
 
     Raises:
-        ValueError: one of them out of range.
+        HfkdError: a parameter is out of range.
     """
 
     citation = """
@@ -119,6 +120,6 @@ class DKDLoss(DistillationLoss):
         student_logits, teacher_logits = self.logits(student, teacher)
         labels = batch["labels"].argmax(1) if batch["labels"].ndim == 2 else batch["labels"]
         loss = dkd_loss(student_logits, teacher_logits, labels, self.alpha, self.beta, self.temperature)
-        # The epoch is 1 or more, so without warm-up the quotient is infinite and the clamp gives 1.
+        # The epoch is at least 1, so without warm-up the quotient is infinite and the clamp gives 1.
         warmup = (epoch_number(batch["progress"]) / self.warmup_epochs).clamp(max=1)
         return warmup * loss

@@ -1,4 +1,4 @@
-"""Feature maps of one layout, whatever network they come from, and what the losses over pairs of them share."""
+"""Feature maps in one layout for all architectures, and the bases of the losses that compare maps."""
 
 import math
 
@@ -11,13 +11,13 @@ from .checks import layers_of
 
 
 def as_map(feature: Tensor) -> Tensor:
-    """A layer's output as a map (B, C, H, W).
+    """Return a layer's output as a map (B, C, H, W).
 
-    Maps stay as they are. Tokens (B, N, C) are those of a square image grid, after up to three others (a class and a
-    distillation token, say), which are left out.
+    Maps are returned as they are. Tokens (B, N, C) must form a square image grid, after up to three prefix tokens, such
+    as a class and a distillation token. The prefix tokens are left out.
 
     Raises:
-        ValueError: for another shape, or tokens that are no square.
+        HfkdError: for another shape, or for tokens that form no square.
     """
     if feature.ndim == 4:
         return feature
@@ -28,17 +28,17 @@ def as_map(feature: Tensor) -> Tensor:
             return feature[:, prefix:].transpose(1, 2).unflatten(2, (side, side))
     raise HfkdError(
         f"the layer gives {tuple(feature.shape)}; expected a map (B, C, H, W), or the tokens (B, N, C) of a square "
-        "image after at most three others"
+        "image after at most three prefix tokens. Name another layer"
     )
 
 
 def pooled_to_smaller(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Two maps (B, C, H, W), each averaged down to the smaller height and width of the two."""
+    """Average two maps (B, C, H, W) down to the smaller height and width of the two."""
     size = [min(sides) for sides in zip(student.shape[2:], teacher.shape[2:], strict=True)]
     return tuple(m if list(m.shape[2:]) == size else F.adaptive_avg_pool2d(m, size) for m in (student, teacher))
 
 
-def _map_of(outputs: Outputs, role: str, layer: int | str) -> Tensor:
+def _read_map(outputs: Outputs, role: str, layer: int | str) -> Tensor:
     try:
         return as_map(outputs.features[layer])
     except ValueError as error:
@@ -49,13 +49,13 @@ class MapsLoss(DistillationLoss):
     """Base of the losses that compare maps of the student with maps of the teacher.
 
     Args:
-        student_layers: stage indices (negative: from the end) or module paths, shallow to deep; None: every stage but
-            the first. Maps (B, C, H, W), or tokens (B, N, C) of a square image.
-        teacher_layers: likewise.
+        student_layers: stage indices (negative: from the end) or module paths, shallow to deep. None: every stage
+            except the first. The layers give maps (B, C, H, W), or tokens (B, N, C) of a square image.
+        teacher_layers: layers of the teacher, in the same form.
         weight: see `DistillationLoss`.
 
     Raises:
-        ValueError: not lists of layers.
+        HfkdError: an argument is not a list of layers.
     """
 
     reads_logits = False
@@ -66,20 +66,20 @@ class MapsLoss(DistillationLoss):
         self.teacher_layers = None if teacher_layers is None else layers_of("teacher_layers", teacher_layers)
 
     def maps(self, student: Outputs, teacher: Outputs) -> tuple[list[Tensor], list[Tensor]]:
-        """The student's maps and the teacher's, (B, C, H, W) each.
+        """Return the student's maps and the teacher's maps, (B, C, H, W) each.
 
         Raises:
-            ValueError: if a layer gives no map.
+            HfkdError: if the output of a layer is not a map.
         """
-        student_maps = [_map_of(student, "student", layer) for layer in self.student_layers]
-        return student_maps, [_map_of(teacher, "teacher", layer) for layer in self.teacher_layers]
+        student_maps = [_read_map(student, "student", layer) for layer in self.student_layers]
+        return student_maps, [_read_map(teacher, "teacher", layer) for layer in self.teacher_layers]
 
 
 class MapPairsLoss(MapsLoss):
-    """A `MapsLoss` that compares the first map of the student with the first of the teacher, and so on.
+    """Base of the losses that compare map i of the student with map i of the teacher.
 
     Raises:
-        ValueError: not as many layers of the one as of the other.
+        HfkdError: the numbers of layers differ.
     """
 
     def __init__(self, student_layers: list | None = None, teacher_layers: list | None = None, weight: float = 1.0):
@@ -90,8 +90,8 @@ class MapPairsLoss(MapsLoss):
     def _check_pairs(self) -> None:
         if len(self.student_layers) != len(self.teacher_layers):
             raise HfkdError(
-                f"student_layers is {self.student_layers} and teacher_layers {self.teacher_layers}: give as many of "
-                "the one as of the other"
+                f"student_layers is {self.student_layers} and teacher_layers {self.teacher_layers}: give lists "
+                "of equal length"
             )
 
     def setup(self, student: Outputs, teacher: Outputs) -> None:

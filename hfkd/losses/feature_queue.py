@@ -83,8 +83,8 @@ class FeatureQueueLoss(DistillationLoss):
         width = teacher.embedding.shape[1]
         self.projector = nn.Linear(student.embedding.shape[1], width)
         self.register_buffer("queue", torch.zeros(self.size, width))
+        self.run_eagerly()  # the queue is gathered from all processes
 
-    @torch.compiler.disable  # the queue is gathered from all processes
     def forward(self, student: Outputs, teacher: Outputs, batch: Mapping[str, Tensor]) -> Tensor:
         with self.autocast(student.embedding.device):
             projected = self.projector(student.embedding)

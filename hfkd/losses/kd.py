@@ -13,18 +13,18 @@ from .checks import positive
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float | Tensor) -> Tensor:
-    """T^2 * KL(softmax(teacher / T) || softmax(student / T)), averaged over the batch.
+    """Return T^2 * KL(softmax(teacher / T) || softmax(student / T)), averaged over the batch.
 
     Args:
         student_logits: (B, C).
         teacher_logits: (B, C).
-        temperature: above 0; a number, a 0-d tensor, or one value a sample, (B,). Gradients reach a tensor.
+        temperature: above 0; a number, a 0-d tensor, or one value for each sample, (B,). Gradients reach a tensor.
 
     Returns:
         0-d, float32 or float64.
 
     Raises:
-        ValueError: the logits' shapes differ or are not (B, C).
+        HfkdError: the logits' shapes differ or are not (B, C).
     """
     student_logits, teacher_logits = paired(student_logits, teacher_logits)
     if isinstance(temperature, Tensor):
@@ -43,7 +43,7 @@ class KDLoss(DistillationLoss):
         weight: see `DistillationLoss`.
 
     Raises:
-        ValueError: temperature or weight out of range.
+        HfkdError: temperature or weight is out of range.
     """
 
     citation = """

@@ -1,4 +1,4 @@
-"""Locality guidance: a transformer's maps follow those of a convolutional network that sees the same image.
+"""Locality guidance: a transformer's maps imitate the maps of a convolutional network on the same image.
 
 Paper: Li, Yu, Wang, Yuan, Song and Chen, Locality Guidance for Improving Vision Transformers on Tiny Datasets, ECCV
 2022.
@@ -17,17 +17,18 @@ from .standardize import at_least_float32
 
 
 def locality_guidance_loss(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:
-    """Sum over the pairs of the mean squared difference, both maps resized bilinearly to the larger sides.
+    """Sum over all pairs the mean squared difference of their maps, resized bilinearly to the larger sides.
 
     Args:
-        student_maps: (B, C, H, W) each, the channels already those of the teacher's.
+        student_maps: (B, C, H, W) each, already with the teacher's channels.
         teacher_maps: (B, C, H', W') each.
 
     Returns:
         0-d, float32 or float64.
 
     Raises:
-        ValueError: the numbers of maps differ, or a pair's batches or channels.
+        HfkdError: the batch sizes or the channels of a pair differ.
+        ValueError: the numbers of maps differ.
     """
     loss = 0.0
     for student, teacher in zip(student_maps, teacher_maps, strict=True):
@@ -38,27 +39,28 @@ def locality_guidance_loss(student_maps: Sequence[Tensor], teacher_maps: Sequenc
                 f"{tuple(teacher.shape)}"
             )
         size = [max(sides) for sides in zip(student.shape[2:], teacher.shape[2:], strict=True)]
-        loss = loss + F.mse_loss(_resized(student, size), _resized(teacher, size))
+        loss = loss + F.mse_loss(_resize(student, size), _resize(teacher, size))
     return loss
 
 
-def _resized(feature_map: Tensor, size: list[int]) -> Tensor:
+def _resize(feature_map: Tensor, size: list[int]) -> Tensor:
     if list(feature_map.shape[2:]) == size:
         return feature_map
     return F.interpolate(feature_map, size, mode="bilinear", align_corners=False)
 
 
 class LocalityGuidanceLoss(MapPairsLoss):
-    """`locality_guidance_loss` as a method of a recipe; a learnt 1x1 convolution gives each student map the teacher's
-    channels.
+    """`locality_guidance_loss` as a method of a recipe, with a learnt 1x1 convolution for each pair.
+
+    The convolution gives the student's map the teacher's channels.
 
     Args:
         student_layers: stage indices or module paths, shallow to deep.
-        teacher_layers: as many.
+        teacher_layers: an equal number of layers of the teacher, in the same form.
         weight: see `DistillationLoss`.
 
     Raises:
-        ValueError: no layers, or not as many of the one as of the other.
+        HfkdError: there are no layers, or the numbers of layers differ.
     """
 
     citation = """
@@ -71,17 +73,21 @@ class LocalityGuidanceLoss(MapPairsLoss):
     """
 
     def __init__(self, student_layers: list, teacher_layers: list, weight: float = 2.5):
-        # No default: the published blocks are other ones for each student.
+        # No default layers: the published blocks differ between students.
         super().__init__(
             layers_of("student_layers", student_layers), layers_of("teacher_layers", teacher_layers), weight
         )
 
     def setup(self, student: Outputs, teacher: Outputs) -> None:
         pairs = zip(*self.maps(student, teacher), strict=True)
-        self.projectors = nn.ModuleList(nn.Conv2d(own.shape[1], other.shape[1], 1) for own, other in pairs)
+        self.projectors = nn.ModuleList(
+            nn.Conv2d(student_map.shape[1], teacher_map.shape[1], 1) for student_map, teacher_map in pairs
+        )
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Mapping[str, Tensor]) -> Tensor:
         student_maps, teacher_maps = self.maps(student, teacher)
         with self.autocast(student_maps[0].device):
-            projected = [project(own) for project, own in zip(self.projectors, student_maps, strict=True)]
+            projected = [
+                project(student_map) for project, student_map in zip(self.projectors, student_maps, strict=True)
+            ]
         return locality_guidance_loss(projected, teacher_maps)

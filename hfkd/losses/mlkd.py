@@ -14,8 +14,8 @@ from .base import DistillationLoss, Outputs, paired
 from .checks import positive
 from .standardize import standardize
 
-# Beside the method's own temperature. The released code reads the weak view at the last two even where it
-# sums over the strong one.
+# Temperatures besides the method's own. The released code reads the weak view at the last two even in the sum over
+# the strong view.
 BOTH_VIEWS_TEMPERATURES = (3.0, 5.0)
 WEAK_VIEW_TEMPERATURES = (2.0, 6.0)
 
@@ -28,20 +28,20 @@ def mlkd_loss(
     temperature: float,
     logit_standardization: bool = False,
 ) -> dict[str, Tensor]:
-    """The terms of the released code, summed over the temperatures (T, 3, 5, 2, 6).
+    """Return the terms of the released code, summed over the temperatures (T, 3, 5, 2, 6).
 
-    Cross-entropy, which the method takes on both views, is not among them. The published numbers come from
-    code that departs from the paper, and this function follows the code:
+    The method also takes cross-entropy on both views, which is not among these terms. The published numbers come from
+    code that departs from the paper. This function follows the code:
 
-    1. The mask of samples whose teacher confidence is at most the batch's median multiplies losses that are
-       already averaged, so all it does is scale: the weak view's divergences and the batch correlation by
-       the share of such samples, the class correlation by the share of classes whose probability, summed
-       over the batch, is at most the median.
-    2. Of the strong view's five divergences, those at T = 2 and T = 6 are taken on the weak view.
+    1. The mask of samples whose teacher confidence is at most the batch's median multiplies losses that are already
+       averaged, so it only scales them. The weak view's divergences and the batch correlation are scaled by the share
+       of these samples. The class correlation is scaled by the share of classes whose probability, summed over the
+       batch, is at most the median.
+    2. Of the strong view's five divergences, the two at T = 2 and T = 6 are taken on the weak view.
     3. Both correlations are taken on the weak view only.
     4. Logit standardization reaches the divergences only.
 
-    The correlations are sums over pairs, so they grow with the batch. They, the medians and the shares are taken over
+    The correlations are sums over pairs, so they grow with the batch. Correlations, medians and shares are taken over
     the images of one process.
 
     Args:
@@ -56,7 +56,7 @@ def mlkd_loss(
         0-d each: `kd`, `class_correlation`, `batch_correlation`.
 
     Raises:
-        ValueError: a view's student and teacher shapes differ or are not (B, C).
+        HfkdError: a view's student and teacher shapes differ or are not (B, C).
     """
     student_logits, teacher_logits = paired(student_logits, teacher_logits)
     student_logits_strong, teacher_logits_strong = paired(student_logits_strong, teacher_logits_strong)
@@ -85,28 +85,28 @@ def mlkd_loss(
 
 
 def _log_probs(logits: Tensor, temperatures: tuple[float, ...]) -> Tensor:
-    """(B, C) -> (temperatures, B, C)."""
+    """Return log-probabilities at each temperature, (temperatures, B, C), of logits (B, C)."""
     return F.log_softmax(torch.stack([logits / temperature for temperature in temperatures]), dim=2)
 
 
 def _divergences(student: Tensor, teacher: Tensor, temperatures: tuple[float, ...]) -> list[Tensor]:
-    """T^2 * KL(teacher || student), averaged over the batch, of log-probabilities (temperatures, B, C)."""
+    """Return T^2 * KL(teacher || student), averaged over the batch, of log-probabilities (temperatures, B, C)."""
     divergences = F.kl_div(student, teacher, reduction="none", log_target=True).sum(2).mean(1)
     return [value * temperature**2 for value, temperature in zip(divergences.unbind(), temperatures, strict=True)]
 
 
 def _correlations(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Distances between products of probabilities S and T, (temperatures, B, C), by class and by sample.
+    """Return distances between products of probabilities S and T, (temperatures, B, C), by class and by sample.
 
-    Class correlation: |T'T - S'S|^2 / C. Batch correlation: |TT' - SS'|^2 / B. Both summed over temperatures.
+    Class correlation: |T'T - S'S|^2 / C. Batch correlation: |TT' - SS'|^2 / B. Both are summed over temperatures.
 
-    With total = T + S, gap = T - S and cross = gap total', the differences of products are
-    TT' - SS' = (cross + cross') / 2 and T'T - S'S = (total' gap + gap' total) / 2, and the squared norm of
-    the latter is (<total total', gap gap'> + <cross, cross'>) / 2. So nothing larger than (B, B) is built,
-    where T'T is (C, C): at 64 samples of 1000 classes that takes an eighth of the time.
+    With total = T + S, gap = T - S and cross = gap total', the differences of products are TT' - SS' = (cross + cross')
+    / 2 and T'T - S'S = (total' gap + gap' total) / 2, and the squared norm of the latter is (<total total', gap gap'> +
+    <cross, cross'>) / 2. So no tensor is larger than (B, B), while T'T is (C, C): with 64 samples of 1000 classes this
+    takes an eighth of the time.
     """
     _, batch_size, classes = student.shape
-    # Autocast would do these products in bfloat16.
+    # Autocast would compute these products in bfloat16.
     with torch.autocast(device_type=student.device.type, enabled=False):
         total, gap = teacher + student, teacher - student
         cross = gap @ total.mT
@@ -116,9 +116,9 @@ def _correlations(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _low_confidence_shares(teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The share of samples, and of classes, whose teacher confidence is at most the median. 0-d each.
+    """Return the share of samples, and of classes, with a teacher confidence of at most the median, 0-d each.
 
-    Half, unless the count is odd or confidences tie, as those of a sharp teacher do at 1.
+    The share is one half, unless the count is odd or confidences tie, as a sharp teacher's confidences tie at 1.
     """
     probs = F.softmax(teacher_logits.detach(), dim=1)
     sample_confidence, class_confidence = probs.amax(1), probs.sum(0)
@@ -135,7 +135,7 @@ class MLKDLoss(DistillationLoss):
         weight: of all three terms; see `DistillationLoss`.
 
     Raises:
-        ValueError: temperature or weight out of range; in forward, outputs without a strong view.
+        HfkdError: temperature or weight is out of range; in forward, the outputs have no strong view.
     """
 
     citation = """
@@ -156,7 +156,9 @@ class MLKDLoss(DistillationLoss):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if student.strong is None or teacher.strong is None:
-            raise HfkdError("mlkd reads two views of each image: the outputs hold no strong view")
+            raise HfkdError(
+                "mlkd reads two views of each image, but the outputs hold no strong view: give data with views=2"
+            )
         return mlkd_loss(
             student.logits,
             teacher.logits,

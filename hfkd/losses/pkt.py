@@ -1,4 +1,4 @@
-"""PKT: how probably one image of the batch is another's neighbour, the student learns from the teacher.
+"""PKT: the student imitates the teacher's probabilities that two images of a batch are neighbours.
 
 Paper: Passalis and Tefas, Learning Deep Representations with Probabilistic Knowledge Transfer, ECCV 2018.
 """
@@ -16,10 +16,10 @@ EPS = 1e-7  # added to norms and probabilities, as published
 
 
 def pkt_loss(student_embedding: Tensor, teacher_embedding: Tensor) -> Tensor:
-    """Mean over all B * B pairs of images of p_teacher * log(p_teacher / p_student).
+    """Return the mean over all B * B pairs of images of p_teacher * log(p_teacher / p_student).
 
-    p is, for each image, the probability of every image of the batch to be its neighbour: (1 + cosine similarity) / 2,
-    divided by the row's sum.
+    p is the probability that an image of the batch is the neighbour of another: (1 + cosine similarity) / 2, divided by
+    the row's sum.
 
     Args:
         student_embedding: (B, D).
@@ -29,7 +29,7 @@ def pkt_loss(student_embedding: Tensor, teacher_embedding: Tensor) -> Tensor:
         0-d, float32 or float64.
 
     Raises:
-        ValueError: the embeddings are not (B, D) and (B, D') of one batch.
+        HfkdError: the embeddings are not (B, D) and (B, D') of one batch.
     """
     shapes = tuple(student_embedding.shape), tuple(teacher_embedding.shape)
     if [len(shape) for shape in shapes] != [2, 2] or shapes[0][0] != shapes[1][0]:
@@ -39,7 +39,10 @@ def pkt_loss(student_embedding: Tensor, teacher_embedding: Tensor) -> Tensor:
 
 
 def _neighbour_probs(embedding: Tensor) -> Tensor:
-    """(B, D) -> (B, B), rows that sum to 1. To an embedding of zeros, all a ReLU may leave, every image is as near."""
+    """Return neighbour probabilities (B, B), rows that sum to 1, of embeddings (B, D).
+
+    An embedding of zeros, which a ReLU may give, has all images as equally probable neighbours.
+    """
     embedding = at_least_float32(embedding)
     norms = torch.linalg.vector_norm(embedding, dim=1, keepdim=True)
     # Dividing zeros by EPS would make their gradient 1e7 times larger.
@@ -49,13 +52,13 @@ def _neighbour_probs(embedding: Tensor) -> Tensor:
 
 
 class PKTLoss(DistillationLoss):
-    """`pkt_loss` as a method of a recipe. Neighbours are sought among the images of one process.
+    """`pkt_loss` as a method of a recipe, over the images of one process.
 
     Args:
         weight: see `DistillationLoss`; the default is the one of the RepDistiller benchmark.
 
     Raises:
-        ValueError: weight out of range.
+        HfkdError: weight is out of range.
     """
 
     citation = """

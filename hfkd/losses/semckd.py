@@ -1,4 +1,4 @@
-"""SemCKD: every map of the student learns from every map of the teacher, as much as an attention says.
+"""SemCKD: every map of the student learns from every map of the teacher, weighted by a learnt attention.
 
 Paper: Chen, Mei, Zhang, Wang, Wang, Feng and Chen, Cross-Layer Distillation with Semantic Calibration, AAAI 2021.
 """
@@ -17,25 +17,25 @@ from .feature_maps import MapsLoss, pooled_to_smaller
 from .projectors import comparable, images_for_batch_norm
 from .standardize import at_least_float32
 
-WIDTH_FACTOR = 4  # how much narrower the queries and keys are than the rows of similarities
+WIDTH_FACTOR = 4  # rows of similarities are this much wider than queries and keys
 
 
 def semckd_loss(
     projected_maps: Sequence[Sequence[Tensor]], teacher_maps: Sequence[Tensor], attention: Tensor
 ) -> Tensor:
-    """Mean over images and student maps of sum_j attention_j * (mean squared difference to the teacher's map j).
+    """Return the mean over images and student maps of sum_j attention_j * (mean squared difference to teacher map j).
 
     Args:
         projected_maps: S lists of T maps (B, C, H, W): student map i with the channels of teacher map j.
-        teacher_maps: T maps (B, C, H', W'), averaged down to the sides of the projected ones.
+        teacher_maps: T maps (B, C, H', W'), averaged down to the sides of the projected maps.
         attention: (B, S, T), each row a distribution over the teacher's maps. Gradients reach it.
 
     Returns:
         0-d, float32 or float64.
 
     Raises:
-        ValueError: a row of maps is not as long as teacher_maps, a pair's batches or channels differ, or attention is
-            not (B, S, T).
+        HfkdError: the batch sizes or the channels of a pair differ, or attention is not (B, S, T).
+        ValueError: a row of maps is not as long as teacher_maps.
     """
     rows = [[_distances(*pair) for pair in zip(row, teacher_maps, strict=True)] for row in projected_maps]
     distances = torch.stack([torch.stack(row, dim=1) for row in rows], dim=1)
@@ -45,21 +45,22 @@ def semckd_loss(
 
 
 def _distances(projected: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared difference of each image's maps, (B,)."""
+    """Return the mean squared difference of each image's maps, (B,)."""
     projected, teacher = comparable(projected, teacher)
     return ((projected - teacher) ** 2).flatten(1).mean(dim=1)
 
 
 def semckd_attention(queries: Tensor, keys: Tensor) -> Tensor:
-    """softmax over T of query . key: queries (B, S, D), keys (B, T, D) -> (B, S, T)."""
+    """Return softmax over T of query . key, (B, S, T), for queries (B, S, D) and keys (B, T, D)."""
     return (queries @ keys.transpose(1, 2)).softmax(dim=2)
 
 
 def similarity_rows(feature_map: Tensor, width: int) -> Tensor:
-    """Each image's similarities (dot products of the maps) with those of its group of the batch, (B, width).
+    """Return each image's similarities (dot products of maps) to the images of its group, (B, width).
 
-    A batch of up to `width` images is one group, a larger one is split into as few groups as hold it, as equal as can
-    be. Where a group has fewer than `width` images the rest is 0: an image that is not there resembles none.
+    A batch of up to `width` images is one group. A larger batch is split into the smallest number of groups that hold
+    it, with sizes as equal as possible. The columns of a group with fewer than `width` images are filled with 0: an
+    image that does not exist is similar to none.
 
     Args:
         feature_map: (B, C, H, W).
@@ -70,7 +71,7 @@ def similarity_rows(feature_map: Tensor, width: int) -> Tensor:
 
 
 class SimilarityEmbedding(nn.Module):
-    """A query or a key from an image's similarities: (B, width) -> (B, width // 4), of length 1."""
+    """Network that turns an image's similarities (B, width) into a query or a key (B, width // 4) of length 1."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -97,19 +98,19 @@ def _projector(student_map: Tensor, teacher_map: Tensor) -> nn.Sequential:
 
 
 class SemCKDLoss(MapsLoss):
-    """`semckd_loss` as a method of a recipe: a projector for every pair, a query a student map, a key a teacher map.
+    """`semckd_loss` as a method of a recipe: a projector a pair, a query a student map, a key a teacher map.
 
-    Batches may have any size, see `similarity_rows`; at `batch_size` it is the published method. Similarities, and the
-    statistics of the projectors' BatchNorm, are taken over the images of one process.
+    Batches may have any size, see `similarity_rows`; at `batch_size` the loss is the published method. Similarities and
+    the statistics of the projectors' BatchNorm are taken over the images of one process.
 
     Args:
-        student_layers: stage indices or module paths; None: every stage but the first.
-        teacher_layers: likewise; need not be as many.
-        batch_size: images of a process in one step, from which queries and keys are made; 4 or above.
+        student_layers: stage indices or module paths. None: every stage except the first.
+        teacher_layers: layers of the teacher, in the same form; their number may differ.
+        batch_size: images of one process in one step, from which queries and keys are made; 4 or above.
         weight: see `DistillationLoss`.
 
     Raises:
-        ValueError: not lists of layers, or batch_size or weight out of range.
+        HfkdError: an argument is not a list of layers, or batch_size or weight is out of range.
     """
 
     citation = """
@@ -138,22 +139,28 @@ class SemCKDLoss(MapsLoss):
         self.queries = nn.ModuleList(SimilarityEmbedding(self.batch_size) for _ in student_maps)
         self.keys = nn.ModuleList(SimilarityEmbedding(self.batch_size) for _ in teacher_maps)
         self.projectors = nn.ModuleList(
-            nn.ModuleList(_projector(own, other) for other in teacher_maps) for own in student_maps
+            nn.ModuleList(_projector(student_map, teacher_map) for teacher_map in teacher_maps)
+            for student_map in student_maps
         )
 
     def attention(self, student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:
-        """How much each student map learns from each teacher map, (B, S, T)."""
-        return semckd_attention(self._embedded(self.queries, student_maps), self._embedded(self.keys, teacher_maps))
+        """Return the share of each teacher map in the loss of each student map, (B, S, T)."""
+        return semckd_attention(self._embed(self.queries, student_maps), self._embed(self.keys, teacher_maps))
 
-    def _embedded(self, embeddings: nn.ModuleList, maps: Sequence[Tensor]) -> Tensor:
+    def _embed(self, embeddings: nn.ModuleList, maps: Sequence[Tensor]) -> Tensor:
         pairs = zip(embeddings, maps, strict=True)
-        return torch.stack([embed(similarity_rows(one, self.batch_size)) for embed, one in pairs], dim=1)
+        return torch.stack(
+            [embed(similarity_rows(feature_map, self.batch_size)) for embed, feature_map in pairs], dim=1
+        )
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Mapping[str, Tensor]) -> Tensor:
         student_maps, teacher_maps = self.maps(student, teacher)
         with self.autocast(student_maps[0].device):
             projected = [
-                [project(pooled_to_smaller(own, other)[0]) for project, other in zip(row, teacher_maps, strict=True)]
-                for row, own in zip(self.projectors, student_maps, strict=True)
+                [
+                    project(pooled_to_smaller(student_map, teacher_map)[0])
+                    for project, teacher_map in zip(row, teacher_maps, strict=True)
+                ]
+                for row, student_map in zip(self.projectors, student_maps, strict=True)
             ]
         return semckd_loss(projected, teacher_maps, self.attention(student_maps, teacher_maps))

@@ -1,4 +1,4 @@
-"""SimKD: the student's map, projected, is the teacher's, and the teacher's own classifier reads it.
+"""SimKD: the student's projected map imitates the teacher's map, and the teacher's classifier reads it.
 
 Paper: Chen, Mei, Zhang, Wang, Feng and Chen, Knowledge Distillation with the Reused Teacher Classifier, CVPR 2022.
 """
@@ -16,17 +16,17 @@ from .projectors import comparable, images_for_batch_norm
 
 
 def simkd_loss(projected: Tensor, teacher_map: Tensor) -> Tensor:
-    """Mean squared difference of two maps, averaged down to the smaller sides where they differ.
+    """Return the mean squared difference of two maps, averaged down to the smaller sides if they differ.
 
     Args:
-        projected: (B, C, H, W), what the projector makes of the student's map.
+        projected: (B, C, H, W), the output of the projector on the student's map.
         teacher_map: (B, C, H', W').
 
     Returns:
         0-d, float32 or float64.
 
     Raises:
-        ValueError: the batches or the channels differ.
+        HfkdError: the batch sizes or the channels differ.
     """
     return F.mse_loss(*comparable(projected, teacher_map))
 
@@ -36,18 +36,19 @@ class SimKDLoss(DistillationLoss):
 
     The projector's BatchNorm takes its statistics over the images of one process.
 
-    Published alone, with `ce_weight` 0 and no loss that reads logits: the classifier is the teacher's and does not
-    learn.
+    The method was published alone, with `ce_weight` 0 and no loss that reads logits: the classifier is the teacher's
+    and does not learn.
 
     Args:
-        factor: the projector's inner channels are the teacher's divided by it; published are 2, 4 and 8.
-        student_layer: stage index (negative: from the end). The student goes no further than this stage.
-        teacher_layer: stage index or module path of the map that the teacher averages for its classifier; "embedding"
-            for one that averages none (a class token): the student's map is then averaged before it is projected.
+        factor: the projector's inner channels are the teacher's channels divided by it; 2, 4 and 8 were published.
+        student_layer: stage index (negative: from the end). The student ends at this stage.
+        teacher_layer: stage index or module path of the map that the teacher averages for its classifier. "embedding"
+            for a teacher that averages no map (a class token): the student's map is then averaged before it is
+            projected.
         weight: see `DistillationLoss`.
 
     Raises:
-        ValueError: factor or weight out of range, or no such layers.
+        HfkdError: factor or weight is out of range, or a layer is of the wrong type.
     """
 
     citation = """
@@ -74,24 +75,24 @@ class SimKDLoss(DistillationLoss):
     def setup(self, student: Outputs, teacher: Outputs) -> None:
         if teacher.classifier is None:
             raise HfkdError(
-                "SimKD needs a teacher whose classifier is one linear layer over its embedding, and this one's logits "
-                "are not those of such a layer (two averaged heads, say): give another teacher"
+                "SimKD needs a teacher whose classifier is one linear layer over its embedding. This teacher's logits "
+                "come from something else, such as two averaged heads. Give another teacher"
             )
         layer = self.reuses_classifier.teacher_layer
         averaged, embedding = self._teacher_map(teacher).mean(dim=(2, 3)), teacher.embedding
-        # In bf16 they are about 0.01 apart.
+        # In bf16 both differ by about 0.01.
         if averaged.shape != embedding.shape or (averaged - embedding).abs().max() > 0.05 * embedding.abs().max():
             raise HfkdError(
-                f"teacher_layer is {layer!r}, and the average of its map {tuple(self._teacher_map(teacher).shape)} is "
-                f"not the embedding {tuple(embedding.shape)} that the teacher's classifier reads: name the layer that "
-                "the teacher averages last (a norm or activation behind the deepest stage, say), or embedding where "
-                "it averages none"
+                f"teacher_layer is {layer!r}, but the average of its map {tuple(self._teacher_map(teacher).shape)} is "
+                f"not the embedding {tuple(embedding.shape)} that the teacher's classifier reads. Name the layer that "
+                "the teacher averages, such as a norm or activation behind the deepest stage. Name embedding if the "
+                "teacher averages no map"
             )
 
         self.least_images = images_for_batch_norm([student.features["projector"]])
 
     def _teacher_map(self, teacher: Outputs) -> Tensor:
-        """(B, C, H, W)."""
+        """Return the teacher's map (B, C, H, W); an embedding (B, C) becomes (B, C, 1, 1)."""
         layer = self.reuses_classifier.teacher_layer
         return teacher.embedding[..., None, None] if layer == "embedding" else as_map(teacher.features[layer])
 

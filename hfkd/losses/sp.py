@@ -1,4 +1,4 @@
-"""SP: images that look alike to the teacher look alike to the student.
+"""SP: two images that are similar for the teacher are similar for the student.
 
 Paper: Tung and Mori, Similarity-Preserving Knowledge Distillation, ICCV 2019.
 """
@@ -15,10 +15,10 @@ from .standardize import at_least_float32
 
 
 def sp_loss(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:
-    """Sum over the pairs of the mean squared difference of their similarities within the batch.
+    """Sum over all pairs the mean squared difference of their similarities within the batch.
 
-    The similarities (B, B) are the dot products of the flattened maps, each row divided by its L2 norm. So neither
-    channels nor sides of the two have to agree.
+    The similarities (B, B) are the dot products of the flattened maps, each row divided by its L2 norm. So the channels
+    and the sides of a pair may differ.
 
     Args:
         student_maps: (B, C, H, W) each.
@@ -28,7 +28,8 @@ def sp_loss(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> T
         0-d, float32 or float64.
 
     Raises:
-        ValueError: the numbers of maps differ, or a pair's batches.
+        HfkdError: the batch sizes of a pair differ.
+        ValueError: the numbers of maps differ.
     """
     loss = 0.0
     for student, teacher in zip(student_maps, teacher_maps, strict=True):
@@ -41,23 +42,26 @@ def sp_loss(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> T
 
 
 def _similarities(feature_map: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, B), rows of norm 1; the row of a map of zeros, all a ReLU may leave, is zero."""
+    """Return similarities (B, B), rows of norm 1, of maps (B, C, H, W).
+
+    The row of a map of zeros, which a ReLU may give, is zero.
+    """
     features = at_least_float32(feature_map).flatten(1)
     similarities = features @ features.T
     norms = torch.linalg.vector_norm(similarities, dim=1, keepdim=True)
-    # As F.normalize, but for rows of zeros: dividing them by its 1e-12 would make their gradient 1e12 times larger.
+    # As F.normalize, except for rows of zeros: its division by 1e-12 would make their gradient 1e12 times larger.
     return similarities / torch.where(norms == 0, 1.0, norms.clamp(min=1e-12))
 
 
 class SPLoss(MapPairsLoss):
-    """`sp_loss` as a method of a recipe. Similarities are taken over the images of one process.
+    """`sp_loss` as a method of a recipe, with similarities over the images of one process.
 
     Args:
-        student_layers, teacher_layers: see `MapPairsLoss`, but None: the deepest stage.
+        student_layers, teacher_layers: see `MapPairsLoss`. None: the deepest stage.
         weight: see `DistillationLoss`; the default is the published one.
 
     Raises:
-        ValueError: see `MapPairsLoss`.
+        HfkdError: see `MapPairsLoss`.
     """
 
     citation = """

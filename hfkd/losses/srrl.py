@@ -1,4 +1,4 @@
-"""SRRL: the student's embedding, projected, is the teacher's, and gives its logits in the teacher's classifier.
+"""SRRL: the student's projected embedding imitates the teacher's and gives its logits in the teacher's classifier.
 
 Paper: Yang, Martinez, Bulat and Tzimiropoulos, Knowledge Distillation via Softmax Regression Representation Learning,
 ICLR 2021.
@@ -18,10 +18,12 @@ from .standardize import at_least_float32
 def srrl_loss(
     projected: Tensor, teacher_embedding: Tensor, teacher_logits: Tensor, teacher_classifier: nn.Linear
 ) -> Tensor:
-    """Mean squared difference of the embeddings, plus that of the logits which the teacher's classifier gives for them.
+    """Add the mean squared differences of the embeddings and of their logits.
+
+    The logits of both come from the teacher's classifier.
 
     Args:
-        projected: (B, D), what a projector makes of the student's embedding.
+        projected: (B, D), the output of the projector on the student's embedding.
         teacher_embedding: (B, D).
         teacher_logits: (B, C).
         teacher_classifier: from D to C, frozen.
@@ -30,17 +32,17 @@ def srrl_loss(
         0-d, float32 or float64.
 
     Raises:
-        ValueError: the embeddings' shapes differ, or the classifier does not fit them.
+        HfkdError: the embeddings' shapes differ, or the classifier does not fit them.
     """
     classes, width = teacher_classifier.weight.shape
     if projected.shape != teacher_embedding.shape or projected.shape[1:] != (width,):
         raise HfkdError(
-            f"embeddings (B, {width}), which the teacher's classifier reads, expected, got {tuple(projected.shape)} "
-            f"and {tuple(teacher_embedding.shape)}"
+            f"expected embeddings (B, {width}), as the teacher's classifier reads, got {tuple(projected.shape)} and "
+            f"{tuple(teacher_embedding.shape)}"
         )
     if teacher_logits.shape != (len(projected), classes):
         raise HfkdError(
-            f"teacher logits {(len(projected), classes)}, as the teacher's classifier gives, expected, got "
+            f"expected teacher logits {(len(projected), classes)}, as the teacher's classifier gives, got "
             f"{tuple(teacher_logits.shape)}"
         )
     projected = at_least_float32(projected)
@@ -49,17 +51,16 @@ def srrl_loss(
 
 
 class SRRLLoss(DistillationLoss):
-    """`srrl_loss` as a method of a recipe, with a learnt projector: 1x1 convolution, BatchNorm, whose statistics are
-    taken over the images of one process, and ReLU.
+    """`srrl_loss` as a method of a recipe, with a learnt projector: 1x1 convolution, BatchNorm and ReLU.
 
-    It compares raw logits as published, also in a run with `logit_standardization`: they are the teacher's classifier's
-    on both sides.
+    The BatchNorm takes its statistics over the images of one process. The loss compares raw logits as published, also
+    in a run with `logit_standardization`: the logits of both sides come from the teacher's classifier.
 
     Args:
         weight: see `DistillationLoss`.
 
     Raises:
-        ValueError: weight out of range.
+        HfkdError: weight is out of range.
     """
 
     citation = """
@@ -79,8 +80,8 @@ class SRRLLoss(DistillationLoss):
     def setup(self, student: Outputs, teacher: Outputs) -> None:
         if teacher.classifier is None:
             raise HfkdError(
-                "the teacher's logits are not those of one linear layer over its embedding (two averaged heads, say), "
-                "and that layer is what the student's embedding is to be read by: give another teacher"
+                "SRRL reads the student's embedding with the teacher's classifier, which must be one linear layer. "
+                "This teacher's logits come from something else, such as two averaged heads. Give another teacher"
             )
         channels = student.embedding.shape[1], teacher.embedding.shape[1]
         self.projector = nn.Sequential(

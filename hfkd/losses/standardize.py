@@ -1,4 +1,4 @@
-"""Logit standardization: the Z-score that frees a student from matching the scale of its teacher's logits.
+"""Logit standardization: a Z-score, so that the student need not match the scale of the teacher's logits.
 
 Paper: Sun, Ren, Li, Wang and Cao, Logit Standardization in Knowledge Distillation, CVPR 2024.
 """
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..errors import HfkdError
 
-# As `DistillationLoss.citation`: of a run with `logit_standardization`.
+# BibTeX entry, as `DistillationLoss.citation`; a run with `logit_standardization` quotes it in its model card.
 CITATION = """
     @inproceedings{sun2024logit,
         title = {Logit Standardization in Knowledge Distillation},
@@ -25,12 +25,12 @@ def at_least_float32(logits: Tensor) -> Tensor:
 
 
 def standardize(logits: Tensor, eps: float = 1e-7) -> Tensor:
-    """Z-score of each row: (z - mean) / (eps + std), std unbiased.
+    """Return the Z-score of each row: (z - mean) / (eps + std), std unbiased.
 
-    A row whose entries are all equal (the output of a zero-initialised head) has std 0 and standardizes to
-    zeros. Its gradient is that of (z - mean), not the 1 / eps = 1e7 times larger one that the formula gives
-    there: that one overflows float16 and ruins the first step of SGD. A row that is nearly constant keeps
-    the formula, and with it a gradient scaled by 1 / (eps + std).
+    A row whose entries are all equal (the output of a zero-initialised head) has std 0 and standardizes to zeros. It
+    gets the gradient of (z - mean). The formula would give a gradient 1 / eps = 1e7 times larger, which overflows
+    float16 and ruins the first step of SGD. A row that is nearly constant keeps the formula, and so a gradient scaled
+    by 1 / (eps + std).
 
     Args:
         logits: (B, C), C at least 2; float16 and bfloat16 are computed in float32.
@@ -40,7 +40,7 @@ def standardize(logits: Tensor, eps: float = 1e-7) -> Tensor:
         (B, C), float32 or float64.
 
     Raises:
-        ValueError: logits are not (B, C) with two classes or more.
+        HfkdError: logits are not (B, C) with two classes or more.
     """
     if logits.ndim != 2 or logits.shape[1] < 2:
         raise HfkdError(f"logits of shape (B, C) with C >= 2 expected, got {tuple(logits.shape)}")

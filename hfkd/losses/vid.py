@@ -1,4 +1,4 @@
-"""VID: the student's maps predict the teacher's, each of the teacher's channels with a variance of its own.
+"""VID: the student's maps predict the teacher's maps, with one variance for each channel of the teacher.
 
 Paper: Ahn, Hu, Damianou, Lawrence and Dai, Variational Information Distillation for Knowledge Transfer, CVPR 2019.
 """
@@ -21,13 +21,13 @@ LEAST_VARIANCE = 1e-5
 
 
 def vid_loss(predicted_maps: Sequence[Tensor], log_scales: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:
-    """Sum over the pairs of the mean of ((prediction - teacher)^2 / variance + log(variance)) / 2.
+    """Sum over all pairs the mean of ((prediction - teacher)^2 / variance + log(variance)) / 2.
 
-    That is the negative log-likelihood of the teacher's map, but for a constant, under a normal distribution with
-    variance softplus(log_scale) + 1e-5.
+    Up to a constant, this is the negative log-likelihood of the teacher's map under a normal distribution with variance
+    softplus(log_scale) + 1e-5.
 
     Args:
-        predicted_maps: (B, C, H, W) each, what regressors make of the student's.
+        predicted_maps: (B, C, H, W) each, the outputs of regressors on the student's maps.
         log_scales: (C,) each. Gradients reach them.
         teacher_maps: (B, C, H', W') each, averaged down to the sides of the prediction.
 
@@ -35,7 +35,8 @@ def vid_loss(predicted_maps: Sequence[Tensor], log_scales: Sequence[Tensor], tea
         0-d, float32 or float64.
 
     Raises:
-        ValueError: the numbers of maps and scales differ, or a pair's batches or channels.
+        HfkdError: the batch sizes or the channels of a pair differ, or a scale is not (C,).
+        ValueError: the numbers of maps and scales differ.
     """
     loss = 0.0
     for predicted, log_scale, teacher in zip(predicted_maps, log_scales, teacher_maps, strict=True):
@@ -59,15 +60,15 @@ def _regressor(student_map: Tensor, teacher_map: Tensor) -> nn.Sequential:
 
 
 class VIDLoss(MapPairsLoss):
-    """`vid_loss` as a method of a recipe: each pair has a regressor of 1 x 1 convolutions and its scales, all learnt.
+    """`vid_loss` as a method of a recipe; each pair has a learnt regressor of 1 x 1 convolutions and learnt scales.
 
     Args:
-        student_layers: stage indices or module paths, shallow to deep; None: every stage but the first.
-        teacher_layers: as many, likewise.
+        student_layers: stage indices or module paths, shallow to deep. None: every stage except the first.
+        teacher_layers: an equal number of layers of the teacher, in the same form.
         weight: see `DistillationLoss`.
 
     Raises:
-        ValueError: not lists of layers, or not as many of the one as of the other.
+        HfkdError: an argument is not a list of layers, or the numbers of layers differ.
     """
 
     citation = """
@@ -87,13 +88,13 @@ class VIDLoss(MapPairsLoss):
         initial = math.log(math.expm1(INITIAL_VARIANCE - LEAST_VARIANCE))  # the inverse of softplus
         student_maps, teacher_maps = self.maps(student, teacher)
         pairs = zip(student_maps, teacher_maps, strict=True)
-        self.regressors = nn.ModuleList(_regressor(own, other) for own, other in pairs)
-        self.log_scales = nn.ParameterList(torch.full((other.shape[1],), initial) for other in teacher_maps)
+        self.regressors = nn.ModuleList(_regressor(student_map, teacher_map) for student_map, teacher_map in pairs)
+        self.log_scales = nn.ParameterList(torch.full((teacher_map.shape[1],), initial) for teacher_map in teacher_maps)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Mapping[str, Tensor]) -> Tensor:
         student_maps, teacher_maps = self.maps(student, teacher)
         pairs = zip(student_maps, teacher_maps, strict=True)
-        pooled = [pooled_to_smaller(own, other)[0] for own, other in pairs]
+        pooled = [pooled_to_smaller(student_map, teacher_map)[0] for student_map, teacher_map in pairs]
         with self.autocast(student_maps[0].device):
-            predicted = [regress(own) for regress, own in zip(self.regressors, pooled, strict=True)]
+            predicted = [regress(student_map) for regress, student_map in zip(self.regressors, pooled, strict=True)]
         return vid_loss(predicted, self.log_scales, teacher_maps)

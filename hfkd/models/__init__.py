@@ -1,7 +1,8 @@
-"""Image classifiers of the distillation literature, registered with timm by importing this package.
+"""Image classifiers of the distillation literature, registered with timm when this package is imported.
 
-`timm.create_model("cifar_resnet8x4", num_classes=10)` works after `import hfkd.models`. Parameter names are
-those of the published checkpoints, which `load_checkpoint` reads.
+After `import hfkd.models`, `timm.create_model("cifar_resnet8x4", num_classes=10)` works, and parameter names are the
+names of the published checkpoints, which `load_checkpoint` reads. Of hfkd, the room imports `hfkd.errors` and never
+anything else: no losses, no data, no recipe, no networks.
 """
 
 import timm  # noqa: F401  (first: its import hook in hfkd/__init__.py imports hfkd.models.base, which needs timm whole)

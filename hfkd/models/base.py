@@ -1,13 +1,13 @@
-"""What the CIFAR families share: timm's model interface over a declared list of stages.
+"""Base of the CIFAR families: timm's model interface over a declared list of stages.
 
 A family creates its layers under the names of the published checkpoints, and declares
 
-- `stages`: the feature maps of the distillation literature, from the stem to the deepest. Each stage is
-  the tuple of modules run in turn to get from the previous map to this one; the output of its last module
-  is the map, so a forward hook on that module sees the same tensor as `forward_intermediates`;
+- `stages`: the feature maps of the distillation literature, from the stem to the deepest. Each stage is the tuple of
+  modules that run in turn between the previous map and this one. The output of the last module is the map, so a forward
+  hook on that module sees the same tensor as `forward_intermediates`;
 - `final_layers`: the modules between the deepest map and the pooling, if the architecture has any;
 - `reductions`: stride of each map relative to the image;
-- `classifier_name`: where the published checkpoints keep the linear classifier.
+- `classifier_name`: module path of the linear classifier in the published checkpoints.
 """
 
 from collections.abc import Sequence
@@ -27,10 +27,10 @@ CIFAR_STD = (0.2675, 0.2565, 0.2761)
 
 
 class CifarModel(nn.Module):
-    """Base of the `cifar_*` families: everything of timm's interface except the layers.
+    """Base of the `cifar_*` families: all of timm's interface except the layers.
 
-    A subclass's constructor creates its layers, then calls `add_head` once, last: the order of creation is
-    the order of the state dict.
+    The constructor of a subclass creates its layers and then calls `add_head` once, last. The order of creation is the
+    order of the state dict.
     """
 
     stages: ClassVar[tuple[tuple[str, ...], ...]]
@@ -47,7 +47,9 @@ class CifarModel(nn.Module):
     def add_head(self, stage_channels: Sequence[int], num_features: int, num_classes: int, global_pool: str) -> None:
         """Create pooling and classifier and describe the stages.
 
-        `stage_channels`: channels of each stage's map; `num_features`: channels of the map that is pooled.
+        Args:
+            stage_channels: channels of each stage's map.
+            num_features: channels of the map that is pooled.
         """
         self.num_features = num_features
         self.feature_info = [
@@ -67,11 +69,11 @@ class CifarModel(nn.Module):
         self.set_submodule(self.classifier_name, classifier)
 
     def get_classifier(self) -> nn.Module:
-        """The linear classifier, or an identity when `num_classes` is 0."""
+        """Return the linear classifier, or an identity if `num_classes` is 0."""
         return self.get_submodule(self.classifier_name)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put in a fresh classifier; `num_classes=0` removes it, `global_pool=None` keeps the pooling."""
+        """Replace the classifier by a fresh one; `num_classes=0` removes it, `global_pool=None` keeps the pooling."""
         weight = next(self.parameters())
         pool_type = self.global_pool.pool_type if global_pool is None else global_pool
         self._create_head(num_classes, pool_type, device=weight.device, dtype=weight.dtype)
@@ -80,12 +82,12 @@ class CifarModel(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade time for memory: recompute each stage in the backward pass.
 
-        As everywhere in timm, BatchNorm then sees each batch twice and its running statistics move faster.
+        As everywhere in timm, BatchNorm then sees each batch twice, and its running statistics move faster.
         """
         self.grad_checkpointing = enable
 
     def _run(self, modules: tuple[str, ...], x: Tensor) -> Tensor:
-        # Looked up at each call, so that a module put in later (SyncBatchNorm, say) is the one used.
+        # Looked up at each call, so that modules replaced later, for example by SyncBatchNorm, are used.
         for name in modules:
             x = self.get_submodule(name)(x)
         return x
@@ -96,18 +98,18 @@ class CifarModel(nn.Module):
         return self._run(stage, x)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, in_chans, H, W) -> the map that is pooled, (B, num_features, h, w)."""
+        """Return the map that is pooled, (B, num_features, h, w), of images (B, in_chans, H, W)."""
         for stage in self.stages:
             x = self._run_stage(stage, x)
         return self._run(self.final_layers, x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """The map of `forward_features` -> logits (B, num_classes) or embedding (B, head_hidden_size)."""
+        """Return logits (B, num_classes) or embedding (B, head_hidden_size) of the map from `forward_features`."""
         x = F.dropout(self.global_pool(x), self.drop_rate, self.training)
         return x if pre_logits else self.get_classifier()(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, in_chans, H, W) -> logits (B, num_classes)."""
+        """Return logits (B, num_classes) of images (B, in_chans, H, W)."""
         return self.forward_head(self.forward_features(x))
 
     def forward_intermediates(
@@ -119,25 +121,25 @@ class CifarModel(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The stage maps named by `indices`, shallow to deep, with timm's meaning of every argument.
+        """Return the stage maps named by `indices`, shallow to deep; every argument has timm's meaning.
 
         Args:
             x: images (B, in_chans, H, W).
             indices: None for all stages, n for the last n, or a list of stages (negative: from the end).
-            norm: pass the deepest map through the final layers as well, so that `forward_head` can read it.
-            stop_early: run no stage deeper than the deepest asked for.
+            norm: pass the deepest map through the final layers, so that `forward_head` can read it.
+            stop_early: run no stage behind the deepest requested one.
             output_fmt: "NCHW".
             intermediates_only: leave out the first of the two results.
 
         Returns:
-            The map of `forward_features` (the deepest stage run, if stopped early) and the list of maps
-            (B, C, h, w), sizes as in `feature_info`; or the list alone.
+            The map of `forward_features` (the deepest stage that ran, if stopped early) and the list of maps (B, C, h,
+            w), sizes as in `feature_info`; or the list alone.
 
         Raises:
-            ValueError: another `output_fmt`.
+            HfkdError: another `output_fmt`.
         """
         if output_fmt != "NCHW":
-            raise HfkdError(f"output_fmt is {output_fmt!r}; {type(self).__name__} gives maps, use 'NCHW'")
+            raise HfkdError(f"output_fmt is {output_fmt!r}; {type(self).__name__} returns maps, use 'NCHW'")
         take_indices, deepest = feature_take_indices(len(self.stages), indices)
         stages = self.stages[: deepest + 1] if stop_early else self.stages
         intermediates = []
@@ -153,7 +155,7 @@ class CifarModel(nn.Module):
 
 
 def cifar_cfg(classifier: str, first_conv: str = "conv1") -> dict[str, Any]:
-    """timm's description of a `cifar_*` model: no weights to download, CIFAR statistics, 32 x 32 images."""
+    """Return timm's description of a `cifar_*` model: no weights to download, CIFAR statistics, 32 x 32 images."""
     return {
         "input_size": (3, 32, 32),
         "num_classes": 100,
@@ -167,7 +169,7 @@ def cifar_cfg(classifier: str, first_conv: str = "conv1") -> dict[str, Any]:
 
 
 def build(model_cls: type[CifarModel], variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    """Build a registered variant the way timm does, `features_only=True` included."""
+    """Build a registered variant as timm does, `features_only=True` included."""
     feature_cfg = {"feature_cls": "getter", "out_indices": tuple(range(len(model_cls.stages)))}
     return build_model_with_cfg(model_cls, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
 
@@ -175,7 +177,7 @@ def build(model_cls: type[CifarModel], variant: str, pretrained: bool, **kwargs:
 def init_kaiming(module: nn.Module) -> None:
     """Initialise one module as the releases do, for `Module.apply`.
 
-    Convolutions by He et al.'s rule over the fan-out, their biases 0; BatchNorm stays at PyTorch's 1 and 0.
+    Convolutions follow He et al.'s rule over the fan-out, with biases 0. BatchNorm keeps PyTorch's 1 and 0.
     """
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -1,4 +1,4 @@
-"""Published and own checkpoints into a model, without running anything a file may hold."""
+"""Loading of checkpoints into models, without running code that a file may contain."""
 
 import re
 from os import PathLike
@@ -14,35 +14,35 @@ from torch import Tensor, nn
 from ..errors import HfkdError, NotFoundError
 
 TORCH_SUFFIXES = (".pth", ".pt", ".tar", ".bin")
-SHOWN = 5  # names listed of each kind of mismatch; the rest is counted
+MAX_LISTED = 5  # names listed for each kind of mismatch; the rest is counted
 
 
 def load_checkpoint(model: nn.Module, path: str | PathLike) -> nn.Module:
     """Load the weights in `path` into `model`, strictly, and return the model.
 
-    Reads `.safetensors`, and `.pth`, `.pt`, `.tar` or `.bin` files of `torch.save` that hold a state dict,
-    alone or under "model" or "state_dict" beside other entries (epoch, optimizer, ...), as mdistiller,
-    RepDistiller, CTKD and SimKD publish them. A `module.` before every name, as DataParallel leaves it, is
+    It reads `.safetensors` files, and `.pth`, `.pt`, `.tar` or `.bin` files of `torch.save` that hold a state dict. The
+    state dict may stand alone or under "model" or "state_dict" beside other entries (epoch, optimizer, ...), as
+    mdistiller, RepDistiller, CTKD and SimKD publish it. The prefix `module.`, which DataParallel adds to every name, is
     dropped.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is no checkpoint, holds objects other than tensors and plain values, or its names
-            or shapes are not those of the model.
+        NotFoundError: the file does not exist.
+        HfkdError: the file is no checkpoint, holds objects other than tensors and plain values, or has names or shapes
+            that differ from the model's.
     """
     path = Path(path)
     return _load(model, _read_state_dict(path), path)
 
 
 def load_architecture(architecture: str, path: str | PathLike) -> nn.Module:
-    """A timm architecture with the weights in `path` and as many classes as they have.
+    """Create a timm architecture with as many classes as the checkpoint in `path`, and load its weights.
 
     Raises:
-        FileNotFoundError, ValueError: see `load_checkpoint`.
+        NotFoundError, HfkdError: see `load_checkpoint`.
     """
     path = Path(path)
     state_dict = _read_state_dict(path)
-    classifier = timm.get_pretrained_cfg(architecture).classifier  # a tuple of names where there are two heads
+    classifier = timm.get_pretrained_cfg(architecture).classifier  # a tuple of names for a model with two heads
     names = classifier if isinstance(classifier, tuple) else (classifier,)
     heads = [state_dict[f"{name}.weight"] for name in names if f"{name}.weight" in state_dict]
     classes = {"num_classes": len(heads[0])} if heads else {}
@@ -57,7 +57,7 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
 
 def _load(model: nn.Module, given: dict[str, Tensor], path: Path) -> nn.Module:
     expected = model.state_dict()
-    # BatchNorm's counter came with PyTorch 0.4.1; some published files are older, and nothing here reads it.
+    # PyTorch 0.4.1 added BatchNorm's counter. Some published files are older, and no code of hfkd reads it.
     counters = {name: tensor for name, tensor in expected.items() if name.endswith("num_batches_tracked")}
     given = counters | given
     _check_fit(model, given, expected, path)
@@ -79,7 +79,7 @@ def _read(path: Path) -> Any:
 def _read_torch(path: Path) -> Any:
     with path.open("rb") as file:
         start = file.read(2)
-    if start != b"PK" and start[:1] != b"\x80":  # torch.save writes a zip archive; before 1.6, a pickle
+    if start != b"PK" and start[:1] != b"\x80":  # torch.save writes a zip archive, before PyTorch 1.6 a pickle
         raise HfkdError(f"{path} is not a checkpoint: torch.save did not write it")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -88,12 +88,14 @@ def _read_torch(path: Path) -> Any:
     except Exception as error:  # damaged bytes can fail anywhere in the unpickler
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         if refused is None:
-            raise HfkdError(f"{path} is not a whole checkpoint: it is cut short or damaged") from error
+            raise HfkdError(
+                f"{path} is not a whole checkpoint: it is cut short or damaged, get the file again"
+            ) from error
         raise HfkdError(
-            f"{path} holds pickled objects beside its tensors (first: {refused[1]}); reading it can run any "
-            "code. If you trust its origin, write the tensors to a new file once, where that class can be "
-            f"imported: torch.save(torch.load({str(path)!r}, weights_only=False)['model'], 'new.pth'); no "
-            "['model'] if the file is the state dict itself, and .state_dict() if it is a whole model"
+            f"{path} holds pickled objects beside its tensors (first: {refused[1]}), and reading them can run any "
+            "code. If you trust the file, save its tensors to a new file in an environment that has this class: "
+            f"torch.save(torch.load({str(path)!r}, weights_only=False)['model'], 'new.pth'). Leave out ['model'] if "
+            "the file is the state dict itself, and add .state_dict() if it is a whole model"
         ) from error
 
 
@@ -129,19 +131,19 @@ def _check_fit(model: nn.Module, given: dict[str, Tensor], expected: dict[str, T
     if not missing and not unexpected and _is_classifier(model, reshaped, given, expected):
         classes, wanted = len(given[reshaped[0]]), len(expected[reshaped[0]])
         raise HfkdError(
-            f"{path} fits {type(model).__name__} but for the classifier ({', '.join(reshaped)}): "
-            f"checkpoint has {classes} classes, model {wanted}. Create the model with num_classes={classes}, "
+            f"{path} fits {type(model).__name__} except for the classifier ({', '.join(reshaped)}): "
+            f"the checkpoint has {classes} classes, the model {wanted}. Create the model with num_classes={classes}, "
             f"load, and call reset_classifier({wanted}) for a fresh classifier on the loaded features"
         )
     shapes = [f"{name} {tuple(given[name].shape)} for {tuple(expected[name].shape)}" for name in reshaped]
     kinds = {"missing": missing, "unexpected": unexpected, "of another shape (given for expected)": shapes}
     lines = [f"  {len(names)} {kind}: {_shorten(names)}" for kind, names in kinds.items() if names]
-    advice = "It comes from another architecture: create that model, or name a checkpoint of this one"
+    advice = "It comes from another architecture: create that model, or give a checkpoint of this one"
     raise HfkdError("\n".join([f"{path} does not fit {type(model).__name__}:", *lines, advice]))
 
 
 def _is_classifier(model: nn.Module, names: list[str], given: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
-    """Whether linear layers differ in the number of classes and in nothing else."""
+    """Return True if all tensors are linear layers' and differ in the number of classes only."""
     if not all(isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear) for name in names):
         return False
     pairs = [(given[name].shape, expected[name].shape) for name in names]
@@ -150,5 +152,5 @@ def _is_classifier(model: nn.Module, names: list[str], given: dict[str, Tensor],
 
 
 def _shorten(names: list[str]) -> str:
-    rest = len(names) - SHOWN
-    return ", ".join(names[:SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+    rest = len(names) - MAX_LISTED
+    return ", ".join(names[:MAX_LISTED]) + (f" and {rest} more" if rest > 0 else "")

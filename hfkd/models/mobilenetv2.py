@@ -1,9 +1,8 @@
 """MobileNetV2 for 32 x 32 images.
 
-Paper: Sandler, Howard, Zhu, Zhmoginov, Chen, "MobileNetV2: Inverted Residuals and Linear Bottlenecks",
-2018. Against the paper: the second group keeps its resolution (stride 1), ReLU in place of ReLU6, the first
-block has a 1x1 convolution (of factor 1) before its depthwise one, and the last width is 1280 at every
-width factor.
+Paper: Sandler, Howard, Zhu, Zhmoginov, Chen, "MobileNetV2: Inverted Residuals and Linear Bottlenecks", 2018.
+Differences from the paper: the second group keeps its resolution (stride 1), ReLU replaces ReLU6, the first block has a
+1x1 convolution (of factor 1) before its depthwise one, and the last width is 1280 at every width factor.
 
 Parameter names: mdistiller and RepDistiller (CRD), width 0.5; SimKD, width 1.
 """
@@ -29,7 +28,7 @@ GROUPS = (
 
 
 class InvertedResidual(nn.Module):
-    """1x1 expansion, 3x3 depthwise and 1x1 linear projection; the input is added where the shape allows."""
+    """1x1 expansion, 3x3 depthwise and 1x1 linear projection; the input is added if the shape allows it."""
 
     def __init__(self, in_channels: int, channels: int, stride: int, expansion: int):
         super().__init__()
@@ -56,7 +55,7 @@ def _make_group(in_channels: int, channels: int, blocks: int, stride: int, expan
 
 
 class CifarMobileNetV2(CifarModel):
-    """MobileNetV2 of the given width factor; stages end where the resolution is about to change."""
+    """MobileNetV2 with a width factor; a stage ends before the resolution changes."""
 
     stages = (
         ("conv1",),

@@ -3,9 +3,10 @@
 Paper: Wang, Xie, Li, Fan, Song, Liang, Lu, Luo, Shao, "Pyramid Vision Transformer: A Versatile Backbone for Dense
 Prediction without Convolutions", 2021. Parameter names: the official release.
 
-Blocks are counted over all four stages: in pvt_tiny, 0 and 1 are `block1.0` and `block1.1` (stride 4), 2 and 3 stage 2
-(8), 4 and 5 stage 3 (16), 6 and 7 stage 4 (32); the module of each is in `feature_info`. Height and width may be any
-multiples of 32, but at 32 the attention of the first three stages sees one key, so their queries learn nothing.
+Blocks are counted over all four stages. In pvt_tiny, blocks 0 and 1 are `block1.0` and `block1.1` (stride 4), 2 and 3
+are stage 2 (8), 4 and 5 are stage 3 (16), 6 and 7 are stage 4 (32). The module of each block is in `feature_info`.
+Height and width may be any multiples of 32. At 32, the attention of the first three stages sees a single key, so their
+queries learn nothing.
 """
 
 from functools import partial
@@ -19,13 +20,14 @@ from torch import Tensor, nn
 
 from .tokens import IMAGENET_CFG, Block, TokenClassifier, to_map
 
-NORM_EPS = 1e-6  # of the blocks and the last norm; the norms of patches and of reduced maps have PyTorch's 1e-5
+NORM_EPS = 1e-6  # of the blocks and the last norm; norms of patches and of reduced maps use PyTorch's 1e-5
 
 
 class SpatialReductionAttention(nn.Module):
-    """Attention whose keys and values are those of the map shrunk `sr_ratio` times.
+    """Attention whose keys and values come from the map reduced `sr_ratio` times.
 
-    `grid`: height and width of the map. With an `sr_ratio` of 1 the tokens may hold a class token.
+    Args:
+        grid: height and width of the map. With an `sr_ratio` of 1 the tokens may hold a class token.
     """
 
     def __init__(self, width: int, num_heads: int, sr_ratio: int, grid: tuple[int, int]):
@@ -50,14 +52,14 @@ class SpatialReductionAttention(nn.Module):
 
 
 class PVT(TokenClassifier):
-    """Four stages of `depths` blocks, each opened by patch embedding; the class token joins in the last."""
+    """Four stages of `depths` blocks, each with a patch embedding first; the last stage adds the class token."""
 
     widths = (64, 128, 320, 512)
     num_heads = (1, 2, 5, 8)
     mlp_ratios = (8, 8, 4, 4)
     sr_ratios = (8, 4, 2, 1)
     patch_sizes = (4, 2, 2, 2)
-    reductions = (4, 8, 16, 32)  # times sr_ratio: 32 everywhere, which images must be multiples of
+    reductions = (4, 8, 16, 32)  # reduction * sr_ratio is 32 in every stage, so sides must be multiples of 32
 
     def __init__(
         self,
@@ -72,7 +74,7 @@ class PVT(TokenClassifier):
         super().__init__(img_size, 32, in_chans, drop_rate)
         drop_paths = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
         self.grids = [tuple(side // reduction for side in self.img_size) for reduction in self.reductions]
-        self.stage_opened_by = {sum(depths[:stage]): stage for stage in range(4)}
+        self.stage_of_first_block = {sum(depths[:stage]): stage for stage in range(4)}
         feature_info = []
         for stage, depth in enumerate(depths):
             self._add_stage(stage, [next(drop_paths) for _ in range(depth)])
@@ -84,7 +86,7 @@ class PVT(TokenClassifier):
     def _add_stage(self, stage: int, drop_paths: list[float]) -> None:
         height, width = grid = self.grids[stage]
         channels, in_channels = self.widths[stage], self.widths[stage - 1] if stage else self.in_chans
-        positions = torch.empty(1, height * width + (stage == 3), channels)  # the class token has one too
+        positions = torch.empty(1, height * width + (stage == 3), channels)  # one more for the class token
         self.register_parameter(f"pos_embed{stage + 1}", nn.Parameter(trunc_normal_(positions, std=0.02)))
         patch_embed = PatchEmbed(None, self.patch_sizes[stage], in_channels, channels, norm_layer=nn.LayerNorm)
         self.add_module(f"patch_embed{stage + 1}", patch_embed)
@@ -93,10 +95,10 @@ class PVT(TokenClassifier):
         self.add_module(f"block{stage + 1}", nn.ModuleList(blocks))
 
     def enter_block(self, index: int, x: Tensor) -> Tensor:
-        """Tokens as they are, or the next stage's where block `index` opens one."""
-        if index not in self.stage_opened_by:
+        """Return the tokens for block `index`: unchanged, or the next stage's tokens if the block is its first."""
+        if index not in self.stage_of_first_block:
             return x
-        stage = self.stage_opened_by[index]
+        stage = self.stage_of_first_block[index]
         map_or_images = to_map(x, *self.grids[stage - 1]) if stage else x
         x = self.get_submodule(f"patch_embed{stage + 1}")(map_or_images)
         if stage == 3:
@@ -109,7 +111,7 @@ default_cfgs = generate_default_cfgs({"pvt_tiny": PVT_CFG, "pvt_small": PVT_CFG}
 
 
 def _build(variant: str, pretrained: bool, depths: tuple[int, int, int, int], **kwargs: Any) -> nn.Module:
-    # timm's `features_only` then gives the last map of each stage.
+    # With these indices timm's `features_only` returns the last map of each stage.
     feature_cfg = {"feature_cls": "getter", "out_indices": tuple(sum(depths[: last + 1]) - 1 for last in range(4))}
     return build_model_with_cfg(PVT, variant, pretrained, feature_cfg=feature_cfg, depths=depths, **kwargs)
 

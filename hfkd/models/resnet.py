@@ -1,9 +1,8 @@
 """ResNets for 32 x 32 images with three stages.
 
-Paper: He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", 2016 (section 4.2). Depth
-6n + 2. Against the paper: a shortcut that changes the shape is a 1x1 convolution with BatchNorm. The x4
-variants have four times the width in the stages and twice in the stem, so their first stage has a
-convolutional shortcut too.
+Paper: He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", 2016 (section 4.2). The depth is 6n + 2.
+Difference from the paper: a shortcut that changes the shape is a 1x1 convolution with BatchNorm. The x4 variants have
+four times the width in the stages and twice in the stem, so their first stage also has a convolutional shortcut.
 
 Parameter names: mdistiller and RepDistiller (CRD); resnet38, resnet14x4 and resnet38x4: SimKD.
 """

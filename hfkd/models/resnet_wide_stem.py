@@ -1,9 +1,9 @@
-"""ResNet-18 and ResNet-50 for 32 x 32 images: those for ImageNet, but a 3x3 stem of stride 1, no max pooling.
+"""ResNet-18 and ResNet-50 for 32 x 32 images: as for ImageNet, with a 3x3 stem of stride 1 and no max pooling.
 
-Paper: He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", 2016. The bottleneck's stride is
-in its 3x3 convolution.
+Paper: He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", 2016. The stride of the bottleneck is in its
+3x3 convolution.
 
-Parameter names: mdistiller and RepDistiller (CRD), whose `ResNet18` and `ResNet50` these are.
+Parameter names: `ResNet18` and `ResNet50` of mdistiller and RepDistiller (CRD).
 """
 
 from typing import Any, ClassVar

@@ -1,10 +1,9 @@
 """ShuffleNetV1 for 32 x 32 images, three groups.
 
-Paper: Zhang, Zhou, Lin, Sun, "ShuffleNet: An Extremely Efficient Convolutional Neural Network for Mobile
-Devices", 2018. Against the paper: a 1x1 stem of stride 1 without pooling, and a ReLU after the depthwise
-convolution.
+Paper: Zhang, Zhou, Lin, Sun, "ShuffleNet: An Extremely Efficient Convolutional Neural Network for Mobile Devices",
+2018. Differences from the paper: a 1x1 stem of stride 1 without pooling, and a ReLU after the depthwise convolution.
 
-Parameter names: mdistiller and RepDistiller (CRD). Weights start as PyTorch initialises them, as there.
+Parameter names: mdistiller and RepDistiller (CRD). As in these, weights have PyTorch's default initialisation.
 """
 
 from typing import Any
@@ -19,9 +18,9 @@ STEM_WIDTH = 24
 
 
 class Bottleneck(nn.Module):
-    """Grouped 1x1, channel shuffle, 3x3 depthwise, grouped 1x1.
+    """Grouped 1x1, channel shuffle, 3x3 depthwise and grouped 1x1 convolutions.
 
-    With stride 1 the input is added; with stride 2 the average-pooled input is concatenated, as part of the
+    With stride 1 the input is added. With stride 2 the average-pooled input is concatenated and counts among the
     `channels`. The first convolution of the network's first block is not grouped: 24 channels are too few.
     """
 

@@ -1,10 +1,10 @@
 """ShuffleNetV2 for 32 x 32 images.
 
-Paper: Ma, Zhang, Zheng, Sun, "ShuffleNet V2: Practical Guidelines for Efficient CNN Architecture Design",
-2018. Against the paper: a 1x1 stem of stride 1 without pooling.
+Paper: Ma, Zhang, Zheng, Sun, "ShuffleNet V2: Practical Guidelines for Efficient CNN Architecture Design", 2018.
+Difference from the paper: a 1x1 stem of stride 1 without pooling.
 
-Parameter names: mdistiller and RepDistiller (CRD), width 1; SimKD, width 1.5. Weights start as PyTorch
-initialises them, as there.
+Parameter names: mdistiller and RepDistiller (CRD), width 1; SimKD, width 1.5. As in these, weights have PyTorch's
+default initialisation.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ BLOCKS = (4, 8, 4)
 
 
 class BasicBlock(nn.Module):
-    """Half of the channels pass unchanged, half through 1x1, 3x3 depthwise and 1x1; then all are shuffled."""
+    """Block that keeps half of the channels, convolves the other half (1x1, 3x3 depthwise, 1x1) and shuffles all."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -44,7 +44,7 @@ class BasicBlock(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """Opens a stage: two branches of stride 2 read the whole input, each gives half of `channels`."""
+    """First block of a stage: two branches of stride 2 read the whole input, each gives half of `channels`."""
 
     def __init__(self, in_channels: int, channels: int):
         super().__init__()

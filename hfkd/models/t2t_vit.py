@@ -1,12 +1,12 @@
 """Tokens-to-Token vision transformers.
 
-Paper: Yuan, Chen, Wang, Yu, Shi, Jiang, Tay, Feng, Yan, "Tokens-to-Token ViT: Training Vision Transformers from
-Scratch on ImageNet", 2021. The tokens-to-token module of these variants is made of Performer layers: Choromanski et
-al., "Rethinking Attention with Performers", 2021.
+Paper: Yuan, Chen, Wang, Yu, Shi, Jiang, Tay, Feng, Yan, "Tokens-to-Token ViT: Training Vision Transformers from Scratch
+on ImageNet", 2021. The tokens-to-token module of these variants is made of Performer layers: Choromanski et al.,
+"Rethinking Attention with Performers", 2021.
 
-Names in the state dict: the official release. The random features `w` of the Performers and the sinusoid position
-table are saved but never trained: frozen parameters there, buffers here, since transformers' `from_pretrained` makes
-every parameter trainable. Height and width may be any multiples of 16.
+Names in the state dict: the official release. The random features `w` of the Performers and the sinusoid position table
+are saved but never trained. The release has frozen parameters; here they are buffers, since transformers'
+`from_pretrained` makes every parameter trainable. Height and width may be any multiples of 16.
 """
 
 from typing import Any
@@ -25,10 +25,10 @@ NORM_EPS = 1e-5
 
 
 class Performer(nn.Module):
-    """Attention of linear cost, one head, from `in_width` to `width` channels, and a small perceptron.
+    """Attention of linear cost with one head, from `in_width` to `width` channels, and a small perceptron.
 
-    softmax(q k') is approximated by f(q) f(k)', where f(x) = exp(w x - |x|^2 / 2) / sqrt(features). The shortcut
-    around the attention is the values, since its input has another width.
+    softmax(q k') is approximated by f(q) f(k)', where f(x) = exp(w x - |x|^2 / 2) / sqrt(features). The shortcut around
+    the attention is the values, since its input has another width.
     """
 
     def __init__(self, in_width: int, width: int, features: int):
@@ -45,7 +45,7 @@ class Performer(nn.Module):
         return exponent.exp() / self.w.shape[0] ** 0.5
 
     def _attend(self, k: Tensor, q: Tensor, v: Tensor) -> Tensor:
-        # Sums of exponentials over thousands of tokens: half precision would lose them.
+        # Sums of exponentials over thousands of tokens are inaccurate in half precision.
         with torch.autocast(k.device.type, enabled=False):
             k, q, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (k, q, v))
             k, q = self._random_features(k), self._random_features(q)
@@ -59,7 +59,7 @@ class Performer(nn.Module):
 
 
 class TokensToToken(nn.Module):
-    """Images (B, in_chans, H, W) -> tokens (B, H/16 * W/16, embed_dim), by three overlapping soft splits."""
+    """Three overlapping soft splits that turn images (B, in_chans, H, W) into tokens (B, H/16 * W/16, embed_dim)."""
 
     def __init__(self, in_chans: int, embed_dim: int, img_size: tuple[int, int]):
         super().__init__()
@@ -76,7 +76,7 @@ class TokensToToken(nn.Module):
 
 
 def _soft_split(x: Tensor, side: int, stride: int, padding: int) -> Tensor:
-    """(B, C, H, W) -> overlapping windows (B, H/stride * W/stride, C * side * side)."""
+    """Return overlapping windows (B, H/stride * W/stride, C * side * side) of a map (B, C, H, W)."""
     return F.unfold(x, side, stride=stride, padding=padding).transpose(1, 2)
 
 
@@ -96,7 +96,7 @@ class Attention(nn.Module):
 
 
 def sinusoid_table(count: int, width: int) -> Tensor:
-    """Position table (1, count, width) of "Attention Is All You Need": sines and cosines in alternation."""
+    """Return the position table (1, count, width) of "Attention Is All You Need": alternating sines and cosines."""
     exponents = torch.arange(width).div(2, rounding_mode="floor") * (2 / width)
     angles = torch.arange(count, dtype=torch.float64).unsqueeze(1) / 10000 ** exponents.double()
     table = torch.where(torch.arange(width) % 2 == 0, angles.sin(), angles.cos())
@@ -106,8 +106,9 @@ def sinusoid_table(count: int, width: int) -> Tensor:
 class T2TViT(TokenClassifier):
     """Tokens-to-token module and `depth` transformer blocks of width `embed_dim`.
 
-    `qk_scale`: factor of the attention logits, by default 1 / sqrt(width of a head). The t2t_vit_14 weights of the
-    release need `384**-0.5`.
+    Args:
+        qk_scale: factor of the attention logits, by default 1 / sqrt(width of a head). The t2t_vit_14 weights of the
+            release need `384**-0.5`.
     """
 
     def __init__(
@@ -138,7 +139,7 @@ class T2TViT(TokenClassifier):
         self.add_head(feature_info, NORM_EPS, num_classes, global_pool)
 
     def enter_block(self, index: int, x: Tensor) -> Tensor:
-        """Images -> tokens with class token and positions before the first block; later, tokens as they are."""
+        """Turn images into tokens with class token and positions before block 0; return later tokens unchanged."""
         if index > 0:
             return x
         x = self.tokens_to_token(x)

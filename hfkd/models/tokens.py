@@ -1,4 +1,4 @@
-"""What the transformers over token sequences (T2T-ViT, PVT) share: timm's interface, blocks and initialisation."""
+"""Base of the transformers over token sequences (T2T-ViT, PVT): timm's interface, blocks and initialisation."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,11 +14,18 @@ from ..errors import HfkdError
 
 
 class TokenClassifier(nn.Module):
-    """Base of `t2t_vit_*` and `pvt_*`: everything of timm's interface except the layers.
+    """Base of `t2t_vit_*` and `pvt_*`: all of timm's interface except the layers.
 
-    A subclass's constructor creates its layers, then calls `add_head` once, last; `enter_block` does what precedes a
-    block. The tokens (B, N, C) that a block gives are those of an image grid, after a class token or without one.
-    `img_size`, one side or (height, width) in pixels, raises ValueError unless both are multiples of `multiple`.
+    The constructor of a subclass creates its layers and then calls `add_head` once, last. `enter_block` runs the
+    operations before a block. The tokens (B, N, C) of a block form an image grid, with or without a class token in
+    front.
+
+    Args:
+        img_size: one side or (height, width), in pixels.
+        multiple: number that both sides must be multiples of.
+
+    Raises:
+        HfkdError: a side is no multiple of `multiple`.
     """
 
     def __init__(self, img_size: int | tuple[int, int], multiple: int, in_chans: int, drop_rate: float):
@@ -38,7 +45,8 @@ class TokenClassifier(nn.Module):
     def add_head(self, feature_info: list[dict[str, Any]], norm_eps: float, num_classes: int, global_pool: str) -> None:
         """Create the last norm and the classifier and initialise every linear layer as the releases do.
 
-        `feature_info`: timm's description of each block, in the order in which they run.
+        Args:
+            feature_info: timm's description of each block, in the order in which they run.
         """
         self.feature_info = feature_info
         self.num_features = self.head_hidden_size = feature_info[-1]["num_chs"]
@@ -47,30 +55,30 @@ class TokenClassifier(nn.Module):
         self.apply(init_linear)
 
     def enter_block(self, index: int, x: Tensor) -> Tensor:
-        """What the block before `index` gave (before block 0: the images) -> tokens for block `index`."""
+        """Return the tokens for block `index`, from the tokens of the block before it or, for block 0, the images."""
         raise NotImplementedError
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that the official training code leaves without weight decay, besides all vectors."""
+        """Return the parameters that the official code trains without weight decay, besides all vectors."""
         return {"cls_token"}
 
     def get_classifier(self) -> nn.Module:
-        """The linear classifier, or an identity when `num_classes` is 0."""
+        """Return the linear classifier, or an identity if `num_classes` is 0."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put in a fresh classifier; `num_classes=0` removes it, `global_pool=None` keeps the pooling.
+        """Replace the classifier by a fresh one; `num_classes=0` removes it, `global_pool=None` keeps the pooling.
 
         Raises:
-            ValueError: `global_pool` is not "token" (the class token), "avg" (of the others) or "" (none).
+            HfkdError: `global_pool` is not "token" (the class token), "avg" (mean of the other tokens) or "" (none).
         """
         if global_pool not in (None, "token", "avg", ""):
             raise HfkdError(f"global_pool is {global_pool!r}; {type(self).__name__} takes 'token', 'avg' or ''")
         if global_pool is not None:
             self.global_pool = global_pool
         self.num_classes = num_classes
-        like = {"device": self.norm.weight.device, "dtype": self.norm.weight.dtype}
-        self.head = nn.Linear(self.num_features, num_classes, **like) if num_classes > 0 else nn.Identity()
+        factory_kwargs = {"device": self.norm.weight.device, "dtype": self.norm.weight.dtype}
+        self.head = nn.Linear(self.num_features, num_classes, **factory_kwargs) if num_classes > 0 else nn.Identity()
         init_linear(self.head)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -78,7 +86,7 @@ class TokenClassifier(nn.Module):
         self.grad_checkpointing = enable
 
     def _run_blocks(self, x: Tensor, count: int, take: Sequence[int] = ()) -> tuple[Tensor, list[Tensor]]:
-        """Images through the first `count` blocks -> the last tokens, and the tokens of the blocks in `take`."""
+        """Run images through the first `count` blocks; return the last tokens and all tokens of blocks in `take`."""
         expected = (self.in_chans, *self.img_size)
         if tuple(x.shape[1:]) != expected:
             raise HfkdError(
@@ -94,18 +102,18 @@ class TokenClassifier(nn.Module):
         return x, taken
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, in_chans, H, W) -> normalised tokens (B, 1 + N, num_features), the class token first."""
+        """Return normalised tokens (B, 1 + N, num_features), class token first, of images (B, in_chans, H, W)."""
         return self.norm(self._run_blocks(x, len(self.feature_info))[0])
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """The tokens of `forward_features` -> logits (B, num_classes) or embedding (B, num_features)."""
+        """Return logits (B, num_classes) or embedding (B, num_features) of the tokens from `forward_features`."""
         if self.global_pool:
             x = x[:, 0] if self.global_pool == "token" else x[:, 1:].mean(dim=1)
         x = F.dropout(x, self.drop_rate, self.training)
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, in_chans, H, W) -> logits (B, num_classes)."""
+        """Return logits (B, num_classes) of images (B, in_chans, H, W)."""
         return self.forward_head(self.forward_features(x))
 
     def forward_intermediates(
@@ -117,26 +125,26 @@ class TokenClassifier(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """What the blocks named by `indices` give, without the class token, shallow to deep.
+        """Return the outputs of the blocks named by `indices`, without the class token, shallow to deep.
 
         Args:
             x: images (B, in_chans, H, W).
-            indices: None for all blocks, n for the last n, or a list (negative: from the end); position in
+            indices: None for all blocks, n for the last n, or a list (negative: from the end) of positions in
                 `feature_info`, which in PVT counts the blocks of all stages.
-            norm: pass them through the last norm, those of its width (in PVT, the last stage's).
-            stop_early: run no block deeper than the deepest asked for.
+            norm: pass the outputs with the width of the last norm through it (in PVT, the last stage's outputs).
+            stop_early: run no block behind the deepest requested one.
             output_fmt: "NCHW" for maps (B, C, h, w), "NLC" for tokens (B, h * w, C).
             intermediates_only: leave out the first of the two results.
 
         Returns:
-            The tokens of `forward_features` (the deepest block's, unnormalised, if stopped before the last), and the
-            list of maps or tokens, sizes as in `feature_info`; or the list alone.
+            The tokens of `forward_features` (if stopped before the last block, the deepest block's, unnormalised), and
+            the list of maps or tokens, sizes as in `feature_info`; or the list alone.
 
         Raises:
-            ValueError: another `output_fmt`, or images of another size than the model's.
+            HfkdError: another `output_fmt`, or images of another size than the model's.
         """
         if output_fmt not in ("NCHW", "NLC"):
-            raise HfkdError(f"output_fmt is {output_fmt!r}; {type(self).__name__} gives 'NCHW' or 'NLC'")
+            raise HfkdError(f"output_fmt is {output_fmt!r}; {type(self).__name__} returns 'NCHW' or 'NLC'")
         depth = len(self.feature_info)
         take, deepest = feature_take_indices(depth, indices)
         count = deepest + 1 if stop_early else depth
@@ -170,7 +178,7 @@ class Block(nn.Module):
 
 
 def to_map(tokens: Tensor, height: int, width: int) -> Tensor:
-    """(B, height * width, C) -> (B, C, height, width)."""
+    """Return tokens (B, height * width, C) as a map (B, C, height, width)."""
     return tokens.transpose(1, 2).reshape(tokens.shape[0], -1, height, width)
 
 
@@ -182,6 +190,6 @@ def init_linear(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-# Beside timm's defaults: 1000 classes, 224 x 224, ImageNet mean and std, bicubic. The input size being fixed, timm
-# builds the model for the one that the configuration names.
+# Added to timm's defaults: 1000 classes, 224 x 224, ImageNet mean and std, bicubic. With a fixed input size, timm
+# passes the size of the configuration to the model as `img_size`.
 IMAGENET_CFG = {"fixed_input_size": True, "crop_pct": 0.9, "classifier": "head"}

@@ -1,11 +1,11 @@
 """VGG with BatchNorm for 32 x 32 images and a single linear classifier.
 
-Paper: Simonyan, Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition", 2015.
-Against the paper: BatchNorm; no pooling between the last two blocks and only the global one after them; one
-linear layer in place of three.
+Paper: Simonyan, Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition", 2015. Differences from
+the paper: BatchNorm; no pooling between the last two blocks and only global pooling after them; one linear layer
+instead of three.
 
-Parameter names: mdistiller and RepDistiller (CRD), which also added vgg8, with one convolution a block.
-Their max pooling before the last block, done for 64 x 64 images only, is left out.
+Parameter names: mdistiller and RepDistiller (CRD), which also added vgg8, with one convolution a block. Their max
+pooling before the last block, which only runs for 64 x 64 images, is left out.
 """
 
 from typing import Any
@@ -29,7 +29,7 @@ def _make_block(in_channels: int, channels: int, convs: int) -> nn.Sequential:
 class CifarVGG(CifarModel):
     """Five blocks of `convs` convolutions each."""
 
-    # Max pooling opens a stage instead of closing one: the map used for distillation is the one before it.
+    # Max pooling is first in a stage, not last: distillation uses the map before the pooling.
     stages = (("block0",), ("pool0", "block1"), ("pool1", "block2"), ("pool2", "block3"), ("block4",))
     reductions = (1, 2, 4, 8, 8)
     classifier_name = "classifier"

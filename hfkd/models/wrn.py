@@ -1,10 +1,10 @@
 """Wide residual networks: pre-activation blocks, three stages.
 
-Paper: Zagoruyko, Komodakis, "Wide Residual Networks", 2016. `wrn_D_K`: depth D = 6n + 4, width factor K, no
+Paper: Zagoruyko, Komodakis, "Wide Residual Networks", 2016. `wrn_D_K` has depth D = 6n + 4, width factor K and no
 dropout inside the blocks.
 
-Parameter names: mdistiller and RepDistiller (CRD). As there, the map of a stage is the sum that leaves its
-last block; the last BatchNorm and ReLU come after the deepest map (`norm=True` applies them).
+Parameter names: mdistiller and RepDistiller (CRD). As in these, the map of a stage is the sum that leaves its last
+block. The last BatchNorm and ReLU come after the deepest map (`norm=True` applies them).
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from .base import CifarModel, build, cifar_cfg, init_kaiming
 class PreActBlock(nn.Module):
     """BatchNorm and ReLU before each of two 3x3 convolutions, and a shortcut.
 
-    Where the width changes the shortcut is a 1x1 convolution of the normalised input, else the input itself.
+    If the width changes, the shortcut is a 1x1 convolution of the normalised input, otherwise it is the input.
     """
 
     def __init__(self, in_channels: int, channels: int, stride: int):
@@ -40,7 +40,7 @@ class PreActBlock(nn.Module):
 
 
 class Stage(nn.Module):
-    """A stage of blocks, under the name `layer` that the published checkpoints give it."""
+    """Blocks of a stage, under the name `layer` that the published checkpoints use."""
 
     def __init__(self, in_channels: int, channels: int, blocks: int, stride: int):
         super().__init__()

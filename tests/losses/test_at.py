@@ -82,12 +82,12 @@ def test_clear_errors():
         at_loss([feature_map.flatten(1)], [feature_map])
     with pytest.raises(ValueError, match="zip"):
         at_loss([feature_map], [feature_map] * 2)
-    with pytest.raises(ValueError, match="as many of the one as of the other"):
+    with pytest.raises(ValueError, match="lists of equal length"):
         ATLoss([0, 1], [1])
     with pytest.raises(ValueError, match="weight is -1"):
         ATLoss(weight=-1.0)
     student = timm.create_model("cifar_vgg8", num_classes=10)  # has a stage more
-    with pytest.raises(ValueError, match="losses.at: .*as many of the one as of the other"):
+    with pytest.raises(ValueError, match="losses.at: .*lists of equal length"):
         teacher = load_student("cifar_resnet8", num_classes=10)
         DistillationTrainer(student, teacher, config(), train_dataset=images(), losses={"at": ATLoss()})
 

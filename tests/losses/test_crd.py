@@ -325,9 +325,9 @@ def test_without_rows():
     features = outputs(random(2, 8).float()), outputs(random(2, 6).float())
     loss = CRDLoss(dimension=4)
     loss.setup(*features)
-    with pytest.raises(ValueError, match="`setup_rows` must have got the labels"):
+    with pytest.raises(ValueError, match="Call `setup_rows` with the labels first"):
         loss(*features, {"index": torch.tensor([0, 1])})
-    with pytest.raises(ValueError, match=r"the batch must hold 'index', .* The batch holds \['labels'\]"):
+    with pytest.raises(ValueError, match=r"put 'index', .* into the batch. The batch holds \['labels'\]"):
         ready()(*features, {"labels": torch.tensor([0, 1])})
 
 

@@ -127,13 +127,13 @@ def test_layers_and_weight_are_the_published_ones():
 
 
 def test_clear_errors():
-    with pytest.raises(ValueError, match="as many of the one as of the other"):
+    with pytest.raises(ValueError, match="lists of equal length"):
         FitNetLoss([1, 2])
     with pytest.raises(ValueError, match="teacher_layers is 'layer2': give a list"):
         FitNetLoss(teacher_layers="layer2")
     with pytest.raises(ValueError, match="weight is -1"):
         FitNetLoss(weight=-1)
-    with pytest.raises(ValueError, match=r"one \(B, C\), got \(2, 3, 4, 4\) and \(2, 4, 4, 4\)"):
+    with pytest.raises(ValueError, match=r"same \(B, C\), got \(2, 3, 4, 4\) and \(2, 4, 4, 4\)"):
         fitnet_loss([random(2, 3, 4, 4)], [random(2, 4, 4, 4)])
     with pytest.raises(ValueError, match=r"gives \(2, 5\); expected a map"):
         ready(outputs(random(2, 5)), outputs(random(2, 3, 4, 4)))

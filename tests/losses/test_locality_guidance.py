@@ -66,7 +66,7 @@ def test_as_map():
 
 
 def test_clear_errors():
-    with pytest.raises(ValueError, match="as many of the one as of the other"):
+    with pytest.raises(ValueError, match="lists of equal length"):
         build_losses({"locality_guidance": {"student_layers": [0, 6], "teacher_layers": [1]}}, False)
     for layers in ("blocks.0", 3, [], [0.5], None):
         with pytest.raises(ValueError, match="student_layers is .*give a list of stage indices or module paths"):

@@ -174,7 +174,7 @@ def test_clear_errors():
         SemCKDLoss("layer2")
     with pytest.raises(ValueError, match=r"attention of shape \(2, 1, 1\) expected, got \(2, 1, 2\)"):
         semckd_loss([[random(2, 3, 4, 4)]], [random(2, 3, 4, 4)], random(2, 1, 2))
-    with pytest.raises(ValueError, match=r"one \(B, C\), got \(2, 3, 4, 4\) and \(2, 4, 4, 4\)"):
+    with pytest.raises(ValueError, match=r"same \(B, C\), got \(2, 3, 4, 4\) and \(2, 4, 4, 4\)"):
         semckd_loss([[random(2, 3, 4, 4)]], [random(2, 4, 4, 4)], random(2, 1, 1))
     with pytest.raises(ValueError, match=r"gives \(2, 5\); expected a map"):
         ready(outputs([random(2, 5)]), outputs([random(2, 3, 4, 4)]), 4)

@@ -78,7 +78,7 @@ def test_the_classifier_must_read_the_average_of_the_map():
     nearly = teacher_map.mean(dim=(2, 3)) * 1.01  # as far as bf16 takes them
     SimKDLoss().setup(student, taught(teacher_map, classifier, embedding=nearly))
     for embedding in (2 * nearly, random(2, 7)):
-        with pytest.raises(ValueError, match="teacher_layer is -1, and the average of its map .*or embedding where"):
+        with pytest.raises(ValueError, match="teacher_layer is -1, but the average of its map .*Name embedding if"):
             SimKDLoss().setup(student, taught(teacher_map, classifier, embedding=embedding))
     with pytest.raises(ValueError, match="SimKD needs a teacher whose classifier is one linear layer"):
         SimKDLoss().setup(outputs(), taught(teacher_map, None))
@@ -91,5 +91,5 @@ def test_clear_errors():
         SimKDLoss(student_layer="layer3")
     with pytest.raises(ValueError, match=r"teacher_layer is \[1\]: give a stage index, a module path or embedding"):
         SimKDLoss(teacher_layer=[1])
-    with pytest.raises(ValueError, match=r"one \(B, C\), got \(2, 3, 4, 4\) and \(2, 4, 4, 4\)"):
+    with pytest.raises(ValueError, match=r"same \(B, C\), got \(2, 3, 4, 4\) and \(2, 4, 4, 4\)"):
         simkd_loss(random(2, 3, 4, 4), random(2, 4, 4, 4))

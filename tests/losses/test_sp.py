@@ -80,7 +80,7 @@ def test_clear_errors():
         sp_loss([feature_map], [feature_map[:1]])
     with pytest.raises(ValueError, match="zip"):
         sp_loss([feature_map], [feature_map] * 2)
-    with pytest.raises(ValueError, match="as many of the one as of the other"):
+    with pytest.raises(ValueError, match="lists of equal length"):
         SPLoss([0, 1])
     with pytest.raises(ValueError, match=r"student_layers is \[\]: give a list"):
         SPLoss([])

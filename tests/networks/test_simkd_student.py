@@ -172,7 +172,7 @@ def test_a_teacher_with_a_class_token():
     trainer = build(cifar(), Teacher(teacher), SimKDLoss(teacher_layer="embedding"), num_train_epochs=4)
     assert trainer.model.timm_model.forward_features(BATCH).shape == (4, 24, 1, 1)
     check_training(trainer)
-    with pytest.raises(ValueError, match="teacher_layer is -1, and the average of its map"):
+    with pytest.raises(ValueError, match="teacher_layer is -1, but the average of its map"):
         build(cifar(), Teacher(teacher))
 
 
@@ -180,7 +180,7 @@ def test_a_teacher_with_a_class_token():
 def test_a_teacher_that_averages_what_follows_its_deepest_stage(layer):
     teacher = cifar("cifar_shufflenetv2")
     if layer == -1:
-        with pytest.raises(ValueError, match="losses.simkd: teacher_layer is -1, .*name the layer"):
+        with pytest.raises(ValueError, match="losses.simkd: teacher_layer is -1, .*Name the layer"):
             build(cifar(), teacher)
     else:
         assert build(cifar(), teacher, SimKDLoss(teacher_layer=layer)).model.timm_model.num_features == 1024
@@ -294,7 +294,7 @@ def test_clear_errors():
         (SimKDLoss(student_layer=7), "student_layer: CifarResNet has no stage 7. Stages: 0 "),
         (SimKDLoss(teacher_layer=7), "teacher_layer: CifarResNet has no stage 7"),
         (SimKDLoss(teacher_layer="layer9"), "teacher_layer: CifarResNet has no layer 'layer9'. Near are"),
-        (SimKDLoss(teacher_layer=1), r"teacher_layer is 1, and the average of its map \(2, 16, 32, 32\) is not"),
+        (SimKDLoss(teacher_layer=1), r"teacher_layer is 1, but the average of its map \(2, 16, 32, 32\) is not"),
         (SimKDLoss(factor=65), "factor 65 leaves none of the teacher's 64 channels: take less"),
     ]:
         with pytest.raises(ValueError, match=f"losses.simkd: {message}"):

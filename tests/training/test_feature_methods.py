@@ -107,9 +107,11 @@ def test_a_layer_that_gives_no_map():
 
 
 def test_lists_of_different_length():
-    with pytest.raises(ValueError, match="losses.at: student_layers is .1, 2. and teacher_layers .1.: give as many"):
+    with pytest.raises(
+        ValueError, match="losses.at: student_layers is .1, 2. and teacher_layers .1.: give lists of equal"
+    ):
         trainer({"at": {"student_layers": [1, 2], "teacher_layers": [1]}})
-    with pytest.raises(ValueError, match="losses.vid: student_layers is .1. and teacher_layers .1, 2, 3.: give as"):
+    with pytest.raises(ValueError, match="losses.vid: student_layers is .1. and teacher_layers .1, 2, 3.: give lists"):
         trainer({"vid": {"student_layers": [1]}})
 
 
