@@ -1,9 +1,9 @@
 import pytest
 import torch
-from hfkd.features import Outputs
 from torch.autograd import gradcheck
 
 from hfkd.losses.itrd import ITRDLoss, itrd_correlation_loss, itrd_mutual_loss
+from hfkd.networks.features import Outputs
 
 
 def random(*shape, seed=0):

@@ -3,12 +3,12 @@ import timm
 import torch
 import torch.nn.functional as F
 from helpers import config, images, train_logs
-from hfkd.features import Outputs
-from hfkd.loading import wrap_timm
 from torch.autograd import gradcheck
 
 from hfkd import DistillationTrainer, load_student
 from hfkd.losses.vkd import VkDLoss, vkd_loss
+from hfkd.networks.features import Outputs
+from hfkd.networks.loading import wrap_timm
 
 TINY = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 2}
 
