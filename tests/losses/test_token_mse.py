@@ -68,7 +68,7 @@ def test_the_projector_runs_in_the_precision_of_the_run_and_the_loss_in_float32(
 def test_clear_errors():
     loss = TokenMSELoss()
     assert loss.student_layers == loss.teacher_layers == [-1] and loss.weight == 1 and not loss.reads_logits
-    with pytest.raises(ValueError, match="as many of the one as of the other"):
+    with pytest.raises(ValueError, match="give lists of equal length"):
         TokenMSELoss([0, 1])
     with pytest.raises(ValueError, match="weight is -1"):
         TokenMSELoss(weight=-1.0)

@@ -84,7 +84,7 @@ def test_clear_errors():
     assert loss.student_layers == loss.teacher_layers == [-1] and loss.weight == 1 and not loss.reads_logits
     with pytest.raises(ValueError, match=r"got \(4, 6\) and \(4, 5\)"):
         vkd_loss([random(4, 6)], [random(4, 5)])
-    with pytest.raises(ValueError, match="as many of the one as of the other"):
+    with pytest.raises(ValueError, match="give lists of equal length"):
         VkDLoss([0, 1])
     with pytest.raises(ValueError, match="weight is -1"):
         VkDLoss(weight=-1.0)
