@@ -71,7 +71,7 @@ def recipes(monkeypatch):
         path.write_text(yaml.safe_dump(content))
     runs = {"cifar100/teachers/tall": published(30.0, "cifar_resnet14", teacher=None)}
     runs |= {f"cifar100/tall-short/{method}": published(20.0, losses=losses[method]) for method in ("kd", "ctkd")}
-    for module in ("cells", "comparison"):
+    for module in ("runs.cells", "comparison.rows"):
         monkeypatch.setattr(f"hfkd.{module}.published_runs", lambda: runs)
     monkeypatch.setitem(hfkd.runs.published.IMAGES, "digits", (10, 96))
     monkeypatch.setattr("hfkd.training.exports.write_card", lambda *args, **kwargs: None)  # its figure takes long
