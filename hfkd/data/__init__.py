@@ -1,4 +1,9 @@
-"""Images: loading by name, decoding, augmenting a batch at a time."""
+"""Image data sets: loading by name, decoding, streaming, augmentation of batches.
+
+A data set of this room returns finished batches, and the look of an image depends only on seed, epoch, index and view.
+Of hfkd, the room may import `hfkd.errors`, `hfkd.names` and `hfkd.plots` and nothing else: no networks, no
+training, no recipe, no losses, no models.
+"""
 
 from .augment import NoAugmentation, StrongAugmentation, WeakAugmentation
 from .columns import ImageSplit

@@ -1,15 +1,17 @@
 """Batched, stateless image augmentation.
 
-Every random number is a pure function of (seed, epoch, index, view, draw): a splitmix64 generator (Steele,
-Lea and Flood, "Fast splittable pseudorandom number generators", 2014) keyed by the first four counts the
-fifth. So an image looks the same whatever the batch, the order, the number of workers or of processes, and a
-resumed run sees the batches of an uninterrupted one.
+Every random number is a pure function of (seed, epoch, index, view, draw): a splitmix64 generator (Steele, Lea and
+Flood, "Fast splittable pseudorandom number generators", 2014) whose key is made of the first four and whose counter is
+the fifth. A generator with a state would tie the look of an image to all images drawn before it. Without a state, an
+image looks the same in any batch, in any order and with any number of workers or processes. A resumed run sees the
+batches of an uninterrupted one without replaying them, and a teacher's outputs can be stored and read back.
 
-The numbers are drawn on the CPU, a dozen an image, and only pixels are touched on the device that holds them.
-So CPU and CUDA agree by construction, and Python can branch on the numbers without waiting for a device.
+The numbers are drawn on the CPU, a dozen for each image, and only pixels are processed on their device. So CPU and CUDA
+give the same images, and Python can branch on the numbers without waiting for a device.
 
-A transform is a callable `transform(images, bits)`: images (B, C, H, W) uint8 and bits (B, transform.draws)
-uint64 give (B, C, H, W) uint8 on the device of `images`. Its `settings`, a mapping, tell it from others of its class.
+A transform is a callable `transform(images, bits)`: images (B, C, H, W) uint8 and bits (B, transform.draws) uint64 give
+(B, C, H, W) uint8 on the device of `images`. Its mapping `settings` distinguishes it from other transforms of its
+class.
 """
 
 from collections.abc import Callable
@@ -32,27 +34,27 @@ _MASK64 = 2**64 - 1
 
 
 def mix(bits: np.ndarray) -> np.ndarray:
-    """splitmix64's finalizer, a bijection of uint64: every input bit changes half of the output bits."""
+    """Apply the finalizer of splitmix64, a bijection of uint64: every input bit changes half of the output bits."""
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return bits ^ (bits >> np.uint64(31))
 
 
-@lru_cache(maxsize=8)  # the same for every batch of an epoch, and no cheaper than the hash of 64 indices
+@lru_cache(maxsize=8)  # the same for every batch of an epoch, and as expensive as hashing 64 indices
 def _stream_key(seed: int, epoch: int, view: int) -> np.ndarray:
-    key = np.zeros(1, dtype=np.uint64)  # an array: numpy warns of overflow, which is wanted here, in scalars
+    key = np.zeros(1, dtype=np.uint64)  # an array: for scalars numpy warns of overflow, which is intended here
     for value in (seed, epoch, view):
         key = mix(key + _GOLDEN + np.array([value & _MASK64], dtype=np.uint64))
     return key
 
 
 def random_bits(seed: int, epoch: int, index: np.ndarray, view: int, draws: int) -> np.ndarray:
-    """Independent uniform 64-bit integers for each image.
+    """Return independent uniform 64-bit integers for each image.
 
     Args:
         seed, epoch, view: any integers.
         index: (B,) int64, the images' positions in the data set.
-        draws: how many numbers each image needs.
+        draws: number of integers for each image.
 
     Returns:
         (B, draws) uint64. Column k does not depend on `draws`.
@@ -62,17 +64,17 @@ def random_bits(seed: int, epoch: int, index: np.ndarray, view: int, draws: int)
 
 
 def random_integers(bits: np.ndarray, bound: int) -> np.ndarray:
-    """uint64 -> int64 in 0 ... bound - 1, uniform up to bound / 2**32, of the same shape."""
+    """Return int64 in 0 ... bound - 1 from uint64 of the same shape, uniform up to bound / 2**32."""
     return (((bits >> np.uint64(32)) * np.uint64(bound)) >> np.uint64(32)).astype(np.int64)
 
 
 def random_floats(bits: np.ndarray) -> np.ndarray:
-    """uint64 -> float64 uniform in [0, 1), of the same shape."""
+    """Return float64 uniform in [0, 1) from uint64 of the same shape."""
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def crop_flip(images: Tensor, top: np.ndarray, left: np.ndarray, flip: np.ndarray) -> Tensor:
-    """Zero-pad by PADDING, crop back to the original size, then mirror horizontally where asked.
+    """Zero-pad by PADDING, crop back to the original size, and mirror the chosen images horizontally.
 
     Args:
         images: (B, C, H, W) uint8.
@@ -84,8 +86,8 @@ def crop_flip(images: Tensor, top: np.ndarray, left: np.ndarray, flip: np.ndarra
     """
     batch, channels, height, width = images.shape
     inner = slice(PADDING, -PADDING)
-    # Beside each image its mirror image: a mirrored crop is then a plain crop of the mirror image, and crop
-    # and flip are one gather. Picking out the images to mirror and putting them back takes 1.6 times as long.
+    # Each image is stored with its mirror image. A mirrored crop is then a plain crop of the mirror image, and crop
+    # and flip are one gather. Selecting the images to mirror and writing them back takes 1.6 times as long.
     padded = images.new_zeros(2, batch, channels, height + 2 * PADDING, width + 2 * PADDING)
     padded[0, :, :, inner, inner] = images
     padded[1, :, :, inner, inner] = images.flip(-1)
@@ -93,9 +95,8 @@ def crop_flip(images: Tensor, top: np.ndarray, left: np.ndarray, flip: np.ndarra
     left = np.where(flip, 2 * PADDING - left, left)
     first = ((flip * batch + np.arange(batch)) * channels * padded.shape[-2] + top) * padded.shape[-1] + left
     starts = torch.from_numpy(first[:, None, None] + _row_offsets(channels, height, width))
-    # Row k of this overlapping view is the W pixels from pixel k on, so one index moves a whole row, by
-    # memcpy. A gather of pixels needs W times the indices, and making those alone takes as long as all of
-    # this gather.
+    # Row k of this overlapping view is the W pixels from pixel k on, so one index copies a whole row, by memcpy. A
+    # gather of pixels needs W times as many indices, and computing them alone takes as long as this whole gather.
     rows = padded.as_strided((padded.numel() - width + 1, width), (1, 1))
     crops = rows.index_select(0, starts.view(-1).to(images.device, non_blocking=True))
     return crops.view(batch, channels, height, width)
@@ -103,15 +104,14 @@ def crop_flip(images: Tensor, top: np.ndarray, left: np.ndarray, flip: np.ndarra
 
 @lru_cache(maxsize=8)
 def _row_offsets(channels: int, height: int, width: int) -> np.ndarray:
-    """Where in a padded image a crop's rows begin, counted from its first pixel: (channels, height)."""
+    """Return the start of each row of a crop in a padded image, from the crop's first pixel: (channels, height)."""
     padded_width = width + 2 * PADDING
     plane = (height + 2 * PADDING) * padded_width
     return np.arange(channels)[:, None] * plane + np.arange(height) * padded_width
 
 
 def cutout(images: Tensor, boxes: np.ndarray) -> Tensor:
-    """Paint a grey box into each image (DeVries & Taylor, "Improved Regularization of CNNs with Cutout",
-    2017).
+    """Paint a grey box into each image (DeVries & Taylor, "Improved Regularization of CNNs with Cutout", 2017).
 
     Args:
         images: (B, 3, H, W) uint8.
@@ -126,17 +126,16 @@ def cutout(images: Tensor, boxes: np.ndarray) -> Tensor:
     y = torch.arange(images.shape[2], device=device)[:, None]
     box = ((x >= x0) & (x <= x1)).to(torch.uint8) * ((y >= y0) & (y <= y1)).to(torch.uint8)
     colour = torch.tensor(CUTOUT_COLOUR, dtype=torch.uint8).view(3, 1, 1).to(device, non_blocking=True)
-    # Unsigned bytes wrap around, so this is exact; it vectorises, and torch.where takes 3.8 times as long.
+    # Unsigned bytes wrap around, so this is exact. It vectorises; torch.where takes 3.8 times as long.
     return images + box * (colour - images)
 
 
 def cutout_boxes(bits: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(B, 3) uint64 -> (B, 4) int64, boxes for `cutout`, drawn as FixMatch's CutoutAbs draws them.
+    """Return boxes (B, 4) int64 for `cutout` from bits (B, 3) uint64, drawn as FixMatch's CutoutAbs draws them.
 
-    The side is uniform in 0 ... CUTOUT_MAX of the width, the centre uniform in the image. As in the
-    reference, the far edges are counted from near edges that were clipped to the image, so that a box is
-    shifted at the left and upper borders and cut at the right and lower ones; and the last row and column
-    belong to the box.
+    The side is uniform in 0 ... CUTOUT_MAX of the width, the centre uniform in the image. As in the reference, near
+    edges are clipped to the image, and far edges are counted from the clipped near edges. So a box is shifted at the
+    left and upper borders and cut at the right and lower ones. The last row and column belong to the box.
     """
     side, x, y = (random_floats(bits) * (CUTOUT_MAX * width, width, height)).T
     x0 = np.floor(np.maximum(0.0, x - side / 2))
@@ -146,7 +145,7 @@ def cutout_boxes(bits: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 class NoAugmentation:
-    """Images as they are: evaluation."""
+    """Transform that returns images unchanged, for evaluation."""
 
     draws = 0
     settings: dict[str, Any] = {}
@@ -156,7 +155,7 @@ class NoAugmentation:
 
 
 class WeakAugmentation:
-    """The usual CIFAR augmentation: zero-pad 4, crop at a uniform offset, mirror with probability 1/2.
+    """Usual CIFAR augmentation: zero-pad by 4, crop at a uniform offset, mirror with probability 1/2.
 
     Args:
         flip: False never mirrors, as digits and letters need.
@@ -169,7 +168,7 @@ class WeakAugmentation:
         self.settings = {"flip": flip, "padding": PADDING}
 
     def parameters(self, bits: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(B, 3) uint64 -> top, left in 0 ... 2 * PADDING and flip in 0, 1: each (B,) int64."""
+        """Return top and left in 0 ... 2 * PADDING and flip in 0, 1, each (B,) int64, from bits (B, 3) uint64."""
         top, left = random_integers(bits[:, :2], 2 * PADDING + 1).T
         return top, left, random_integers(bits[:, 2], 2) * self.flip
 
@@ -178,14 +177,13 @@ class WeakAugmentation:
 
 
 class StrongAugmentation:
-    """FixMatch's strong view (Sohn et al., "FixMatch", 2020), the second view of MLKD.
+    """Strong view of FixMatch (Sohn et al., "FixMatch", 2020), the second view of MLKD.
 
-    First `weak`, with a draw of its own; then two of the 14 RandAugment operations (Cubuk et al.,
-    "RandAugment", 2020), drawn with replacement, each with a magnitude uniform in its range; then cutout.
-    None is ever skipped.
+    It applies `weak` with its own draws, then two of the 14 RandAugment operations (Cubuk et al., "RandAugment", 2020),
+    drawn with replacement, each with a magnitude uniform in its range, then cutout. No operation is ever skipped.
 
     Args:
-        weak: the transform that comes first, usually that of the weak view.
+        weak: the transform that runs first, usually the weak view's transform.
     """
 
     def __init__(self, weak: Callable[[Tensor, np.ndarray], Tensor]):
@@ -193,9 +191,13 @@ class StrongAugmentation:
         self.draws = weak.draws + 2 * NUM_OPERATIONS + 3
 
     def parameters(self, bits: np.ndarray, height: int, width: int) -> tuple[np.ndarray, ...]:
-        """What `rand_augment` and `cutout` take; the first columns of `bits` belong to `weak`.
+        """Return the arguments of `rand_augment` and `cutout`; the first columns of `bits` belong to `weak`.
 
-        (B, draws) uint64 -> operations (B, 2) int64, levels (B, 2) float64 in [0, 1), boxes (B, 4) int64.
+        Args:
+            bits: (B, draws) uint64.
+
+        Returns:
+            operations (B, 2) int64, levels (B, 2) float64 in [0, 1), boxes (B, 4) int64.
         """
         bits = bits[:, self.weak.draws :]
         operations = random_integers(bits[:, :NUM_OPERATIONS], len(OPERATIONS))

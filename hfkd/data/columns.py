@@ -1,4 +1,4 @@
-"""Which columns of a data set hold the images and the labels, and what the classes are called."""
+"""Image column, label column and class names of a data set."""
 
 from dataclasses import dataclass
 
@@ -8,12 +8,12 @@ import pyarrow.compute
 
 from ..errors import HfkdError, nearest
 
-LABEL_NAMES = ("label", "labels")  # preferred where several columns or plain integers could be labels
+LABEL_NAMES = ("label", "labels")  # preferred if several columns or plain integers could be labels
 
 
 @dataclass(frozen=True)
 class ImageSplit:
-    """The rows of one split, not decoded yet.
+    """Rows of one split, not yet decoded.
 
     Attributes:
         dataset: the rows; `image_column` is a `datasets.Image`, `label_column` holds whole numbers.
@@ -34,16 +34,16 @@ class ImageSplit:
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """Name of the split for messages."""
         return f"{self.source}, split '{self.split}'"
 
     def labels(self) -> np.ndarray:
-        """(N,) int64, each in 0 ... C - 1.
+        """Return the labels, (N,) int64, each in 0 ... C - 1.
 
         Raises:
-            ValueError: naming the first row without a label, or with a label that is no class.
+            HfkdError: a row has no label, or a label that is no class; the message names the first.
         """
-        labels = _integers(self.dataset, self.label_column, self.name)
+        labels = _read_integers(self.dataset, self.label_column, self.name)
         classes = len(self.class_names)
         wrong = np.flatnonzero((labels < 0) | (labels >= classes))
         if len(wrong):
@@ -57,10 +57,11 @@ class ImageSplit:
 
 
 def find_image_column(features: datasets.Features, requested: str | None, where: str) -> str:
-    """`requested`, or the one column of images.
+    """Return `requested`, or the only column of images.
 
     Raises:
-        ValueError: if the requested column is missing or holds no images, or if not exactly one column does.
+        HfkdError: the requested column is missing or holds no images, or none is requested and the number of columns of
+            images is not one.
     """
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     if requested is not None:
@@ -68,25 +69,25 @@ def find_image_column(features: datasets.Features, requested: str | None, where:
         if requested not in images:
             raise HfkdError(
                 f"image_column: column '{requested}' of {where} is {_describe(features[requested])}, not an "
-                f"image. Columns of images: {_listed(images)}."
+                f"image. Columns of images: {_quoted(images)}."
             )
         return requested
     if len(images) != 1:
-        problem = f"several columns hold images: {_listed(images)}" if images else "no column holds images"
-        raise HfkdError(f"{where}: {problem}. Set image_column to one of the columns: {_listed(features)}.")
+        problem = f"several columns hold images: {_quoted(images)}" if images else "no column holds images"
+        raise HfkdError(f"{where}: {problem}. Set image_column to one of the columns: {_quoted(features)}.")
     return images[0]
 
 
 def find_label_column(
     features: datasets.Features, requested: str | None, class_names: list[str] | None, where: str
 ) -> str:
-    """`requested`, or the one column of class labels.
+    """Return `requested`, or the only column of class labels.
 
-    Of several columns of class labels, the one named label or labels, or else the one with these
-    `class_names`. Without any, a column of whole numbers named label or labels.
+    Of several columns of class labels, it returns the one named label or labels, otherwise the one with these
+    `class_names`. If there are none, it returns a column of whole numbers named label or labels.
 
     Raises:
-        ValueError: if the requested column is missing or of another type, or if the choice is not clear.
+        HfkdError: the requested column is missing or of another type, or the choice is not clear.
     """
     if requested is not None:
         _check_exists("label_column", requested, features, where)
@@ -113,11 +114,15 @@ def find_label_column(
 
 
 def find_class_names(splits: list[tuple[datasets.Dataset, str]], label_column: str) -> list[str]:
-    """The names of a ClassLabel; for whole numbers "0" up to the largest in any split (rows, name)."""
+    """Return the names of a ClassLabel, or "0" up to the largest number in any split (rows, name).
+
+    Raises:
+        HfkdError: the numbers have large gaps.
+    """
     feature = splits[0][0].features[label_column]
     if isinstance(feature, datasets.ClassLabel):
         return list(feature.names)
-    labels = np.unique(np.concatenate([_integers(rows, label_column, name) for rows, name in splits]))
+    labels = np.unique(np.concatenate([_read_integers(rows, label_column, name) for rows, name in splits]))
     if labels.max() > 10 * len(labels):
         raise HfkdError(
             f"label_column: '{label_column}' of {splits[0][1]} has {len(labels)} different numbers up to "
@@ -127,7 +132,11 @@ def find_class_names(splits: list[tuple[datasets.Dataset, str]], label_column: s
 
 
 def check_order(names: list[str], expected: list[str] | None, label_column: str, where: str) -> None:
-    """Raises ValueError if a data set has the expected classes under other numbers."""
+    """Check that a data set numbers the expected classes in the expected order.
+
+    Raises:
+        HfkdError: it has the expected classes under other numbers.
+    """
     if expected and names != expected and sorted(names) == sorted(expected):
         raise HfkdError(
             f"label_column: '{label_column}' of {where} numbers the expected classes in another order ({names[:3]}... "
@@ -135,10 +144,10 @@ def check_order(names: list[str], expected: list[str] | None, label_column: str,
         )
 
 
-def _integers(dataset, column, where):
-    """A column of whole numbers as (N,) int64."""
+def _read_integers(dataset, column, where):
+    """Return a column of whole numbers as (N,) int64."""
     values = dataset.select_columns(column).with_format("arrow")[:][column]
-    if values.null_count:  # to_numpy would make floats of them
+    if values.null_count:  # to_numpy would convert nulls to floats
         row = pyarrow.compute.index(values.is_null(), True).as_py()
         raise HfkdError(
             f"{where}: column '{column}' is empty in row {row}. Rows like it: {values.null_count}. Choose "
@@ -156,16 +165,16 @@ def _is_label(feature):
 def _check_exists(key, name, features, where):
     if name not in features:
         [near] = nearest(name, features, cutoff=0)
-        raise HfkdError(f"{key}: {where} has no column '{name}'. Did you mean '{near}'? Columns: {_listed(features)}.")
+        raise HfkdError(f"{key}: {where} has no column '{name}'. Did you mean '{near}'? Columns: {_quoted(features)}.")
 
 
 def _label_candidates(features):
-    return _listed(name for name, feature in features.items() if _is_label(feature))
+    return _quoted(name for name, feature in features.items() if _is_label(feature))
 
 
 def _describe(feature):
     return feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
 
 
-def _listed(names):
+def _quoted(names):
     return ", ".join(f"'{name}'" for name in names) or "none"

@@ -28,28 +28,28 @@ def load_image_splits(
     revision: str | None = None,
     cache_dir: str | None = None,
 ) -> tuple[ImageSplit | None, ImageSplit]:
-    """The training and the evaluation split of an image classification data set, not decoded yet.
+    """Load the training and the evaluation split of an image classification data set, not yet decoded.
 
     Args:
-        name: "digits": scikit-learn's, enlarged to 32 x 32, 1,437 to train on and 360 to test; a local folder
-            of Parquet files; a local folder of split folders ("train", "test", ...), each with a folder of
-            images for every class; or an id on the Hub, e.g. "uoft-cs/cifar100".
-        train_split: a name, or a slice as `datasets` writes it, e.g. "train[:90%]". None: no training split
-            is needed, and None is returned in its place.
-        eval_split: likewise; by default the first of test, validation, val and valid that exists. The last three
-            are one name: ImageNet's is called validation on the Hub and val in most folders.
+        name: "digits": scikit-learn's, enlarged to 32 x 32, 1,437 for training and 360 for testing; a local folder of
+            Parquet files; a local folder of split folders ("train", "test", ...), each with a folder of images for
+            every class; or an id on the Hub, e.g. "uoft-cs/cifar100".
+        train_split: a name, or a slice in the notation of `datasets`, e.g. "train[:90%]". None: no training split is
+            loaded, and None is returned in its place.
+        eval_split: a name or a slice. By default the first of test, validation, val and valid that exists. The last
+            three are one name: ImageNet's split is called validation on the Hub and val in most folders.
         image_column, label_column: by default found from the features.
-        class_names: expected names of the classes; they pick one of several columns of labels.
+        class_names: expected names of the classes. They select one of several columns of labels.
         config_name, revision, cache_dir: for `datasets.load_dataset`.
 
     Raises:
-        ValueError: if the data set cannot be loaded, a split or a class folder is missing or empty, a column is
-            missing, of a wrong type or not clear, or a label is no class.
+        HfkdError: the data set cannot be loaded, a split or a class folder is missing or empty, a column is missing, of
+            a wrong type or not clear, or a label is no class.
     """
-    splits = _open(name, config_name, revision, cache_dir)
+    splits = _load_splits(name, config_name, revision, cache_dir)
     wanted = {"train_split": train_split, "eval_split": find_eval_split(name, splits, eval_split)}
     wanted = {key: split for key, split in wanted.items() if split is not None}
-    rows = [_take(name, splits, key, split) for key, split in wanted.items()]
+    rows = [_select_rows(name, splits, key, split) for key, split in wanted.items()]
     features = rows[0].features
     image_column = find_image_column(features, image_column, name)
     label_column = find_label_column(features, label_column, class_names, name)
@@ -62,39 +62,39 @@ def load_image_splits(
         for part, split in zip(rows, wanted.values(), strict=True)
     ]
     for split in found:
-        split.labels()  # a wrong label is found now, not after minutes of decoding
+        split.labels()  # finds a wrong label now and not after minutes of decoding
     return (None, *found) if train_split is None else tuple(found)
 
 
-def _open(name, config_name, revision, cache_dir) -> Mapping[str, datasets.Dataset]:
-    """All splits by name."""
+def _load_splits(name, config_name, revision, cache_dir) -> Mapping[str, datasets.Dataset]:
+    """Return all splits by name."""
     if name == DIGITS:
         return _digits()
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        return _load(name, name, config_name, revision, cache_dir)
+        return _load_with_datasets(name, name, config_name, revision, cache_dir)
     split_folders = _split_folders(folder)
     if {"train", *EVAL_SPLITS}.isdisjoint(split_folders):
-        return _load(name, str(folder), config_name, revision, cache_dir)
+        return _load_with_datasets(name, str(folder), config_name, revision, cache_dir)
     return _image_folder(folder, split_folders)
 
 
-def _load(name, path, config_name, revision, cache_dir):
+def _load_with_datasets(name, path, config_name, revision, cache_dir):
     try:
         return datasets.load_dataset(path, config_name, revision=revision, cache_dir=cache_dir)
-    except Exception as error:  # the Hub, the network, the cache and the readers have types of their own
+    except Exception as error:  # the Hub, the network, the cache and the readers raise their own types
         if Path(path).is_dir():
             reason = "give a folder of Parquet files, or one of train and test folders with class folders"
         else:
             reason = (
-                "there is no such folder, and the Hub does not give it. Without a network, give the path of "
-                "a local folder instead"
+                "there is no such folder, and the Hub does not provide it. Without a network, give the path of a "
+                "local folder instead"
             )
         raise HfkdError(f"The data set '{name}' cannot be loaded: {reason}. ({error})") from error
 
 
 def _digits():
-    """scikit-learn's 8 x 8 digits in a fixed stratified split."""
+    """Return scikit-learn's 8 x 8 digits in a fixed stratified split."""
     from sklearn.datasets import load_digits  # two seconds to import, and only this data set needs it
     from sklearn.model_selection import train_test_split
 
@@ -112,7 +112,7 @@ def _digits():
 
 
 def _split_folders(folder):
-    """{split: {class: folder}} of a folder of split folders; empty if it is not one."""
+    """Return {split: {class: folder}} of a folder of split folders; empty for another folder."""
     splits = {name: _subfolders(path) for name, path in _subfolders(folder).items()}
     return {name: class_folders for name, class_folders in splits.items() if class_folders}
 
@@ -122,10 +122,10 @@ def _subfolders(folder):
 
 
 def _image_folder(folder, split_folders):
-    """Split folders with class folders, read here and not by `datasets`.
+    """Read split folders with class folders, without `datasets`.
 
-    That infers the split from any folder name on the way, so that the images of a class called "train" land
-    in the training split, and it copies the list of files into its cache.
+    `datasets` infers the split from any folder name in the path, so the images of a class called "train" would land in
+    the training split. It also copies the list of files into its cache.
     """
     names = list(split_folders["train"] if "train" in split_folders else next(iter(split_folders.values())))
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
@@ -134,7 +134,7 @@ def _image_folder(folder, split_folders):
         unknown = [name for name in class_folders if name not in names]
         if unknown:
             raise HfkdError(
-                f"{folder}: {split} has class folders that the training split has not: {', '.join(unknown)}. "
+                f"{folder}: {split} has class folders that the training split lacks: {', '.join(unknown)}. "
                 f"The classes are: {', '.join(names)}."
             )
         columns = {"image": [], "label": []}
@@ -142,7 +142,7 @@ def _image_folder(folder, split_folders):
             files = [str(file) for file in class_folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES]
             if not files:
                 raise HfkdError(
-                    f"The class folder {class_folder} holds no image, that is, no file that ends in one of "
+                    f"The class folder {class_folder} holds no image: no file ends in one of "
                     f"{', '.join(sorted(IMAGE_SUFFIXES))}. Put the class's images there, or remove the folder."
                 )
             columns["image"] += sorted(files)
@@ -152,10 +152,10 @@ def _image_folder(folder, split_folders):
 
 
 def find_eval_split(name: str, splits: Container[str], requested: str | None) -> str:
-    """`requested`, or by default the first of EVAL_SPLITS; "validation", "val" and "valid" are one name.
+    """Return `requested`, by default the first of EVAL_SPLITS; "validation", "val" and "valid" are one name.
 
     Raises:
-        ValueError: if none is requested and there is none.
+        HfkdError: none is requested and none exists.
     """
     if requested in VALIDATION_SPLITS and requested not in splits:
         return next((split for split in VALIDATION_SPLITS if split in splits), requested)
@@ -171,8 +171,8 @@ def find_eval_split(name: str, splits: Container[str], requested: str | None) ->
     )
 
 
-def _take(name, splits, key, spec):
-    """The rows that `spec`, e.g. "train" or "train[:10%]", stands for."""
+def _select_rows(name, splits, key, spec):
+    """Return the rows that `spec` selects, e.g. "train" or "train[:10%]"."""
     split, bracket, _ = spec.partition("[")
     if split not in splits:
         raise HfkdError(f"{key}: {name} has no split '{split}'. It has: {', '.join(splits)}.")
@@ -181,8 +181,11 @@ def _take(name, splits, key, spec):
         try:
             (part,) = datasets.ReadInstruction.from_spec(spec).to_absolute({split: len(rows)})
         except (ValueError, AssertionError) as error:
-            raise HfkdError(f"{key}: '{spec}' is no slice like {split}[:90%] or {split}[5:9] ({error}).") from error
-        # Rows are often sorted by class, so that a slice of them as they stand could miss whole classes.
+            raise HfkdError(
+                f"{key}: '{spec}' is not a slice such as {split}[:90%] or {split}[5:9] ({error})."
+            ) from error
+        # Rows are often sorted by class, and a slice of sorted rows could miss whole classes. The fixed seed gives the
+        # same order for every slice, so that slices of one split do not overlap.
         order = np.random.default_rng(0).permutation(len(rows))
         rows = rows.select(order[part.from_ : part.to])
     if len(rows) == 0:

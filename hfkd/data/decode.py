@@ -1,4 +1,4 @@
-"""Decoding images: one cell of a column, and a whole split into one tensor."""
+"""Decoding of images: one cell of a column, or a whole split into one tensor."""
 
 import io
 import warnings
@@ -14,31 +14,34 @@ from torch import Tensor
 from ..errors import HfkdError
 from .columns import ImageSplit
 
-# Image.open tries its plugins in this order. Without it a WebP takes 55 us to open instead of 8, as long as a
-# 32 x 32 one takes to decode. It also keeps out formats that start other programs (EPS).
+# Image.open tries its plugins in this order. Without this list, opening a WebP takes 55 us instead of 8, as long as
+# decoding a 32 x 32 one. The list also excludes formats that start other programs (EPS).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
-_CHUNK = 256  # images a task: enough to hide the cost of a task, few enough to share large images out evenly
-_MAX_THREADS = 8  # more would mostly wait for the interpreter
+_CHUNK = 256  # images a task: enough to hide the cost of a task, few enough to balance large images
+_MAX_THREADS = 8  # more threads would mostly wait for the interpreter
 _GIB = 2**30
 
 
 class BadImageError(HfkdError):
-    """An image that is missing or cannot be decoded."""
+    """Error for an image that is missing or cannot be decoded."""
 
 
 def decode_split(split: ImageSplit, image_size: int, skip_bad_images: bool = False) -> tuple[Tensor, np.ndarray]:
-    """Every image of a split, made square by `to_square`.
+    """Decode every image of a split into one tensor, made square by `to_square`.
+
+    Small images are decoded once, before training: they fit into memory, no epoch decodes them again, and a batch is
+    gathered and augmented in a few operations on the device of the tensor.
 
     Args:
-        skip_bad_images: leave out what cannot be decoded, with one warning in all.
+        skip_bad_images: leave out images that cannot be decoded, with a single warning.
 
     Returns:
         (M, 3, image_size, image_size) uint8, RGB; and their rows, (M,) int64, ascending.
 
     Raises:
-        BadImageError: if an image cannot be decoded, naming the split, the row and, where there is one, the file; with
-            `skip_bad_images` only if none can.
-        ValueError: if the tensor does not fit into the available memory.
+        BadImageError: an image cannot be decoded; the message names the split, the row and the file, if any. With
+            `skip_bad_images` only if no image can be decoded.
+        HfkdError: the tensor does not fit into the available memory.
     """
     shape = (len(split), 3, image_size, image_size)
     _check_memory(split.name, shape)
@@ -61,62 +64,62 @@ def decode_split(split: ImageSplit, image_size: int, skip_bad_images: bool = Fal
         chunk = np.frombuffer(b"".join(pixels), dtype=np.uint8).reshape(-1, image_size, image_size, 3)
         images[start : start + _CHUNK] = chunk.transpose(0, 3, 1, 2)
 
-    # Threads, since PIL lets go of the interpreter where it decodes a JPEG and where it resizes: two are
-    # twice as fast on large images, and lose 10 % on 32 x 32. Torch's own number, so that the processes of
-    # one machine, which all decode at the same time, do not take one another's cores.
+    # Threads, since PIL releases the interpreter lock while it decodes a JPEG and while it resizes: two are twice as
+    # fast on large images, and 10 % slower on 32 x 32. Torch's number of threads, so that the processes of one machine,
+    # which all decode at the same time, do not compete for cores.
     with ThreadPoolExecutor(min(_MAX_THREADS, torch.get_num_threads())) as pool:
         for _ in pool.map(decode_chunk, range(0, len(split), _CHUNK)):
             pass
-    return _without(images, bad, split.name)
+    return _remove_rows(images, bad, split.name)
 
 
-def _without(images, bad, where):
-    """`images` without the rows in `bad`, and the rows of those that are left."""
+def _remove_rows(images, bad, where):
+    """Return `images` without the rows in `bad`, and the rows of the remaining images."""
     rows = np.delete(np.arange(len(images)), list(bad))
     if bad:
         first = bad[min(bad)]
         if len(rows) == 0:
             raise first
         warnings.warn(f"{where}: {len(bad)} of {len(images)} images are left out. The first: {first}", stacklevel=4)
-        for position, row in enumerate(rows):  # in place: there may be no memory for a second copy
+        for position, row in enumerate(rows):  # in place: memory may not hold a second copy
             images[position] = images[row]
     return torch.from_numpy(images[: len(rows)]), rows
 
 
 def decode_cell(cell: dict | None, where: str, row: int) -> Image.Image:
-    """One cell of a column of images, {"bytes", "path"}, as RGB made so by `to_rgb`.
+    """Decode one cell of a column of images, {"bytes", "path"}, to RGB with `to_rgb`.
 
     Args:
         where, row: for the message, e.g. "uoft-cs/cifar100, split 'train'" and 17.
 
     Raises:
-        BadImageError: if there is no image, or it cannot be decoded.
+        BadImageError: there is no image, or it cannot be decoded.
     """
     file = f", file {cell['path']}" if cell and cell["path"] else ""
-    way_out = "skip_bad_images: true leaves such images out."
+    hint = "skip_bad_images: true leaves such images out."
     if cell is None or (cell["bytes"] is None and not file):
-        raise BadImageError(f"{where}, row {row}: there is no image. {way_out}")
+        raise BadImageError(f"{where}, row {row}: there is no image. {hint}")
     try:
         with Image.open(io.BytesIO(cell_bytes(cell)), formats=FORMATS) as image:
             return to_rgb(image)
     except Exception as error:  # for damaged files PIL raises OSError, SyntaxError, struct.error and others
-        raise BadImageError(f"{where}, row {row}{file}: the image cannot be decoded: {error}. {way_out}") from error
+        raise BadImageError(f"{where}, row {row}{file}: the image cannot be decoded: {error}. {hint}") from error
 
 
 def cell_bytes(cell: dict | None) -> bytes:
-    """What stands in a cell, or in the file that it names; nothing of an empty one."""
+    """Return the bytes of a cell, or of the file that it names; no bytes for an empty cell."""
     if cell is None or (cell["bytes"] is None and not cell["path"]):
         return b""
     return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An opened image decoded, as RGB.
+    """Decode an opened image to RGB.
 
-    The EXIF orientation is applied; grey, palette and CMYK become RGB; transparency is dropped.
+    The EXIF orientation is applied. Grey, palette and CMYK become RGB. Transparency is dropped.
 
     Raises:
-        ValueError: for more than 8 bits a channel, which PIL would clip to white.
+        HfkdError: the image has more than 8 bits a channel, which PIL would clip to white.
     """
     if image.mode.startswith(("I", "F")):
         raise HfkdError(f"mode {image.mode} has more than 8 bits a channel; convert it to 8 bits")
@@ -126,8 +129,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def to_square(image: Image.Image, image_size: int) -> Image.Image:
-    """An RGB image as image_size x image_size: one of another size is resized, its shorter side to `image_size` by
-    antialiased bicubic, and cropped to its centre."""
+    """Resize and crop an RGB image to image_size x image_size; an image of this size is returned unchanged.
+
+    The shorter side is resized to `image_size` (bicubic, antialiased), then the centre is cropped.
+    """
     if image.size == (image_size, image_size):
         return image
     width, height = image.size

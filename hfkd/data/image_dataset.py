@@ -1,4 +1,4 @@
-"""A data set of small images that hands over finished batches."""
+"""Data set of small images in memory that returns finished batches."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,14 +16,14 @@ from .source import IndexedImageSource, pixel_scale
 
 
 def collate_batch(samples: dict[str, Tensor] | list[dict[str, Any]]) -> dict[str, Tensor]:
-    """A `collate_fn`: an ImageDataset hands over whole batches, other data sets a list of samples."""
+    """Return a batch, as a `collate_fn`: an ImageDataset gives whole batches, other data sets a list of samples."""
     return samples if isinstance(samples, dict) else default_data_collator(samples)
 
 
 class ImageDataset(IndexedImageSource):
     """Decoded images in memory, augmented and normalised a batch at a time.
 
-    A DataLoader hands `__getitems__` the indices of a batch and gets that batch:
+    A DataLoader passes the indices of a batch to `__getitems__` and gets that batch:
 
         DataLoader(dataset, batch_size=64, shuffle=True, collate_fn=collate_batch)
 
@@ -31,14 +31,14 @@ class ImageDataset(IndexedImageSource):
         images: (N, 3, H, W) uint8.
         labels: (N,) int64 in 0 ... C - 1.
         class_names: the C names.
-        transform: `WeakAugmentation()`, `NoAugmentation()` or a callable like them, see `hfkd.data.augment`.
+        transform: `WeakAugmentation()`, `NoAugmentation()` or a similar callable, see `hfkd.data.augment`.
         mean, std: three numbers each, of pixels scaled to 0 ... 1.
         seed: of the augmentation.
-        views: 2 adds a strong view of each image: `transform` with another draw, RandAugment, cutout. May be
-            changed until the first batch is asked for.
+        views: 2 adds a strong view of each image: `transform` with other draws, RandAugment, cutout. It may be changed
+            before the first batch is read.
 
     Raises:
-        ValueError: if there are no images, or an argument is not as above.
+        HfkdError: there are no images, or an argument is not as above.
     """
 
     def __init__(
@@ -76,10 +76,10 @@ class ImageDataset(IndexedImageSource):
     ) -> "ImageDataset":
         """Decode a split of `load_image_splits`; `arguments` are the constructor's from `transform` on.
 
-        With `skip_bad_images`, images that cannot be decoded are left out, and `index` counts those that are left.
+        With `skip_bad_images`, images that cannot be decoded are left out, and `index` counts the remaining images.
 
         Raises:
-            ValueError: see `hfkd.data.decode.decode_split`.
+            HfkdError: see `hfkd.data.decode.decode_split`.
         """
         images, rows = decode_split(split, image_size, skip_bad_images)
         dataset = cls(images, torch.from_numpy(split.labels()[rows]), split.class_names, **arguments)
@@ -92,7 +92,7 @@ class ImageDataset(IndexedImageSource):
         return self.images.device
 
     def to(self, device: torch.device | str) -> "ImageDataset":
-        """Move images and labels, and with them the making of batches; only without DataLoader workers."""
+        """Move images and labels to a device, where batches are then made; only without DataLoader workers."""
         self.images, self.labels = self.images.to(device), self.labels.to(device)
         self._scale, self._shift = self._scale.to(device), self._shift.to(device)
         return self
@@ -101,30 +101,30 @@ class ImageDataset(IndexedImageSource):
         return len(self.images)
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """A finished batch, on the device of the images, without waiting for it.
+        """Return a finished batch on the device of the images, without waiting for the device.
 
         Args:
             indices: B numbers in 0 ... N - 1.
 
         Returns:
-            pixel_values (B, 3, H, W) float32; with two views pixel_values_strong, the same; labels (B,)
-            int64; index (B,) int64; and what `cache` holds of them.
+            pixel_values (B, 3, H, W) float32; with two views pixel_values_strong, of the same shape; labels (B,) int64;
+            index (B,) int64; and the entries of `cache` for these rows.
         """
         rows = np.array(indices, dtype=np.int64)
         index = torch.from_numpy(rows).to(self.device, non_blocking=True)
         images = self.images.index_select(0, index)
-        batch = {"pixel_values": self._view(images, rows, self.transform, 0)}
+        batch = {"pixel_values": self._make_view(images, rows, self.transform, 0)}
         if self.views == 2:
-            batch["pixel_values_strong"] = self._view(images, rows, self.strong_transform, 1)
+            batch["pixel_values_strong"] = self._make_view(images, rows, self.strong_transform, 1)
         batch |= {"labels": self.labels.index_select(0, index), "index": index}
         if self.cache is None:
             return batch
         cached = self.cache.read(self.shown_epoch, rows)
         return batch | {key: value.to(self.device, non_blocking=True) for key, value in cached.items()}
 
-    def _view(self, images, rows, transform, view):
+    def _make_view(self, images, rows, transform, view):
         bits = random_bits(self.seed, self.shown_epoch, rows, view, transform.draws)
-        # Three passes that vectorise: addcmul does not, and takes three times as long.
+        # Three passes that vectorise. addcmul does not vectorise and takes three times as long.
         return transform(images, bits).float().mul_(self._scale).add_(self._shift)
 
     def _image_bytes(self, row):
@@ -135,7 +135,7 @@ def _check(images, labels):
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise HfkdError(f"images must be (N, 3, H, W) uint8, but are {tuple(images.shape)} {images.dtype}.")
     if len(images) == 0:
-        raise HfkdError("There are no images.")
+        raise HfkdError("There are no images: images must be (N, 3, H, W) with N at least 1.")
     if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
         raise HfkdError(
             f"labels must be ({len(images)},) int64, one an image, but are {tuple(labels.shape)} {labels.dtype}."

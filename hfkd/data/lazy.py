@@ -1,4 +1,4 @@
-"""A data set of large images, decoded when they are asked for."""
+"""Data set of large images that are decoded on demand."""
 
 from collections.abc import Iterator, Sequence
 
@@ -12,26 +12,26 @@ from .decode import BadImageError, cell_bytes, decode_cell
 from .source import IndexedImageSource
 from .transforms import ImageTransform, make_views
 
-_MAX_BAD_RUN = 100  # bad rows one after the other, from which on the data is broken and not a file or two
+_MAX_BAD_RUN = 100  # consecutive bad rows after which the data set, and not a few files, is broken
 
 
 class LazyImageDataset(IndexedImageSource):
-    """Images decoded anew each time, in DataLoader workers, and handed over in finished batches.
+    """Images decoded anew each time, in DataLoader workers, and returned in finished batches.
 
         DataLoader(dataset, batch_size=128, shuffle=True, num_workers=8, collate_fn=collate_batch)
 
     Args:
-        split: of `load_image_splits`.
-        transform: `RandomResizedCrop(...)` or `CenterCrop(...)`; says the image size, mean and std.
+        split: from `load_image_splits`.
+        transform: `RandomResizedCrop(...)` or `CenterCrop(...)`; sets the image size, mean and std.
         seed: of the augmentation.
-        views: 2 adds a strong view of each image: `transform` with another draw, RandAugment, cutout. May be changed
-            until the first batch is asked for.
-        skip_bad_images: what to do with an image that cannot be decoded. False: raise BadImageError, which names it.
-            True: warn and count it in `num_skipped`; in training the next good row takes its place, in evaluation it
-            becomes a black image whose label does not count.
+        views: 2 adds a strong view of each image: `transform` with other draws, RandAugment, cutout. It may be changed
+            before the first batch is read.
+        skip_bad_images: treatment of an image that cannot be decoded. False: raise BadImageError, which names it. True:
+            warn and count it in `num_skipped`. In training the next good row replaces it. In evaluation it becomes a
+            black image whose label does not count.
 
     Raises:
-        ValueError: for a label that is no class, or `views` other than 1 and 2.
+        HfkdError: a label is no class, or `views` is not 1 or 2.
     """
 
     def __init__(
@@ -64,14 +64,14 @@ class LazyImageDataset(IndexedImageSource):
         return len(self.labels)
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """A finished batch, see `ImageSource`.
+        """Return a finished batch, see `ImageSource`.
 
         Args:
             indices: B numbers in 0 ... N - 1.
 
         Raises:
-            BadImageError: for an image that cannot be decoded; with `skip_bad_images` only in training, after
-                100 such images one after the other.
+            BadImageError: an image cannot be decoded. With `skip_bad_images` only in training, after 100 consecutive
+                bad images.
         """
         images = self._images(np.array(indices, dtype=np.int64))
         transform, views = self.transform, self.views
@@ -80,30 +80,30 @@ class LazyImageDataset(IndexedImageSource):
         if self.cache is not None:
             batch |= self.cache.read(self.shown_epoch, rows.numpy())
         labels = self.labels[rows]
-        # In training a good row stands in for a bad one.
+        # In training a good row replaces a bad one, so every label counts.
         return batch | {"labels": labels if self.augmented else labels.masked_fill_(self.bad_rows[rows], self.IGNORED)}
 
     def _images(self, rows: np.ndarray) -> Iterator[tuple[int, Image.Image | None]]:
-        """Rows and their images, one at a time: a large one may take 100 MB once decoded."""
+        """Yield rows and their images one at a time, since a large one may take 100 MB once decoded."""
         for row, cell in zip(rows.tolist(), self._cells(rows), strict=True):
             try:
                 yield row, decode_cell(cell, self.name, row)
             except BadImageError as error:
                 if not self.skip_bad_images:
                     raise
-                yield self._in_place_of(row, error)
+                yield self._substitute(row, error)
 
     def _cells(self, rows):
-        """Undecoded, {"bytes", "path"}."""
+        """Return the undecoded cells of rows, {"bytes", "path"} each."""
         return self._rows[rows][self._column].to_pylist()
 
     def _image_bytes(self, row):
         try:
             return cell_bytes(self._cells([row])[0])
-        except OSError:  # a bad image like others; reading it for a batch says so
+        except OSError:  # a bad image as any other; reading it for a batch reports it
             return b""
 
-    def _in_place_of(self, row, error):
+    def _substitute(self, row, error):
         for _ in range(_MAX_BAD_RUN):
             self.note_bad(row, error)
             if not self.augmented:

@@ -1,13 +1,13 @@
 """The 14 operations of FixMatch's RandAugment, on batches of uint8 images.
 
-Papers: Cubuk et al., "RandAugment: Practical automated data augmentation with a reduced search space", 2020;
-Sohn et al., "FixMatch", 2020, for the list, the ranges and a magnitude drawn for each image.
+Papers: Cubuk et al., "RandAugment: Practical automated data augmentation with a reduced search space", 2020; Sohn et
+al., "FixMatch", 2020, for the list, the ranges and a magnitude drawn for each image.
 
-The reference calls PIL, one image at a time. Here each operation is two functions. `prepare` turns the
-magnitudes of n images into at most 6 integers each, with numpy on the CPU. `apply` changes n images with them
-on the images' device; nothing in it waits for the device. Both follow PIL's arithmetic, down to its
-fixed-point coordinates and its truncations, and give PIL's bytes. Only autocontrast differs, by one grey
-level in about 0.1 % of the bytes, where PIL's floating-point product falls short of a whole number.
+The reference calls PIL, one image at a time. Here each operation is two functions. `prepare` turns the magnitudes of n
+images into at most 6 integers each, with numpy on the CPU. `apply` uses them to change n images on the images' device,
+without waiting for the device. Both follow PIL's arithmetic, including its fixed-point coordinates and its truncations,
+and give PIL's bytes. Only autocontrast differs, by one grey level in about 0.1 % of the bytes, where PIL's
+floating-point product is slightly below a whole number.
 """
 
 from collections.abc import Callable
@@ -29,22 +29,22 @@ def no_coefficients(magnitude, height, width):
 
 
 def blend_factor(magnitude, height, width):
-    """The magnitude as float32, PIL's type for it; its bits travel as int32 beside the other coefficients."""
+    """Return the magnitude as float32, PIL's type for it, with its bits stored as int32 like other coefficients."""
     return magnitude[:, None].astype(np.float32).view(np.int32)
 
 
 def posterize_mask(magnitude, height, width):
-    """Mask of the upper int(magnitude) bits: the reference truncates, so 4-8 bits are 4, 5, 6 or 7."""
+    """Return a mask of the upper int(magnitude) bits; as in the reference, 4-8 bits truncate to 4, 5, 6 or 7."""
     return 256 - (1 << (8 - magnitude[:, None].astype(np.int32)))
 
 
 def solarize_threshold(magnitude, height, width):
-    """Smallest byte that is not below the threshold."""
+    """Return the smallest byte that is not below the threshold."""
     return np.ceil(magnitude[:, None]).astype(np.int32)
 
 
 def _affine_coefficients(a, b, c, d, e, f):
-    """Source pixel of (x, y): (a x + b y + c, d x + e y + f), at pixel centres and in fixed point.
+    """Return fixed-point coefficients of the source pixel (a x + b y + c, d x + e y + f) of (x, y), at pixel centres.
 
     Arguments are scalars or (n,); at least one is (n,). Returns (n, 6) int32.
     """
@@ -53,7 +53,7 @@ def _affine_coefficients(a, b, c, d, e, f):
 
 
 def rotation(degrees, height, width):
-    """Counter-clockwise about the centre of the image."""
+    """Return coefficients of a counter-clockwise rotation about the centre of the image."""
     angle = -np.radians(degrees)
     cos, sin = np.cos(angle).round(15), np.sin(angle).round(15)
     x, y = width / 2, height / 2
@@ -69,7 +69,10 @@ def shear_y(magnitude, height, width):
 
 
 def translate_x(magnitude, height, width):
-    """Magnitude: share of the width; whole pixels, since PIL does not use fixed point for a mere shift."""
+    """Return coefficients of a horizontal shift; the magnitude is a share of the width.
+
+    The shift is in whole pixels, since PIL does not use fixed point for a pure shift.
+    """
     return _affine_coefficients(1.0, 0.0, np.floor(magnitude * width + 0.5), 0.0, 1.0, 0.0)
 
 
@@ -85,13 +88,13 @@ def identity(images, coefficients):
 
 
 def _blend(base, images, coefficients):
-    """base + factor * (images - base), truncated, as ImageEnhance; `base` is float32."""
+    """Return base + factor * (images - base), truncated, as ImageEnhance; `base` is float32."""
     factor = coefficients[:, 0].view(torch.float32).view(-1, 1, 1, 1)
     return (images - base).mul_(factor).add_(base).to(torch.uint8)
 
 
 def _grey(images):
-    """PIL's mode L: (n, 3, H, W) uint8 -> (n, 1, H, W) int32."""
+    """Return images (n, 3, H, W) uint8 in PIL's mode L, (n, 1, H, W) int32."""
     red, green, blue = images.to(torch.int32).split(1, dim=1)
     return (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
 
@@ -111,7 +114,7 @@ def contrast(images, coefficients):
 
 
 def sharpness(images, coefficients):
-    """Blend with ImageFilter.SMOOTH, a 3 x 3 mean whose centre counts 5 times; PIL leaves the border."""
+    """Blend with ImageFilter.SMOOTH, a 3 x 3 mean whose centre counts 5 times; PIL keeps the border."""
     base = images.float()
     rows = base[:, :, :-2] + base[:, :, 1:-1] + base[:, :, 2:]
     total = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
@@ -121,17 +124,17 @@ def sharpness(images, coefficients):
 
 
 def autocontrast(images, coefficients):
-    """Each channel stretched to 0 ... 255; a channel of one value stays."""
+    """Stretch each channel to 0 ... 255; a channel of one value stays."""
     pixels = images.float()
     low, high = pixels.amin(dim=(2, 3), keepdim=True), pixels.amax(dim=(2, 3), keepdim=True)
     flat = low == high
     span = (high - low).masked_fill_(flat, 255)
-    # Quotients of small integers: float32 division is exact where the result is whole, so truncation is safe.
+    # Quotients of small integers: float32 division is exact for whole results, so truncation is safe.
     return pixels.sub_(low.masked_fill_(flat, 0)).mul_(255).div_(span).to(torch.uint8)
 
 
 def equalize(images, coefficients):
-    """Each channel through the lookup table of ImageOps.equalize; a channel too flat for one stays."""
+    """Map each channel through the lookup table of ImageOps.equalize; a channel too flat for a table stays."""
     channels = images.shape[0] * images.shape[1]
     table_start = torch.arange(0, 256 * channels, 256, device=images.device)[:, None]
     pixels = (images.reshape(channels, -1) + table_start).view(-1)
@@ -151,28 +154,27 @@ def posterize(images, coefficients):
 
 
 def solarize(images, coefficients):
-    """Bytes from the threshold on are inverted; x ^ 255 is 255 - x."""
+    """Invert bytes at or above the threshold; x ^ 255 is 255 - x."""
     inverted = images >= coefficients[:, 0].view(-1, 1, 1, 1)
     return images ^ (inverted.to(torch.uint8) * 255)
 
 
 def affine(images, coefficients):
-    """Image.transform(AFFINE) with nearest resampling; what comes from outside the image is black."""
+    """Apply Image.transform(AFFINE) with nearest resampling; pixels from outside the image are black."""
     n, channels, height, width = images.shape
     a, b, c, d, e, f = coefficients.view(n, NUM_COEFFICIENTS, 1, 1).unbind(1)
     x = torch.arange(width, dtype=torch.int32, device=images.device)
     y = torch.arange(height, dtype=torch.int32, device=images.device)[:, None]
     source_x = (a * x + (b * y + c)) >> 16
     source_y = (d * x + (e * y + f)) >> 16
-    # Inside the image none of the four is negative, that is, sets the sign bit: one comparison instead of
-    # four.
+    # Inside the image none of the four values is negative, so none sets the sign bit: one comparison replaces four.
     inside = (source_x | (width - 1 - source_x) | source_y | (height - 1 - source_y)) >= 0
     source = ((source_y * width + source_x) * inside).long().view(n, 1, -1).expand(-1, channels, -1)
     return images.view(n, channels, -1).gather(2, source).view(images.shape) * inside[:, None]
 
 
 class Operation(NamedTuple):
-    """One operation, its magnitude uniform in low ... high; the module explains `prepare` and `apply`."""
+    """Operation with a magnitude uniform in low ... high; the module explains `prepare` and `apply`."""
 
     name: str
     low: float
@@ -224,10 +226,10 @@ def rand_augment(images: Tensor, operations: np.ndarray, levels: np.ndarray) -> 
 
 
 def _apply_one(images, operations, coefficients):
-    """One operation an image: operations (B,), coefficients (B, NUM_COEFFICIENTS), both numpy."""
+    """Apply one operation to each image: operations (B,), coefficients (B, NUM_COEFFICIENTS), both numpy."""
     groups = _GROUP[operations]
     order = np.argsort(groups, kind="stable")
-    # Sorted by group, each group is a slice: no index sets to send, and two index_selects in all instead of a
+    # Sorted by group, each group is a slice. So no index sets are sent to the device, and two index_selects replace a
     # gather and a scatter for every group.
     moves = torch.from_numpy(np.stack([order, np.argsort(order)])).to(images.device, non_blocking=True)
     coefficients = torch.from_numpy(coefficients[order]).to(images.device, non_blocking=True)
@@ -238,7 +240,7 @@ def _apply_one(images, operations, coefficients):
 
 
 def _coefficients(operations, magnitudes, height, width):
-    """(B, n) and (B, n) -> (B, n, NUM_COEFFICIENTS) int32, zero where an operation has fewer."""
+    """Return coefficients (B, n, NUM_COEFFICIENTS) int32, zero where an operation has fewer, for (B, n) inputs."""
     coefficients = np.zeros((*operations.shape, NUM_COEFFICIENTS), dtype=np.int32)
     for position, operation in enumerate(OPERATIONS):
         chosen = operations == position

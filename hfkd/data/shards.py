@@ -1,4 +1,4 @@
-"""Data sets that are read as a stream: where their rows lie, and how a few of them at a time are read."""
+"""Shards of streamed data sets: location of their rows, and reading of a few rows at a time."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from ..names import DIGITS
 from .columns import ImageSplit, check_order, find_image_column, find_label_column
 from .datasets import EVAL_SPLITS, _split_folders, find_eval_split, load_image_splits
 
-_FOOTER_THREADS = 16  # ImageNet is hundreds of files, and reading a footer on the Hub is mostly waiting
+_FOOTER_THREADS = 16  # ImageNet has hundreds of files, and reading a footer from the Hub is mostly waiting
 
-Sample = tuple[dict[str, Any] | None, int]  # what a column of images holds, {"bytes", "path"}; and the label
+Sample = tuple[dict[str, Any] | None, int]  # cell of the image column, {"bytes", "path"}, and label
 
 
 @dataclass(frozen=True)
 class StreamSplit:
-    """The rows of one split, none of which is read yet.
+    """Rows of one split, none of which has been read.
 
     Attributes:
-        shards: reads them.
+        shards: reader of the rows.
         source: the name of the data set, e.g. "ILSVRC/imagenet-1k".
         split: e.g. "train".
         class_names: the name of class i at position i.
@@ -45,7 +45,7 @@ class StreamSplit:
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """Name of the split for messages."""
         return f"{self.source}, split '{self.split}'"
 
     @property
@@ -64,15 +64,15 @@ def open_streams(
     config_name: str | None = None,
     revision: str | None = None,
 ) -> tuple[StreamSplit | None, StreamSplit]:
-    """The training and the evaluation split of a data set that is neither downloaded nor decoded first.
+    """Open the training and the evaluation split of a data set without downloading or decoding it first.
 
-    Only the list of files and, of Parquet files, the footers are read. The arguments are those of
-    `load_image_splits`, but a split is taken whole: no slices.
+    Only the list of files and the footers of Parquet files are read. The arguments are the same as in
+    `load_image_splits`, except that a split is taken whole, without slices.
 
     Raises:
-        ValueError: if the data set is neither Parquet files (in a local folder, on the Hub) nor a local folder of
-            split folders with class folders; if a Parquet file is damaged; if a split is missing, empty or a slice,
-            or a column is missing, of a wrong type or not clear; if a label is no class.
+        HfkdError: the data set is neither Parquet files (in a local folder, on the Hub) nor a local folder of split
+            folders with class folders; a Parquet file is damaged; a split is missing, empty or a slice; a column is
+            missing, of a wrong type or not clear; or a label is no class.
     """
     for key, split in (("train_split", train_split), ("eval_split", eval_split)):
         if split is not None and "[" in split:
@@ -99,7 +99,7 @@ def open_streams(
 
 
 class FileShards:
-    """Images in files of their own, listed by `load_image_splits`. What is read at once, a unit, is one file.
+    """Images in one file each, listed by `load_image_splits`. A unit, the part that is read at once, is one file.
 
     Attributes:
         sizes: (U,) int64, the rows of each unit.
@@ -107,25 +107,25 @@ class FileShards:
 
     def __init__(self, split: ImageSplit):
         images = split.dataset.select_columns(split.image_column).with_format("arrow")[:][split.image_column]
-        # Arrow's strings, not Python's: a forked worker would soon have copied a million of those.
+        # Arrow's strings, not Python's: reference counts would make forked workers copy a million Python strings.
         self._paths = pyarrow.compute.struct_field(images, "path").combine_chunks()
         self._labels = split.labels()
         self._name = split.name
         self.sizes = np.ones(len(split), dtype=np.int64)
 
     def read(self, unit: int, rows: np.ndarray) -> list[Sample]:
-        """As `ParquetShards.read`."""
+        """Return the sample of a unit, as `ParquetShards.read`."""
         path = self._paths[unit].as_py()
         try:
             data = Path(path).read_bytes()
         except OSError as error:
-            raise _ended_early(self._name, path, 0, 1, error) from error
+            raise _stream_error(self._name, path, 0, 1, error) from error
         return [({"bytes": data, "path": path}, int(self._labels[unit]))]
 
 
 @dataclass(frozen=True)
 class _Footer:
-    """What was read of a Parquet file."""
+    """Footer of a Parquet file."""
 
     url: str
     size: int  # of the file, in bytes
@@ -134,7 +134,7 @@ class _Footer:
 
 
 class ParquetShards:
-    """Rows of Parquet files. What is read at once, a unit, is a row group: the least that a file can be asked for.
+    """Rows of Parquet files. A unit, the part that is read at once, is a row group: the smallest readable part.
 
     Attributes:
         sizes: (U,) int64, the rows of each unit.
@@ -158,14 +158,14 @@ class ParquetShards:
         self.sizes = sizes[sizes > 0]
 
     def read(self, unit: int, rows: np.ndarray) -> list[Sample]:
-        """Some rows of a unit, not decoded.
+        """Return some rows of a unit, not decoded.
 
         Args:
-            rows: (K,) int64, counted from the unit's first.
+            rows: (K,) int64, counted from the unit's first row.
 
         Raises:
-            RuntimeError: if the unit's file no longer holds what was there when the data set was opened.
-            ValueError: if a label is no class.
+            RunError: the unit's file no longer holds the rows that it held when the data set was opened.
+            HfkdError: a label is no class.
         """
         footer, group = self._units[unit]
         table = self._read_group(footer, group, int(self.sizes[unit]))
@@ -175,41 +175,43 @@ class ParquetShards:
             cell, label = images[row].as_py(), labels[row].as_py()
             if label is None or not 0 <= label < self._num_classes:
                 where = f"{self._name}, row {row} of row group {group} of {footer.url}"
-                raise _wrong_label(where, self._label_column, label, self._num_classes)
+                raise _label_error(where, self._label_column, label, self._num_classes)
             if cell is not None and cell["bytes"] is not None:  # the path is for messages only
                 cell["path"] = f"{cell['path']} in {footer.url}" if cell["path"] else footer.url
             samples.append((cell, label))
         return samples
 
     def _read_group(self, footer, group, expected):
-        """The two columns of a row group."""
-        came = 0
+        """Read the two columns of a row group."""
+        num_read = 0
         try:
             with _open(footer) as stream:
                 file = ParquetFile(stream, metadata=footer.metadata)
-                table = file.read_row_group(group, columns=list(self._features), use_threads=False)  # a worker is one
-            came = table.num_rows
-            if came != expected:
+                table = file.read_row_group(
+                    group, columns=list(self._features), use_threads=False
+                )  # workers are parallel already
+            num_read = table.num_rows
+            if num_read != expected:
                 raise OSError("it is shorter than its footer says")
-        except Exception as error:  # Arrow, the file systems and the Hub have types of their own
-            raise _ended_early(self._name, f"row group {group} of {footer.url}", came, expected, error) from error
+        except Exception as error:  # Arrow, the file systems and the Hub raise their own types
+            raise _stream_error(self._name, f"row group {group} of {footer.url}", num_read, expected, error) from error
         return table_cast(table, self._features.arrow_schema)
 
 
 def _open(footer):
-    """A Parquet file, from which only what is asked for is fetched."""
+    """Open a Parquet file so that only the requested parts are fetched."""
     file_system, path = fsspec.url_to_fs(footer.url)
-    # A URL on the Hub names a commit, whose files never change; asking for the size would cost a request.
+    # A URL on the Hub names a commit, whose files never change. Reading the size would cost a request.
     if isinstance(file_system, LocalFileSystem) and file_system.size(path) != footer.size:
         raise OSError(f"it had {footer.size} bytes when the run began and has {file_system.size(path)}")
     return file_system.open(path, "rb", size=footer.size, cache_type="none")
 
 
-def _ended_early(name, what, came, expected, error):
-    reason = " ".join(str(error).split())  # Arrow's has line breaks
+def _stream_error(name, what, num_read, expected, error):
+    reason = " ".join(str(error).split())  # Arrow's messages have line breaks
     return RunError(
-        f"{name}: the stream ended early: {what} gave {came} of {expected} rows ({reason}). Once it can be read again, "
-        "continue with --resume_from_checkpoint true."
+        f"{name}: the stream ended early: {what} gave {num_read} of {expected} rows ({reason}). Once it can be read "
+        "again, continue with --resume_from_checkpoint true."
     )
 
 
@@ -217,16 +219,16 @@ def _ended_early(name, what, came, expected, error):
 
 
 def _parquet_builder(name, config_name, revision):
-    """What `datasets` finds out without reading the data: the files of each split, and perhaps the features."""
+    """Return the builder of `datasets`, which knows each split's files, and perhaps the features, without the data."""
     if name == DIGITS:
-        raise HfkdError("streaming: the digits lie in memory; set streaming: false.")
+        raise HfkdError("streaming: the digits are in memory; set streaming: false.")
     try:
         path = Path(name).expanduser()
         builder = datasets.load_dataset_builder(str(path) if path.is_dir() else name, config_name, revision=revision)
-    except Exception as error:  # the Hub, the network and the readers have types of their own
+    except Exception as error:  # the Hub, the network and the readers raise their own types
         raise HfkdError(
             f"The data set '{name}' cannot be opened: there is no such folder with data in it, and the Hub does not "
-            f"give it. ({error})"
+            f"provide it. ({error})"
         ) from error
     if not isinstance(builder, Parquet):
         files = [file for split in (builder.config.data_files or {}).values() for file in split]
@@ -256,11 +258,11 @@ def _read_footer(url):
             file = ParquetFile(stream)
             return _Footer(url, file_system.size(path), file.metadata, file.schema_arrow)
     except Exception as error:  # as in _read_group
-        raise HfkdError(f"{url} is no whole Parquet file; was it cut off? ({error})") from error
+        raise HfkdError(f"{url} is not a whole Parquet file: it may be cut off, get it again. ({error})") from error
 
 
 def _parquet_streams(name, features, splits, image_column, label_column, class_names) -> list[StreamSplit]:
-    """The streams of [(split, footers)]; `features`: those of the data set's card, if it tells them."""
+    """Return the streams of [(split, footers)]; `features` come from the data set's card, if it has them."""
     features = features or datasets.Features.from_arrow_schema(splits[0][1][0].schema)
     image_column = find_image_column(features, image_column, name)
     label_column = find_label_column(features, label_column, class_names, name)
@@ -283,7 +285,7 @@ def _parquet_streams(name, features, splits, image_column, label_column, class_n
 
 
 def _class_names(name, label, footers, column) -> list[str]:
-    """The names of a ClassLabel; for whole numbers "0" up to the largest, if the footers tell it."""
+    """Return the names of a ClassLabel, or "0" up to the largest number that the footers state."""
     if isinstance(label, datasets.ClassLabel):
         return list(label.names)
     statistics = [group for footer in footers for _, group in _label_statistics(footer, column)]
@@ -292,7 +294,7 @@ def _class_names(name, label, footers, column) -> list[str]:
     if any(group is None for group in statistics):
         problem = "the Parquet files hold no statistics of it"
     elif largest >= 10 * rows:
-        problem = f"its numbers go up to {largest}, so that they do not number classes from 0 without gaps"
+        problem = f"its numbers go up to {largest}, so they do not number classes from 0 without gaps"
     else:
         return [str(i) for i in range(largest + 1)]
     raise HfkdError(
@@ -303,20 +305,20 @@ def _class_names(name, label, footers, column) -> list[str]:
 
 
 def _check_labels(name, footer, column, num_classes):
-    """A wrong label is found now where the footer tells, not after hours of training."""
+    """Check the labels in a footer's statistics, so that a wrong one is found before hours of training."""
     for group, statistics in _label_statistics(footer, column):
         if statistics is None:
-            continue  # `ParquetShards.read` looks at the labels themselves
+            continue  # `ParquetShards.read` checks the labels themselves
         where = f"{name}, row group {group} of {footer.url}"
         if statistics.null_count:
-            raise _wrong_label(where, column, None, num_classes)
+            raise _label_error(where, column, None, num_classes)
         for label in (statistics.min, statistics.max):
             if not 0 <= label < num_classes:
-                raise _wrong_label(where, column, label, num_classes)
+                raise _label_error(where, column, label, num_classes)
 
 
 def _label_statistics(footer, column) -> list[tuple[int, Any]]:
-    """Row groups, and what Arrow says of the whole numbers in a column of each; None where it does not say."""
+    """Return row groups and Arrow's statistics of a column of whole numbers in each; None if there are none."""
     place = [footer.metadata.schema.column(i).path for i in range(footer.metadata.num_columns)].index(column)
     found = []
     for group in range(footer.metadata.num_row_groups):
@@ -327,7 +329,7 @@ def _label_statistics(footer, column) -> list[tuple[int, Any]]:
     return found
 
 
-def _wrong_label(where, column, label, num_classes):
+def _label_error(where, column, label, num_classes):
     reason = "-1 marks an unlabelled row" if label == -1 else f"the classes are 0 ... {num_classes - 1}"
     value = "no label" if label is None else label
     return HfkdError(

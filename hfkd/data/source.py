@@ -1,4 +1,4 @@
-"""What our data sets have in common: what the trainer reads of any of them."""
+"""Interface of hfkd's data sets, as the trainer reads it."""
 
 import hashlib
 import warnings
@@ -12,39 +12,39 @@ from torch.utils.data import Dataset
 
 from ..errors import HfkdError
 
-_SAMPLE = 64  # images that stand for all of a data set
+_SAMPLE = 64  # images whose bytes identify a data set
 
 
 class RowCache(Protocol):
-    """What is stored for every row and epoch, and comes with the batches."""
+    """Store of entries for every row and epoch, which are added to batches."""
 
-    epochs: int  # that are stored; they are replayed from the first one on
+    epochs: int  # number of stored epochs, which are replayed from the first on
 
     def read(self, epoch: int, rows: np.ndarray) -> dict[str, Tensor]:
-        """Batch entries, on the CPU, for the rows (B,) in an epoch below `epochs`."""
+        """Return batch entries, on the CPU, for the rows (B,) in an epoch below `epochs`."""
 
 
 class ImageSource:
-    """A data set of labelled images that are augmented and normalised for one network.
+    """Data set of labelled images that are augmented and normalised for one network.
 
-    A batch is a dictionary: pixel_values (B, 3, H, W) float32, normalised; with two views pixel_values_strong, the
-    same; labels (B,) int64; index (B,) int64, the rows in the split. A row that does not count in an evaluation has
-    the label IGNORED. Where `cache` is set, what that holds for the rows comes with them.
+    A batch is a dictionary: pixel_values (B, 3, H, W) float32, normalised; with two views pixel_values_strong, of the
+    same shape; labels (B,) int64; index (B,) int64, the rows in the split. A row that does not count in an evaluation
+    has the label IGNORED. If `cache` is set, its entries for the rows are added.
 
     Args:
         class_names: the C names.
-        num_rows: how many rows `index` counts.
+        num_rows: number of rows that `index` counts.
         image_size: H and W, in pixels.
         mean, std: three numbers each, of pixels scaled to 0 ... 1.
         seed: of the augmentation.
-        views: 2 adds a strong view of each image; may be changed until the first batch is asked for.
+        views: 2 adds a strong view of each image. It may be changed before the first batch is read.
         augmented: False if an image is the same every time, as evaluation needs it.
 
     Raises:
-        ValueError: if mean, std or views are not as above.
+        HfkdError: mean, std or views are not as above.
     """
 
-    IGNORED = -100  # what torch's cross-entropy leaves out, too
+    IGNORED = -100  # torch's cross-entropy ignores this label
 
     def __init__(
         self,
@@ -70,8 +70,8 @@ class ImageSource:
         self.views = views
         self.augmented = augmented
         self.cache: RowCache | None = None
-        # In shared memory, so that DataLoader workers see the epoch change: each holds a copy of this object,
-        # and a persistent one is never given a new copy.
+        # In shared memory, so that DataLoader workers see a new epoch: each worker holds a copy of this object, and a
+        # persistent worker never gets a new copy.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self.bad_rows = torch.zeros(num_rows, dtype=torch.bool).share_memory_()
 
@@ -85,11 +85,11 @@ class ImageSource:
 
     @property
     def shown_epoch(self) -> int:
-        """Whose augmentation the images have: that of `epoch`, or the one of the cache that is replayed in it."""
+        """Epoch that determines the augmentation: `epoch`, or the epoch of the cache that is replayed in it."""
         return self.epoch if self.cache is None else self.epoch % self.cache.epochs
 
     def set_epoch(self, epoch: int) -> None:
-        """Change the augmentation. Call it before iterating over a DataLoader, since that may fetch ahead."""
+        """Change the augmentation. Call it before iterating over a DataLoader, which may fetch batches ahead."""
         self._epoch.fill_(epoch)
 
     def note_bad(self, row: int, error: Exception) -> None:
@@ -100,12 +100,12 @@ class ImageSource:
 
     @property
     def num_skipped(self) -> int:
-        """How many images this process has left out so far because they cannot be decoded."""
+        """Number of images that this process has left out so far because they cannot be decoded."""
         return int(self.bad_rows.sum())
 
 
 class IndexedImageSource(Dataset, ImageSource):
-    """An `ImageSource` with a length, whose `__getitems__` makes whole batches for a DataLoader.
+    """`ImageSource` with a length, whose `__getitems__` makes whole batches for a DataLoader.
 
     Attributes:
         labels: (N,) int64, of every row that `index` counts.
@@ -118,17 +118,17 @@ class IndexedImageSource(Dataset, ImageSource):
         raise NotImplementedError
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
-        """One image: the batch of `__getitems__([i])` without its first dimension.
+        """Return one image: the batch of `__getitems__([i])` without its first dimension.
 
         Raises:
-            IndexError: for i outside -N ... N - 1.
+            IndexError: i is outside -N ... N - 1.
         """
         if not -len(self) <= i < len(self):
             raise IndexError(f"index {i} is out of range for {len(self)} images")
         return {key: value[0] for key, value in self.__getitems__([i % len(self)]).items()}
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """A finished batch of B images.
+        """Return a finished batch of B images.
 
         Args:
             indices: B numbers in 0 ... N - 1.
@@ -136,8 +136,10 @@ class IndexedImageSource(Dataset, ImageSource):
         raise NotImplementedError
 
     def identity(self) -> dict[str, Any]:
-        """What another data set must have in common for the same row of the same epoch to be the same image, in plain
-        values; of the images themselves a sample is looked at."""
+        """Return plain values that are equal for two data sets with the same image in each row and epoch.
+
+        Of the images themselves, only a sample is read.
+        """
         return {
             "rows": self.num_rows,
             "class_names": self.class_names,
@@ -157,11 +159,11 @@ class IndexedImageSource(Dataset, ImageSource):
         return digest.hexdigest()
 
     def _image_bytes(self, row: int) -> bytes:
-        """What a row holds, decoded or not."""
+        """Return the bytes of a row's image, decoded or not."""
         raise NotImplementedError
 
 
 def pixel_scale(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Two (3, 1, 1) float32 with which bytes * scale + shift is (bytes / 255 - mean) / std."""
+    """Return two (3, 1, 1) float32 so that bytes * scale + shift is (bytes / 255 - mean) / std."""
     mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (mean, std))
     return (1 / (255 * std)).float(), (-mean / std).float()

@@ -1,8 +1,8 @@
-"""Large images, one at a time: timm's augmentation and evaluation, from an opened image to a normalised tensor.
+"""Transforms of single large images: timm's augmentation and evaluation, from an opened image to a normalised tensor.
 
-timm draws from the global generators of Python, numpy and torch. Here all three are seeded before every image and
-view from numbers that are a pure function of (seed, epoch, row, view), see `hfkd.data.augment`, and are put back
-after a batch. So an image looks the same whatever the batch, the order, the number of workers or of processes.
+timm draws from the global generators of Python, numpy and torch. So all three are seeded before every image and view
+from numbers that are a pure function of (seed, epoch, row, view), see `hfkd.data.augment`, and are restored after a
+batch. An image then looks the same in any batch, in any order and with any number of workers or processes.
 """
 
 import itertools
@@ -28,8 +28,8 @@ from .augment import NoAugmentation, StrongAugmentation, random_bits
 from .source import pixel_scale
 
 INTERPOLATIONS = ("bicubic", "bilinear")
-NUM_SEEDS = 3  # generators that timm draws from
-_STRONG = StrongAugmentation(NoAugmentation())  # without a weak view of its own: RandAugment's operations, cutout
+NUM_SEEDS = 3  # one for each generator that timm draws from
+_STRONG = StrongAugmentation(NoAugmentation())  # only RandAugment's operations and cutout
 
 
 def make_views(
@@ -41,20 +41,20 @@ def make_views(
     epoch: int,
     views: int,
 ) -> dict[str, Tensor]:
-    """The images of a batch, without its labels. `images` may be decoded as they are asked for.
+    """Return a batch of images without its labels. `images` may decode them one by one.
 
     Args:
-        images: B pairs of a row and its image; None for one that cannot be read.
+        images: B pairs of a row and its image; None for an image that cannot be read.
         count: B.
 
     Returns:
-        pixel_values (B, 3, H, W) float32, 0 where there is no image; with two views pixel_values_strong, the same;
+        pixel_values (B, 3, H, W) float32, 0 for a missing image; with two views pixel_values_strong, of the same shape;
         index (B,) int64, the rows.
     """
     shape = (count, 3, transform.image_size, transform.image_size)
     batch = [_new_batch(shape) for _ in range(views)]
     index = torch.empty(count, dtype=torch.int64)
-    with _generators_put_back():
+    with _preserved_generators():
         for position, (row, image) in enumerate(images):
             index[position] = row
             for view, pixels in enumerate(batch):
@@ -67,7 +67,7 @@ def make_views(
 
 
 class ImageTransform:
-    """An opened image to a normalised square.
+    """Base of the transforms from an opened image to a normalised square.
 
     Args:
         image_size: side of the square, in pixels.
@@ -75,8 +75,8 @@ class ImageTransform:
     """
 
     augmented: bool
-    settings: dict[str, Any]  # what tells it from others of its class, beside size and normalisation
-    draws = NUM_SEEDS + _STRONG.draws  # 64-bit numbers for an image and view
+    settings: dict[str, Any]  # parameters besides size and normalisation
+    draws = NUM_SEEDS + _STRONG.draws  # 64-bit numbers for each image and view
 
     def __init__(self, image_size: int, mean: Sequence[float], std: Sequence[float]):
         self.image_size = image_size
@@ -84,36 +84,36 @@ class ImageTransform:
         self._scale, self._shift = pixel_scale(mean, std)
 
     def __call__(self, image: Image.Image, bits: np.ndarray, view: int = 0, out: Tensor | None = None) -> Tensor:
-        """One view of an image. Leaves the generators of Python, numpy and torch in an arbitrary state.
+        """Return one view of an image. The generators of Python, numpy and torch are left in an arbitrary state.
 
         Args:
             image: RGB, of any size.
             bits: (draws,) uint64, from `random_bits`.
-            view: 1 for the strong view: the same transform, then two of RandAugment's operations and cutout, as
+            view: 1 for the strong view: the same transform, then two of RandAugment's operations and cutout, as in
                 `StrongAugmentation`.
-            out: (3, H, W) float32, where the result is written.
+            out: (3, H, W) float32, receives the result.
 
         Returns:
             (3, H, W) float32.
         """
         _seed_generators(bits[:NUM_SEEDS])
-        pixels = self._pixels(image)
+        pixels = self._to_pixels(image)
         if view == 1:
             pixels = _STRONG(pixels[None], bits[None, NUM_SEEDS:])[0]
         out = torch.empty(pixels.shape) if out is None else out
-        return self._finish(out.copy_(pixels).mul_(self._scale).add_(self._shift))
+        return self._postprocess(out.copy_(pixels).mul_(self._scale).add_(self._shift))
 
-    def _pixels(self, image):
-        """(3, H, W) uint8."""
+    def _to_pixels(self, image):
+        """Return the image as (3, H, W) uint8, before normalisation."""
         raise NotImplementedError
 
-    def _finish(self, normalised):
-        """What comes after normalisation."""
+    def _postprocess(self, normalised):
+        """Apply the steps after normalisation."""
         return normalised
 
 
 class CenterCrop(ImageTransform):
-    """timm's evaluation: the shorter side resized to image_size / crop_pct, rounded down, then the centre.
+    """Evaluation transform of timm: the shorter side resized to image_size / crop_pct, rounded down, then the centre.
 
     Args:
         crop_pct: share of the resized side that is kept, above 0; 1 keeps the whole shorter side.
@@ -137,23 +137,23 @@ class CenterCrop(ImageTransform):
         transform = create_transform(image_size, crop_pct=crop_pct, interpolation=interpolation, normalize=False)
         self._resize_and_crop = transform
 
-    def _pixels(self, image):
+    def _to_pixels(self, image):
         return self._resize_and_crop(image)
 
 
 class RandomResizedCrop(ImageTransform):
-    """timm's training transforms: a random part of the image, resized, and what is asked for besides.
+    """Training transforms of timm: a random part of the image, resized, and the requested augmentations.
 
     Args:
         interpolation: "bicubic" or "bilinear", both antialiased.
         flip: mirror half of the images.
-        color_jitter: brightness, contrast and saturation change by up to this share; without effect beside
-            `auto_augment` (unless that is a "3a" policy), as everywhere in timm.
-        auto_augment: a policy as timm writes it, e.g. "rand-m9-mstd0.5-inc1".
+        color_jitter: brightness, contrast and saturation change by up to this share. As everywhere in timm, it has no
+            effect together with `auto_augment`, except for a "3a" policy.
+        auto_augment: a policy in timm's notation, e.g. "rand-m9-mstd0.5-inc1".
         random_erasing: probability that a box is replaced by noise.
 
     Raises:
-        ValueError: for an interpolation or a policy that timm does not know.
+        HfkdError: timm does not know the interpolation or the policy.
     """
 
     augmented = True
@@ -196,16 +196,16 @@ class RandomResizedCrop(ImageTransform):
             if auto_augment is None:
                 raise
             raise HfkdError(
-                f"auto_augment: timm does not know the policy '{auto_augment}' ({error}); it writes RandAugment as "
-                "rand-m9-mstd0.5-inc1."
+                f"auto_augment: timm does not know the policy '{auto_augment}' ({error}); for example, it writes "
+                "RandAugment as rand-m9-mstd0.5-inc1."
             ) from error
         resize, *flips = crop.transforms
         resize = _FastRandomResizedCrop(image_size, resize.scale, resize.ratio, interpolation)
         self._crop_and_flip = Compose([resize, *flips])
-        self._policy = [_with_whole_posterize(step) for step in policy.transforms]
+        self._policy = [_allow_zero_bits(step) for step in policy.transforms]
         self._erase = [step for step in final.transforms if isinstance(step, RandomErasing)]
 
-    def _pixels(self, image):
+    def _to_pixels(self, image):
         pixels = self._crop_and_flip(image)
         if not self._policy:
             return pixels
@@ -214,18 +214,18 @@ class RandomResizedCrop(ImageTransform):
             image = step(image)
         return _to_tensor(image)
 
-    def _finish(self, normalised):
+    def _postprocess(self, normalised):
         for step in self._erase:
             normalised = step(normalised)
         return normalised
 
 
 class _FastRandomResizedCrop(RandomResizedCropAndInterpolation):
-    """timm's, resized by torch.
+    """RandomResizedCrop of timm, resized by torch.
 
-    That takes a quarter of the time that Pillow takes, which is otherwise more than decoding a JPEG takes. Crop and
-    filter are the same, and so are the bytes, up to rounding: both work with whole numbers, in another precision, and
-    Pillow does the columns first where that is less work.
+    Pillow's resizing takes more time than decoding a JPEG; torch takes a quarter of it. Crop and filter are the same,
+    and so are the bytes, up to rounding: both work with whole numbers, in another precision, and Pillow does the
+    columns first if that is less work.
     """
 
     def __call__(self, image: Image.Image) -> Tensor:
@@ -236,14 +236,14 @@ class _FastRandomResizedCrop(RandomResizedCropAndInterpolation):
 
 
 def _to_tensor(image):
-    """An RGB image as (3, H, W) uint8."""
+    """Return an RGB image as (3, H, W) uint8."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def _with_whole_posterize(step):
-    """A step of timm's with a posterize that may keep no bit at all: Pillow used to, and now refuses.
+def _allow_zero_bits(step):
+    """Let a step of timm posterize to 0 bits, which Pillow used to allow and now refuses.
 
-    "rand-m9-mstd0.5-inc1" asks for it in one image of 700.
+    "rand-m9-mstd0.5-inc1" asks for 0 bits in one image of 700.
     """
     if isinstance(step, timm_augment.AutoAugment):
         operations = itertools.chain(*step.policy)
@@ -264,16 +264,17 @@ def _posterize(image, bits_to_keep, **_):
 
 
 def _seed_generators(seeds: np.ndarray) -> None:
-    """(3,) uint64."""
+    """Seed the generators of Python, numpy and torch with (3,) uint64."""
     for_python, for_numpy, for_torch = seeds.tolist()
     random.seed(for_python)
     np.random.seed(for_numpy & 0xFFFFFFFF)
-    # Not torch.manual_seed: that also seeds every accelerator, and takes 100 times as long.
+    # Not torch.manual_seed, which also seeds every accelerator and takes 100 times as long.
     torch.default_generator.manual_seed(for_torch >> 1)
 
 
 @contextmanager
-def _generators_put_back() -> Iterator[None]:
+def _preserved_generators() -> Iterator[None]:
+    """Context that restores the generators of Python, numpy and torch, which other code of the process may use."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield
@@ -284,11 +285,14 @@ def _generators_put_back() -> Iterator[None]:
 
 
 def _new_batch(shape):
-    """Uninitialised float32. In a DataLoader worker it lies in shared memory, into which it would be copied anyway."""
+    """Return an uninitialised float32 tensor, in a DataLoader worker in shared memory.
+
+    A DataLoader would copy a worker's batch into shared memory anyway.
+    """
     if get_worker_info() is None:
         return torch.empty(shape)
     number = torch.Size(shape).numel()
-    storage = torch.UntypedStorage._new_shared(number * torch.float32.itemsize)  # as torch's default_collate
+    storage = torch.UntypedStorage._new_shared(number * torch.float32.itemsize)  # as in torch's default_collate
     return torch.empty(0).set_(storage, 0, (number,)).view(shape)
 
 

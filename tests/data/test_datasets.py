@@ -231,7 +231,7 @@ def test_labels_that_are_no_class(tmp_path, feature, labels, message):
 def test_class_folders_must_agree(tmp_path):
     splits = {"train": {"cat": ["a.png"], "dog": ["b.png"]}, "test": {"cats": ["c.png"]}}
     folder = image_folder(tmp_path / "pets", splits)
-    with pytest.raises(ValueError, match="test has class folders .* not: cats. The classes are: cat, dog"):
+    with pytest.raises(ValueError, match="test has class folders .* lacks: cats. The classes are: cat, dog"):
         load_image_splits(str(folder))
 
 

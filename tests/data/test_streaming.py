@@ -167,7 +167,7 @@ def test_what_cannot_be_streamed(tmp_path):
         open_streams(name, eval_split="dev")
     with pytest.raises(ValueError, match="image_column: .* has no column 'photo'"):
         open_streams(name, image_column="photo")
-    with pytest.raises(ValueError, match="digits lie in memory"):
+    with pytest.raises(ValueError, match="digits are in memory"):
         open_streams("digits")
     with pytest.raises(ValueError, match="'no/such' cannot be opened: there is no such folder"):
         open_streams("no/such")
@@ -189,7 +189,7 @@ def test_a_file_that_was_cut_off_before_training(tmp_path):
     name = parquet_folder(tmp_path / "pets", 12)
     path = tmp_path / "pets" / "train-00001-of-00002.parquet"
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(ValueError, match=f"{path} is no whole Parquet file"):
+    with pytest.raises(ValueError, match=f"{path} is not a whole Parquet file"):
         open_streams(name)
 
 

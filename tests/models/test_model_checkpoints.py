@@ -92,7 +92,7 @@ def test_another_number_of_classes_is_said_plainly(saved, tmp_path):
     path = tmp_path / "teacher.pth"
     torch.save({"model": saved.state_dict()}, path)
     message = error_of(timm.create_model("cifar_resnet8", num_classes=10), path)
-    assert "checkpoint has 100 classes, model 10" in message
+    assert "checkpoint has 100 classes, the model 10" in message
     assert "fc.weight, fc.bias" in message and "num_classes=100" in message and "reset_classifier(10)" in message
 
 

@@ -159,7 +159,7 @@ def test_no_stand_ins_from_beside_a_subset():
         if not skip:
             assert (training_labels(part) >= 0).sum() == 20
             continue
-        with pytest.raises(ValueError, match="with skip_bad_images an image beside the subset may stand in"):
+        with pytest.raises(ValueError, match="with skip_bad_images an image outside the subset may replace"):
             training_labels(part)
 
 
