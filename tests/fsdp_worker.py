@@ -67,7 +67,7 @@ def share_out_the_teacher(folder, world_size):
     pixels = images(8).__getitems__(list(range(8)))["pixel_values"]
     logits = {}
     for dtype, teacher in teachers.items():
-        teacher.prepare(torch.device("cpu"), dtype, True, share=world_size > 1)
+        teacher.prepare(torch.device("cpu"), dtype, True, shard=world_size > 1)
         logits[dtype] = teacher({"pixel_values": pixels}).logits
     trainer, results = train(f"{folder}/taught", world_size, shard_teacher=world_size > 1, **SAVING)
     before = trainer.evaluate()
