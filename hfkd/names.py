@@ -1,4 +1,4 @@
-"""Names that others may see: Hub ids, architectures and local paths."""
+"""Names of models and data sets: Hub ids, architectures and local paths."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def architecture_of(model: nn.Module) -> str:
         return model.config.architecture
     if isinstance(model, PreTrainedModel):
         return model.config.model_type
-    if hasattr(model, "pretrained_cfg"):  # timm's
+    if hasattr(model, "pretrained_cfg"):  # a timm model
         return model.pretrained_cfg["architecture"]
     return type(model).__name__
 

@@ -69,7 +69,7 @@ def share_out_the_teacher(folder, world_size):
     for dtype, teacher in teachers.items():
         # To the bit, so not in channels_last: a teacher that is shared out stays as it was, and another memory format
         # is other arithmetic.
-        teacher.prepare(torch.device("cpu"), dtype, False, share=world_size > 1)
+        teacher.prepare(torch.device("cpu"), dtype, False, shard=world_size > 1)
         logits[dtype] = teacher({"pixel_values": pixels}).logits
     trainer, results = train(f"{folder}/taught", world_size, shard_teacher=world_size > 1, **SAVING)
     before = trainer.evaluate()

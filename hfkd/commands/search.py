@@ -23,7 +23,7 @@ from ..recipe.parser import ArgumentParser
 from ..recipe.reading import ARGUMENT_CLASSES, load_recipe, parse_recipe, recipe_name
 from ..runs.folder import write_whole
 from ..search.figure import save_search
-from ..search.results import SearchedTrial, answer, best_of, best_recipe, trials_csv, trials_markdown
+from ..search.results import SearchedTrial, best_of, best_recipe, summary_table, trials_csv, trials_markdown
 from ..search.space import TRIAL_SETTINGS, Parameter, search_space
 from ..teacher_cache.files import read_facts
 from ..training.trainer import DistillationTrainer
@@ -102,7 +102,7 @@ def search(argv: list[str] | None = None) -> list[SearchedTrial]:
     trials = run_trials(trainer, space, folder, lock, search_args.n_trials)
     images = len(trainer.eval_dataset)
     kind = "training images that were held out" if search_args.held_out else "evaluation images"
-    found = answer(trials, space, f"{images:,} {kind}", images)
+    found = summary_table(trials, space, f"{images:,} {kind}", images)
     given = {key: value for key, value in recipe.items() if written.get(key) != value}
     with lock:
         best = best_recipe(Path(argv[0]), folder, given, losses, best_of(trials))

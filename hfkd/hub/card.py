@@ -1,4 +1,4 @@
-"""The model card of an export: README.md with the Hub's metadata, and the figure of the training curves."""
+"""Model card of an export: README.md with the Hub's metadata, and the figure of the training curves."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ def write_card(
     dataset: str | None = None,
     finetuned_from: str | None = None,
 ) -> None:
-    """Writes README.md and training_curves.png into an export, from its results.json, recipe.yaml and config.json.
+    """Write README.md and training_curves.png into an export, from its results.json, recipe.yaml and config.json.
 
-    The figure needs matplotlib: without it a warning says so, and the card has none.
+    The figure needs matplotlib. Without matplotlib, a warning is logged and the card has no figure.
 
     Args:
-        folder: the export; of the three files only results.json must be there.
-        repo_id: the repository on the Hub that the card's code loads; None: the reader's copy of the folder.
-        language, license: as the Hub's metadata has them.
-        tags: beside those of the run.
-        model_name: the title; by default the repository's name, else the student's.
+        folder: the export; only results.json must exist.
+        repo_id: repository on the Hub that the card's code loads. None: the card's code loads a local folder.
+        language, license: entries of the Hub's metadata.
+        tags: tags in addition to those of the run.
+        model_name: title of the card; by default the repository's name, else the student's.
         dataset: Hub id or name of the data set, in place of the run's.
-        finetuned_from: Hub id of a model that the student comes from, beside those that the run names.
+        finetuned_from: Hub id of a model that the student comes from, in addition to those in the results.
 
     Raises:
         FileNotFoundError: without results.json.
@@ -77,11 +77,15 @@ def write_card(
 
 
 def _text_of(path: Path) -> str | None:
+    """Return the content of a file, or None if there is no such file."""
     return path.read_text() if path.is_file() else None
 
 
 def _draw(results: dict[str, Any], path: Path) -> str | None:
-    """The figure's name, or None: one evaluation is no curve, and the figure of an earlier export is not this one's."""
+    """Draw the figure and return its name, or None: a curve needs two evaluations, and matplotlib.
+
+    The figure of an earlier export is removed.
+    """
     path.unlink(missing_ok=True)
     if len(results["epochs"]) < 2:
         return None
@@ -93,8 +97,11 @@ def _draw(results: dict[str, Any], path: Path) -> str | None:
 
 
 def _library_and_tags(results: dict[str, Any], config: dict[str, Any] | None, tags: list[str]) -> dict[str, Any]:
-    """The Hub offers code that loads the model for its library and for every library among its tags. That of timm and
-    of transformers lacks `import hfkd`, so that an architecture of hfkd names neither."""
+    """Return the card's library and tags.
+
+    The Hub offers code that loads the model for its library and for each library among its tags. The code for timm and
+    transformers lacks `import hfkd`, so a model with an architecture of hfkd is tagged with neither.
+    """
     library = card_text.library_of(config)
     own = ["hfkd", "image-classification"]
     own += ["knowledge-distillation", *results["losses"]] if results["losses"] else []
@@ -104,19 +111,19 @@ def _library_and_tags(results: dict[str, Any], config: dict[str, Any] | None, ta
 
 
 def _origin(results: dict[str, Any], finetuned_from: str | None) -> dict[str, Any]:
-    """The models and the data set on the Hub that the student comes from."""
+    """Return the models and the data set on the Hub that the student comes from."""
     models = [*results["base_models"], *([finetuned_from] if finetuned_from and hub_id(finetuned_from) else [])]
     data = results["dataset"]
     return {
         "datasets": [data["hub_id"]] if data and data["hub_id"] else None,
         "base_model": list(dict.fromkeys(models)) or None,
-        # The Hub knows no teachers, and without this takes several models for a merge.
+        # The Hub has no relation for a teacher, and would take several base models for a merge.
         "base_model_relation": "finetune" if models else None,
     }
 
 
 def _measured(results: dict[str, Any], title: str) -> dict[str, Any]:
-    """Accuracy of the exported weights; nothing where it is not known, or of which data set."""
+    """Return the accuracy of the exported weights; empty if the accuracy or its data set is not known."""
     data, exported = results["dataset"], results.get(results["exported"])
     if not data or not exported:
         return {}

@@ -1,4 +1,4 @@
-"""What a model card says, section by section, in Markdown."""
+"""Text of a model card, section by section, in Markdown."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..losses.standardize import CITATION
 from ..recipe.arguments import DistillationConfig
 from ..runs.tables import markdown_table, without_empty_columns
 
-ITS_FOLDER = "path/to/this/folder"  # what the code of a card loads where there is no repository
+LOCAL_FOLDER = "path/to/this/folder"  # path in the code of a card that has no repository
 
 PIPELINE_CODE = """
 from transformers import pipeline
@@ -55,7 +55,7 @@ print(model.pretrained_cfg["label_names"][logits.argmax(dim=1).item()])
 
 
 def summary(results: dict[str, Any]) -> str:
-    """What the model is: who was taught what by whom."""
+    """Return a summary of the model: student, teacher, method and data set."""
     own, theirs = results["parameters"], results["teacher_parameters"]
     student = f"This image classifier, {code(results['student'])} with {own:,} parameters, was"
     on = f" on {_dataset(results['dataset'])}" if results["dataset"] else ""
@@ -72,6 +72,7 @@ def summary(results: dict[str, Any]) -> str:
 
 
 def _dataset(data: dict[str, Any]) -> str:
+    """Return a data set's name, with a link and its numbers of classes and images if they are known."""
     name = code(data["name"])
     name = f"[{name}](https://huggingface.co/datasets/{data['hub_id']})" if data["hub_id"] else name
     counts = {"classes": data.get("classes"), "training images": data.get("train_images")}
@@ -80,7 +81,7 @@ def _dataset(data: dict[str, Any]) -> str:
 
 
 def results_section(results: dict[str, Any], figure: str | None) -> str | None:
-    """The table of what was measured, and the curves; None for a run without an evaluation."""
+    """Return the table of measured accuracies and the curves; None for a run without an evaluation."""
     if "last" not in results:
         return None
     data, images = results["dataset"], "the evaluation images"
@@ -98,7 +99,7 @@ def results_section(results: dict[str, Any], figure: str | None) -> str | None:
 
 
 def _measured(results: dict[str, Any]) -> list[list[str]]:
-    """Rows of the table; of what is compared with, only the top-1 is known."""
+    """Return the rows of the results table; for published run and teacher, only the top-1 is known."""
     best, last, published = results["best"], results["last"], results["published_top1"]
     epochs = {"best epoch": best, "last epoch": last} if best["step"] != last["step"] else {"best, last epoch": last}
     rows = [
@@ -116,7 +117,7 @@ def _measured(results: dict[str, Any]) -> list[list[str]]:
 
 
 def usage_section(config: dict[str, Any] | None, repo_id: str | None) -> str:
-    """Code that loads the model and classifies an image, for every library that can."""
+    """Return code that loads the model and classifies an image, for every library that can load it."""
     if config is None:
         return "## Use\n\n`model.safetensors` holds the state dict of a module that is not part of this repository."
     registering, parts = "", ["## Use"]
@@ -125,18 +126,21 @@ def usage_section(config: dict[str, Any] | None, repo_id: str | None) -> str:
         parts.append("`pip install hfkd` first: its import makes the architecture known to both libraries.")
     parts.append("With transformers:")
     parts += [
-        fenced("python", registering + template.strip().format(model=repo_id or ITS_FOLDER))
+        fenced("python", registering + template.strip().format(model=repo_id or LOCAL_FOLDER))
         for template in (PIPELINE_CODE, TRANSFORMERS_CODE)
     ]
     if config["model_type"] == "timm_wrapper":
-        name = f"hf-hub:{repo_id}" if repo_id else f"local-dir:{ITS_FOLDER}"
+        name = f"hf-hub:{repo_id}" if repo_id else f"local-dir:{LOCAL_FOLDER}"
         parts += ["With timm:", fenced("python", registering + TIMM_CODE.strip().format(model=name))]
     return "\n\n".join(parts)
 
 
 def library_of(config: dict[str, Any] | None) -> str | None:
-    """What loads a model with this config.json: transformers, timm (or transformers around it), or hfkd, whose import
-    registers the architecture; None for a module of somebody's own, which has none."""
+    """Return the library that loads a model with this config.json.
+
+    It is transformers, timm (also through transformers' wrapper), or hfkd, whose import registers the architecture.
+    None for a module without a config.json.
+    """
     if config is None:
         return None
     if config["model_type"] != "timm_wrapper":
@@ -146,7 +150,7 @@ def library_of(config: dict[str, Any] | None) -> str | None:
 
 
 def method_section(results: dict[str, Any]) -> str:
-    """The losses with every setting, and what to cite."""
+    """Return the losses with their settings, and the citations."""
     if not results["losses"]:
         return "## Method\n\nCross-entropy with the labels; no teacher."
     rows = [["cross-entropy with the labels", f"{results['ce_weight']:g}", ""]]
@@ -166,6 +170,7 @@ def method_section(results: dict[str, Any]) -> str:
 
 
 def _cache(cache: dict[str, Any]) -> str:
+    """Return a sentence on the teacher cache."""
     epochs, top_k = cache["epochs"], cache["top_k"]
     stored = "in float16" if top_k is None else f"the largest {top_k} of an image and what the others come to"
     number = "one epoch" if epochs == 1 else f"{epochs:,} epochs"
@@ -173,7 +178,7 @@ def _cache(cache: dict[str, Any]) -> str:
 
 
 def training_section(results: dict[str, Any], recipe: str | None) -> str:
-    """The settings, how to run it again, and on what it ran."""
+    """Return the settings, the command that repeats the run, and the environment."""
     rows = [] if recipe is None else _settings(yaml.safe_load(recipe))
     rows.append(["devices", results["devices"]])
     if "seconds" in results:
@@ -188,7 +193,7 @@ def training_section(results: dict[str, Any], recipe: str | None) -> str:
 
 
 def _settings(recipe: dict[str, Any]) -> list[list[str]]:
-    """Rows of the table: what a reader asks first, with the defaults where the recipe is silent."""
+    """Return the rows of the settings table, with defaults for keys that the recipe leaves out."""
     values = {field.name: field.default for field in dataclasses.fields(DistillationConfig)} | recipe
     optimizer = [code(values["optim"]), *([code(values["optim_args"])] if values["optim_args"] else [])]
     schedule = [f"{values['learning_rate']:g}"]
@@ -214,7 +219,7 @@ def _settings(recipe: dict[str, Any]) -> list[list[str]]:
 
 
 def _recipe(results: dict[str, Any], recipe: str) -> str:
-    """The whole recipe, and the command that runs it again, for a run that one started."""
+    """Return the whole recipe and, for a run that a recipe started, the command that repeats it."""
     parts = []
     if {"student_name_or_path", "dataset_name"} <= yaml.safe_load(recipe).keys():
         processes = int(results["devices"].split()[0])
@@ -233,20 +238,21 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
 
 
-# ---- Markdown, whatever the names hold -------------------------------------------------------------------------------
+# ---- Markdown: names may hold any characters -------------------------------------------------------------------------
 
 
 def one_line(text: str) -> str:
+    """Return a text with all white space replaced by single spaces."""
     return " ".join(text.split())
 
 
 def heading(text: str) -> str:
-    """A title of the first level, nothing of which is markup."""
+    """Return a heading of the first level, with Markdown's special characters escaped."""
     return "# " + re.sub(r"([\\`*<>\[\]|#])", r"\\\1", text)
 
 
 def code(text: str) -> str:
-    """A code span, nothing of which is markup; `markdown_table` escapes the bars in it."""
+    """Return a code span that shows the text as it is; `markdown_table` escapes its bars."""
     text = one_line(str(text))
     fence = "`" * (_longest_run(text) + 1)
     space = " " if text.startswith("`") or text.endswith("`") else ""
@@ -254,13 +260,13 @@ def code(text: str) -> str:
 
 
 def fenced(language: str, text: str) -> str:
-    """A block of code, nothing of which is markup."""
+    """Return a code block that shows the text as it is."""
     fence = "`" * max(3, _longest_run(text) + 1)
     return f"{fence}{language}\n{text}\n{fence}"
 
 
 def _longest_run(text: str) -> int:
-    """Backticks in a row."""
+    """Return the length of the longest run of backticks."""
     return max(map(len, re.findall("`+", text)), default=0)
 
 

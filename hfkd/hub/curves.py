@@ -74,8 +74,9 @@ def _draw_losses(axes, rows: list[dict[str, Any]], terms: list[str]) -> None:
     for index, term in enumerate(terms):
         style = {"color": TERM_COLOURS[index % len(TERM_COLOURS)], "linestyle": TERM_STYLES[index % len(TERM_STYLES)]}
         _draw(axes, rows, term, label="sum" if term == "loss" else term.removeprefix("loss_"), **style)
-    if all(row[term] > 0 for row in rows for term in terms if term in row):  # those of VID may be negative
-        axes.set_yscale("log")  # the terms differ in magnitude
+    # The terms differ in magnitude, which a log scale shows. VID's term may be negative, which it cannot show.
+    if all(row[term] > 0 for row in rows for term in terms if term in row):
+        axes.set_yscale("log")
         mark_decades(axes.yaxis)
     axes.set_ylabel("training loss, weighted terms")
 

@@ -1,4 +1,4 @@
-"""The Hub: a repository for an export, one commit an upload, and errors that say what to do."""
+"""Repositories on the Hub: creating one for an export, checking it, and uploading files in one commit."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from ..errors import HfkdError
 from ..runs.folder import CONFIG_NAME, WEIGHTS_NAME
-from .errors import SILENCE, PushError, asking, no_right
+from .errors import READ_TIMEOUT, PushError, hub_access, write_denied
 
 
 def export_files(folder: Path) -> dict[str, Path]:
-    """The files of an export, by their names, without hidden ones and Trainer's arguments, which hold the Hub token."""
+    """Return the files of an export by name, without hidden files and Trainer's arguments, which hold the Hub token."""
     files = [path for path in sorted(folder.iterdir()) if path.is_file()]
     return {path.name: path for path in files if path.name[0] != "." and path.name != TRAINING_ARGS_NAME}
 
 
 def open_repository(repo_id: str, config: Mapping[str, Any] | None, **settings: Any) -> str:
-    """`ensure_repository`, before anything is trained.
+    """Call `ensure_repository` before training starts.
 
     Raises:
-        ValueError: where that raises PushError.
+        HfkdError: if `ensure_repository` raises PushError.
     """
     try:
         return ensure_repository(repo_id, config, **settings)
     except PushError as error:
         raise HfkdError(
-            f"{error} Training has not started. Without push_to_hub it does without the Hub, and `hfkd push` uploads "
+            f"{error} Training has not started. Leave push_to_hub out to train without the Hub; `hfkd push` uploads "
             "the result later."
         ) from error.__cause__
 
@@ -57,33 +57,33 @@ def ensure_repository(
     token: str | None = None,
     revision: str | None = None,
 ) -> str:
-    """Creates a model repository, and a branch of it, unless they are there, and checks that a model may go there.
+    """Create a model repository, and a branch, if they do not exist, and check that the model may be pushed there.
 
     Args:
-        repo_id: `owner/name`, or the name of one of the token's user.
-        config: the model's configuration; what it replaces must be of the same architecture and classes. None: it
-            replaces nothing.
-        private: for a new repository.
-        token: by default the one that is logged in.
+        repo_id: `owner/name`, or a name alone for the token's user.
+        config: the model's configuration. A model in the repository must have the same architecture and classes. None:
+            the repository must hold no model.
+        private: visibility of a new repository.
+        token: token for the Hub; by default the one of `hf auth login`.
         revision: a branch; a new one starts from main.
 
     Returns:
-        The repository's full id.
+        The full id of the repository.
 
     Raises:
-        PushError: if the id is not valid, the token is missing, not valid or without the right to write there, the
-            Hub cannot be reached, or the repository is public and should be private, or holds something else.
+        PushError: if the id is not valid; if the token is missing, not valid or without write access; if the Hub is not
+            reached; if the repository is public and should be private, or holds something else.
     """
-    with asking(repo_id, revision, token) as token:
+    with hub_access(repo_id, revision, token) as token:
         validate_repo_id(repo_id)
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    with asking(repo_id, revision, token):
-        _check_right(api, repo_id)
+    with hub_access(repo_id, revision, token):
+        _check_write_access(api, repo_id)
         try:
-            info, new_branch = api.model_info(repo_id, revision=revision, timeout=SILENCE), False
+            info, new_branch = api.model_info(repo_id, revision=revision, timeout=READ_TIMEOUT), False
         except RevisionNotFoundError:
-            info, new_branch = api.model_info(repo_id, timeout=SILENCE), True
+            info, new_branch = api.model_info(repo_id, timeout=READ_TIMEOUT), True
         if private and not info.private:
             raise PushError(
                 f"{repo_id} exists and is public, and hub_private_repo applies to a new repository only. Make it "
@@ -95,13 +95,17 @@ def ensure_repository(
     return repo_id
 
 
-def _check_right(api: HfApi, repo_id: str) -> None:
-    """Raises PushError if a valid token may not write: that the repository exists may be all `create_repo` found."""
+def _check_write_access(api: HfApi, repo_id: str) -> None:
+    """Check that a valid token may write; `create_repo` may only have found that the repository exists.
+
+    Raises:
+        PushError: if it may not.
+    """
     try:
         api.auth_check(repo_id, write=True)
     except HfHubHTTPError as error:
         if error.response.status_code in (401, 403, 404):
-            raise PushError(no_right(error, repo_id)) from error
+            raise PushError(write_denied(error, repo_id)) from error
         raise
 
 
@@ -114,11 +118,11 @@ def upload(
     revision: str | None = None,
     background: bool = False,
 ) -> CommitInfo | Future[CommitInfo]:
-    """One commit of files to a repository that is there.
+    """Upload files to an existing repository in one commit.
 
     Args:
-        files: by their path in the repository.
-        background: whether to return at once; such uploads run one after the other, in the order of the calls.
+        files: paths or contents by their path in the repository.
+        background: return at once; such uploads run one after the other, in the order of the calls.
 
     Returns:
         The commit or, in the background, its Future.
@@ -130,28 +134,33 @@ def upload(
 
     def commit() -> CommitInfo:
         try:
-            with asking(repo_id, revision, token) as used:
+            with hub_access(repo_id, revision, token) as used:
                 return HfApi(token=used).create_commit(repo_id, operations, commit_message=message, revision=revision)
         except PushError as error:
-            raise PushError(f"{error} {_way_on(files, repo_id, revision)}") from error.__cause__
+            raise PushError(f"{error} {_recovery_hint(files, repo_id, revision)}") from error.__cause__
 
     return run_as_future(commit) if background else commit()
 
 
-def _way_on(files: Mapping[str, Path | bytes], repo_id: str, revision: str | None) -> str:
+def _recovery_hint(files: Mapping[str, Path | bytes], repo_id: str, revision: str | None) -> str:
+    """Return the sentence that tells how to complete a failed push."""
     weights = files.get(WEIGHTS_NAME)
-    if not isinstance(weights, Path):  # a checkpoint's files, say, which are no export
-        return "Nothing is lost: what was to be uploaded is on disk."
+    if not isinstance(weights, Path):  # the files of a checkpoint, for example, which are no export
+        return "Nothing is lost: the files are on disk."
     command = ["hfkd", "push", str(weights.parent), "--hub_model_id", repo_id]
     command += ["--hub_revision", revision] if revision else []
     return f"Nothing is lost: {weights.parent} holds the whole model. Complete the push with: {shlex.join(command)}"
 
 
-# ---- What is there already -----------------------------------------------------------------------------------------
+# ---- Content of an existing repository -----------------------------------------------------------------------------
 
 
 def _check_content(info: ModelInfo, config: Mapping[str, Any] | None, token: str) -> None:
-    """Raises PushError if a repository holds more than what every new one does, unless it is the same model."""
+    """Check that a repository is empty, except for the files of every new one, or holds the same model.
+
+    Raises:
+        PushError: if it holds something else.
+    """
     files = sorted(file.rfilename for file in info.siblings)
     bare = re.compile(r"\.gitattributes|\.gitignore|README\.md|LICENSE.*", re.IGNORECASE)
     others = [name for name in files if not bare.fullmatch(name)]
@@ -171,13 +180,13 @@ def _check_content(info: ModelInfo, config: Mapping[str, Any] | None, token: str
 
 
 def _difference(path: str, config: Mapping[str, Any]) -> str | None:
-    """How the model of a config.json differs from another one; None: the one may replace the other."""
+    """Return how the model of a config.json differs from another one; None if one may replace the other."""
     try:
         found = json.loads(Path(path).read_text())
         there, here = _architecture(found), _architecture(config)
         classes, expected = _class_names(found), _class_names(config)
     except (ValueError, LookupError, AttributeError, TypeError):
-        return " (its config.json is not that of an image classifier)"
+        return " (its config.json is not an image classifier's)"
     if there != here:
         return f" (its model is a {there}, this one a {here})"
     if len(classes) != len(expected):
@@ -189,12 +198,13 @@ def _difference(path: str, config: Mapping[str, Any]) -> str | None:
 
 
 def _architecture(config: Mapping[str, Any]) -> str:
-    return config.get("architecture") or config["model_type"]  # timm's name, which a wrapped timm model has, too
+    """Return timm's name of the architecture, which a wrapped timm model has too, or transformers' model type."""
+    return config.get("architecture") or config["model_type"]
 
 
 def _class_names(config: Mapping[str, Any]) -> Sequence[str]:
-    """In the order of the labels; a config.json leaves out the names that transformers gives by default."""
-    if config.get("label_names"):  # timm's
+    """Return the class names in the order of the labels; a config.json leaves out transformers' default names."""
+    if config.get("label_names"):  # timm's key
         return config["label_names"]
     names = config.get("id2label") or {index: f"LABEL_{index}" for index in range(config.get("num_classes", 2))}
     return [names[key] for key in sorted(names, key=int)]

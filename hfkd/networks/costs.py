@@ -1,4 +1,4 @@
-"""Costs of a model: parameters, multiply-adds, time."""
+"""Costs of a model: parameters, multiply-adds and latency."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ from .features import logits_of
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Return the number of parameters, trained or frozen; shared ones count once."""
+    """Return the number of parameters, trained or frozen; shared parameters count once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def multiply_adds(model: nn.Module, image_size: int) -> int:
-    """Count the multiply-adds of one image's forward pass as papers do: convolutions, matrix products, attention."""
-    # With gradients: the counter hooks into the graph of a module's inputs, and a ViT's class token is a parameter.
-    # With the kernel that is made of matrix products: torch 2.14 does not count a CPU's fused one.
+    """Count the multiply-adds of one image's forward pass, as papers do.
+
+    Convolutions, matrix products and attention count.
+    """
+    # Gradients are on because the counter hooks into the graph of a module's inputs, and a ViT's class token is a
+    # parameter. The attention kernel is the one made of matrix products: torch 2.14 does not count the CPU's fused one.
     counter = FlopCounterMode(display=False)
     with torch.enable_grad(), _evaluating(model), sdpa_kernel(SDPBackend.MATH), counter:
         logits_of(model, torch.zeros(1, 3, image_size, image_size))
@@ -36,8 +39,9 @@ def latencies(
 ) -> dict[str, float]:
     """Measure the milliseconds of a forward pass of `batch_size` images on the CPU, in float32.
 
-    The models take turns, so that a slow moment of the machine slows all of them. The fastest round counts: other work
-    only ever adds time, and more to a long forward pass than to a short one, so that medians would not compare.
+    The models take turns, so that a slow moment of the machine slows all of them. The fastest round counts. Other work
+    on the machine only adds time, and adds more to a long forward pass than to a short one, so medians would not be
+    comparable.
     """
     times: dict[str, list[float]] = {name: [] for name in models}
     images = {name: torch.randn(batch_size, 3, size, size) for name, size in image_sizes.items()}

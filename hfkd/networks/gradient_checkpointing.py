@@ -1,4 +1,4 @@
-"""Gradient checkpointing: the backward pass runs parts of the student a second time, which must leave no trace."""
+"""Gradient checkpointing: the backward pass runs parts of the student again, without updating running statistics."""
 
 from __future__ import annotations
 
@@ -13,53 +13,57 @@ from transformers.models.timm_wrapper import TimmWrapperForImageClassification
 
 from ..errors import HfkdError
 
-# The buffers in whose place copies stand while their module runs again.
-_KEPT: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
+# Original buffers of the modules that run again. Meanwhile copies stand in their place and take the second update.
+_ORIGINAL_BUFFERS: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
 
 
 def recomputing() -> bool:
-    """Is what runs now part of a backward pass? A forward then is one that ran before."""
+    """Return True within a backward pass, where gradient checkpointing repeats an earlier forward pass."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def use_gradient_checkpointing(student: nn.Module, settings: Mapping[str, Any]) -> None:
-    """Sees to it that what `gradient_checkpointing` runs twice counts once in running statistics, of BatchNorm above
-    all: the student is then trained as it is without.
+    """Prepare a student for gradient checkpointing, so that running statistics are updated once a step.
+
+    A layer that runs again in the backward pass would update its BatchNorm statistics twice. With this, the student
+    trains as it does without checkpointing.
 
     Raises:
-        ValueError: if the student cannot be checkpointed, or not in the way asked for.
+        HfkdError: if the student does not support checkpointing, or not with these settings.
     """
     wrapped = isinstance(student, TimmWrapperForImageClassification)
     name = type(student.timm_model if wrapped else student).__name__
     if not isinstance(student, PreTrainedModel) or not student.supports_gradient_checkpointing:
         raise HfkdError(
-            f"gradient_checkpointing: a {name} does not know how to run its layers again. Leave it out, or take a "
-            "student of timm or transformers that has it, such as cifar_*, timm's ResNets or any ViT."
+            f"gradient_checkpointing: {name} does not support it. Leave it out, or take a student of timm or "
+            "transformers that does, such as cifar_*, timm's ResNets or any ViT."
         )
     if settings.get("use_reentrant"):
         raise HfkdError(
-            "gradient_checkpointing_kwargs: use_reentrant must be false: else the losses' features have no gradients."
+            "gradient_checkpointing_kwargs: use_reentrant must be false, or features would have no gradients."
         )
     if wrapped:
         ignored = sorted(settings.keys() - {"use_reentrant"})
         if ignored:
             raise HfkdError(f"gradient_checkpointing_kwargs: {ignored[0]} has no effect on {name}, a model of timm.")
-        # Now, and not when training starts: the dry run then calls the layers in the way that training does.
+        # Checkpointing is switched on now, before the dry run, which must call the layers as training does: taps sit
+        # on the modules that are called.
         student.timm_model.set_grad_checkpointing(True)
     for module in student.modules():
         if any(buffer.startswith("running_") for buffer, _ in module.named_buffers(recurse=False)):
-            module.register_forward_pre_hook(_put_copies_in_place)
-            module.register_forward_hook(_put_back, always_call=True)  # it may stop inside: torch needs no more
+            module.register_forward_pre_hook(_swap_in_copies)
+            # Always called: torch stops a repeated forward with an exception once it has the tensors that it needs.
+            module.register_forward_hook(_restore_buffers, always_call=True)
 
 
-def _put_copies_in_place(module: nn.Module, arguments: tuple) -> None:
-    if recomputing() and module not in _KEPT:
-        _KEPT[module] = dict(module.named_buffers(recurse=False))
-        for name, buffer in _KEPT[module].items():
+def _swap_in_copies(module: nn.Module, arguments: tuple) -> None:
+    if recomputing() and module not in _ORIGINAL_BUFFERS:
+        _ORIGINAL_BUFFERS[module] = dict(module.named_buffers(recurse=False))
+        for name, buffer in _ORIGINAL_BUFFERS[module].items():
             setattr(module, name, buffer.clone())
 
 
-def _put_back(module: nn.Module, arguments: tuple, output: Tensor | None) -> None:
+def _restore_buffers(module: nn.Module, arguments: tuple, output: Tensor | None) -> None:
     if recomputing():
-        for name, buffer in _KEPT.pop(module, {}).items():
+        for name, buffer in _ORIGINAL_BUFFERS.pop(module, {}).items():
             setattr(module, name, buffer)

@@ -1,4 +1,4 @@
-"""Students and teachers by name: timm architectures, local folders, Hub ids."""
+"""Loading of students and teachers by name: timm architectures, local folders, Hub ids."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ from .features import InputSpec, timm_model_of
 from .sharding import gathered
 from .teacher import Teacher, TeacherEnsemble
 
-# Entries of timm's pretrained_cfg: where it gets weights, perhaps a path of this machine, while a saved model has its
-# own; and what it says of an architecture's published weights, which a new student does not have.
-WEIGHT_SOURCES = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source"}
-OF_PUBLISHED_WEIGHTS = ("tag", "license", "origin_url", "test_input_size", "test_pool_size", "test_crop_pct")
+# Entries of timm's pretrained_cfg that a student does not keep. The first name the source of the weights, perhaps a
+# path on this machine; a saved model brings its own weights. The others describe an architecture's published weights,
+# which a new student does not have.
+WEIGHT_SOURCE_KEYS = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source"}
+PUBLISHED_WEIGHT_KEYS = ("tag", "license", "origin_url", "test_input_size", "test_pool_size", "test_crop_pct")
 
 
 def load_student(
@@ -44,29 +45,29 @@ def load_student(
     crop_pct: float = 1.0,
     interpolation: str = "bicubic",
 ) -> PreTrainedModel:
-    """A transformers image classifier to train, with the classes of the data set.
+    """Return a transformers image classifier to train, with the classes of the data set.
 
-    A timm architecture (`cifar_resnet20`, `deit_tiny_distilled_patch16_224`) starts from random weights; a folder or
-    a Hub id from its own weights, with a new classifier where the number of classes differs.
+    A timm architecture (`cifar_resnet20`, `deit_tiny_distilled_patch16_224`) starts from random weights. A folder or a
+    Hub id starts from its own weights, with a new classifier if the number of classes differs.
 
     Args:
         name_or_path: timm architecture, folder written by `save_pretrained`, or Hub id.
-        class_names: names of the classes, in the order of the labels; they travel with the saved model.
-        num_classes: in place of `class_names`.
+        class_names: names of the classes, in the order of the labels; they are saved with the model.
+        num_classes: number of classes, in place of `class_names`.
         image_size: side of the square input in pixels, for a timm architecture; by default its own.
-        patch_size: side of a ViT's patches in pixels, likewise.
-        drop_path_rate: stochastic depth, likewise.
-        crop_pct, interpolation: how images are prepared for evaluation, which travels with the saved model; for a model
-            of transformers' own its image processor says so.
+        patch_size: side of a ViT's patches in pixels, for a timm architecture; by default its own.
+        drop_path_rate: rate of stochastic depth, for a timm architecture; by default its own.
+        crop_pct, interpolation: preprocessing for evaluation, saved with the model. A model of transformers' own has an
+            image processor instead.
 
     Raises:
-        ValueError: without classes, for a name that is no architecture, folder or Hub id, for what the architecture
-            does not take, an image size that its patches do not divide, or a setting of an architecture where the
-            weights come with their own.
+        HfkdError: without classes; for a name that is no architecture, folder or Hub id; for an argument that the
+            architecture does not take; for an image size that its patches do not divide; for a setting of an
+            architecture with a name that comes with weights.
     """
     if class_names is None:
         if num_classes is None:
-            raise HfkdError("load_student needs class_names or num_classes: how many classes has the data set?")
+            raise HfkdError("load_student needs the classes of the data set: give class_names or num_classes.")
         class_names = [str(index) for index in range(num_classes)]
     preparation = {"crop_pct": crop_pct, "interpolation": interpolation, "crop_mode": "center"}
     if _is_architecture(name_or_path):
@@ -75,7 +76,7 @@ def load_student(
     for key, value in settings.items():
         if value is not None:
             raise HfkdError(
-                f"{key}={value} goes with a timm architecture; {name_or_path} comes with its own. Leave it out."
+                f"{key}={value} is for a timm architecture, and {name_or_path} has its own value: leave {key} out."
             )
     student = load_pretrained(name_or_path, class_names)
     if isinstance(student, TimmWrapperForImageClassification):
@@ -84,8 +85,8 @@ def load_student(
 
 
 def _new_student(architecture, class_names, image_size, patch_size, drop_path_rate, preparation):
-    """A wrapped timm architecture with random weights."""
-    overlay = dict.fromkeys(OF_PUBLISHED_WEIGHTS) | preparation
+    """Return a wrapped timm architecture with random weights."""
+    overlay = dict.fromkeys(PUBLISHED_WEIGHT_KEYS) | preparation
     if image_size is not None:
         overlay["input_size"] = (3, image_size, image_size)
     shape = {} if patch_size is None else {"patch_size": patch_size}
@@ -94,17 +95,21 @@ def _new_student(architecture, class_names, image_size, patch_size, drop_path_ra
         model = timm.create_model(
             architecture, num_classes=len(class_names), pretrained_cfg_overlay=overlay, **settings
         )
-    except TypeError as error:  # an argument that the architecture's constructor does not know
+    except TypeError as error:  # the architecture's constructor does not have this argument
         raise HfkdError(f"{architecture} does not take {', '.join(settings)}: {error}.") from error
     _check_patches(architecture, model)
-    _wake_zero_heads(model)
+    _reinitialize_zero_classifier(model)
     if image_size is not None and model.pretrained_cfg.get("fixed_input_size"):
         shape["img_size"] = image_size
     return wrap_timm(model, class_names, shape)
 
 
 def _check_patches(architecture: str, model: nn.Module) -> None:
-    """timm's ViTs do not look at the pixels beyond the last whole patch: raises ValueError if there are any."""
+    """Check that the patches of a ViT divide its input: timm's ViTs ignore the pixels beyond the last whole patch.
+
+    Raises:
+        HfkdError: if they do not; the message names the nearest sizes.
+    """
     for module in model.modules():
         if isinstance(module, (PatchEmbed, ConvEmbedding)) and module.img_size is not None:
             patch, side = module.patch_size[0], module.img_size[0]
@@ -117,14 +122,14 @@ def _check_patches(architecture: str, model: nn.Module) -> None:
                     f"image_size: {architecture} cuts its input into patches of {patch} pixels, every {stride}, which "
                     f"do not divide {side}. Take {sizes}, or another patch_size."
                 )
-            return  # later ones cut maps, not images
+            return  # only the first one cuts images; later ones cut feature maps
 
 
-def _wake_zero_heads(model: nn.Module) -> None:
-    """Gives a classifier that starts at zero (MLP-Mixer's, say) small random weights.
+def _reinitialize_zero_classifier(model: nn.Module) -> None:
+    """Give a classifier that starts at zero, such as MLP-Mixer's, small random weights.
 
-    Its first logits would all be equal, and after one step nearly so: the Z-score divides by their standard deviation
-    and would scale the first gradients up without bound.
+    All logits of such a classifier are equal at first, and nearly equal after one step. The Z-score divides by their
+    standard deviation and would scale the first gradients up without bound.
     """
     classifiers = model.get_classifier()
     for classifier in classifiers if isinstance(classifiers, tuple) else (classifiers,):
@@ -139,30 +144,33 @@ def load_teacher(
     class_indices: Sequence[int] | None = None,
     device_map: str | dict[str, Any] | None = None,
 ) -> Teacher:
-    """A frozen teacher, which sees the student's images at its own size and normalisation.
+    """Load a teacher and freeze it.
+
+    The student's images are converted to the teacher's own size and normalisation.
 
     Args:
-        name_or_path: a folder written by `save_pretrained` (an earlier run's `teacher/`), a Hub id, or a timm
-            architecture, which takes its weights from `checkpoint` or else timm's pretrained ones.
-        checkpoint: `.safetensors`, or a published `.pth` holding `{"model": state_dict}`, for an architecture.
+        name_or_path: folder written by `save_pretrained` (such as `teacher/` of an earlier run), Hub id, or timm
+            architecture. An architecture takes its weights from `checkpoint`, or else timm's pretrained ones.
+        checkpoint: `.safetensors`, or a published `.pth` with `{"model": state_dict}`, for an architecture.
         class_indices: for each of the student's classes, the teacher's; by default they are matched by name.
-        device_map: transformers', for one that a device does not hold; for a folder or a Hub id.
+        device_map: transformers' `device_map`, for a teacher that does not fit one device; for a folder or a Hub id.
 
     Raises:
-        ValueError: for an unknown name, weights that do not fit, or an architecture without any weights, or with a
+        HfkdError: for an unknown name, for weights that do not fit, or for an architecture without weights or with a
             device_map.
     """
     origin = None
     if device_map is not None and _is_architecture(name_or_path):
         raise HfkdError(
-            f"teacher_device_map is transformers', and {name_or_path} is an architecture of timm's: name a folder or a "
-            "Hub id."
+            f"teacher_device_map is for models of transformers, and {name_or_path} is a timm architecture: name a "
+            "folder or a Hub id."
         )
     if not _is_architecture(name_or_path):
         if checkpoint is not None:
             raise HfkdError(
-                f"teacher_checkpoint={checkpoint} goes with a timm architecture, but teacher_name_or_path="
-                f"{name_or_path} holds its own weights. Name an architecture such as cifar_resnet56, or drop it."
+                f"teacher_checkpoint={checkpoint} is for a timm architecture, but teacher_name_or_path="
+                f"{name_or_path} holds its own weights. Name an architecture such as cifar_resnet56, or leave "
+                "teacher_checkpoint out."
             )
         model, origin = load_pretrained(name_or_path, device_map=device_map), hub_id(name_or_path)
     elif checkpoint is not None:
@@ -181,12 +189,11 @@ def load_teacher(
 def load_pretrained(
     name_or_path: str, class_names: list[str] | None = None, device_map: str | dict[str, Any] | None = None
 ) -> PreTrainedModel:
-    """A transformers image classifier from a folder or the Hub, in float32 whatever it is stored in.
+    """Load a transformers image classifier from a folder or the Hub, in float32.
 
     Args:
-        class_names: the classes that it is to have, with a new classifier where they are more or fewer; by default
-            its own.
-        device_map: transformers'.
+        class_names: classes of the model, with a new classifier if their number differs; by default its own.
+        device_map: transformers' `device_map`.
     """
     classes = {}
     if class_names is not None:
@@ -197,7 +204,8 @@ def load_pretrained(
         if config.model_args:
             config.model_args.pop("num_classes", None)  # timm's push_to_hf_hub writes it; transformers refuses it
         if class_names is not None:
-            config.label_names = list(class_names)  # else timm's own key keeps the folder's, and is what is saved
+            # timm reads its own key. Without this line it would keep the names from the folder and save them again.
+            config.label_names = list(class_names)
     return AutoModelForImageClassification.from_pretrained(
         name_or_path,
         config=config,
@@ -210,9 +218,9 @@ def load_pretrained(
 def as_teacher(
     given: Teacher | TeacherEnsemble | nn.Module | Sequence[Teacher | nn.Module] | None, standardized: bool
 ) -> Teacher | TeacherEnsemble | None:
-    """What the trainer's caller gave as the teacher, as one: models are frozen, several are an ensemble."""
+    """Return the trainer's `teacher` argument as one teacher: models are frozen, and several become an ensemble."""
     if isinstance(given, nn.Module):
-        # What a timm or transformers model was trained with stands in its configuration.
+        # The model's configuration holds the size and normalisation that it was trained with.
         origin = hub_id(given.name_or_path) if isinstance(given, PreTrainedModel) else None
         return Teacher(given, input_spec=known_input_spec(given), hub_id=origin)
     if isinstance(given, Sequence):
@@ -222,7 +230,11 @@ def as_teacher(
 
 
 def _is_architecture(name_or_path: str) -> bool:
-    """True for a timm architecture, False for a folder or a Hub id, an error for neither."""
+    """Return True for a timm architecture, False for a folder or a Hub id.
+
+    Raises:
+        HfkdError: if the name is none of these.
+    """
     if timm.is_model(name_or_path):
         return True
     if os.path.isdir(name_or_path) or hub_id(name_or_path):
@@ -238,21 +250,21 @@ def _is_architecture(name_or_path: str) -> bool:
 def wrap_timm(
     model: nn.Module, class_names: list[str], model_args: dict[str, Any] | None = None
 ) -> TimmWrapperForImageClassification:
-    """The transformers model around a timm one; both share the weights.
+    """Return the transformers model around a timm model; both share the weights.
 
     Args:
         model: made by `timm.create_model`.
-        class_names: as many as the model has classes.
-        model_args: the keywords that the model was made with beside `num_classes`, such as `img_size`: without them
-            a saved model could not be built again.
+        class_names: one name for each of the model's classes.
+        model_args: keywords with which the model was made, except `num_classes`, such as `img_size`. A saved model is
+            built from them.
 
     Raises:
-        ValueError: if architecture, classes and `model_args` give a model of other shapes.
+        HfkdError: if architecture, classes and `model_args` give a model of other shapes.
     """
     pretrained_cfg = {
         key: value
         for key, value in model.pretrained_cfg.items()
-        if key not in WEIGHT_SOURCES and value not in (None, "", ())
+        if key not in WEIGHT_SOURCE_KEYS and value not in (None, "", ())
     }
     config = TimmWrapperConfig(
         architecture=pretrained_cfg["architecture"],
@@ -261,7 +273,7 @@ def wrap_timm(
         num_labels=len(class_names),
         id2label=dict(enumerate(class_names)),
         label2id={name: index for index, name in enumerate(class_names)},
-        num_features=model.num_features,  # timm's own config.json carries it
+        num_features=model.num_features,  # timm's own config.json has it
     )
     wrapper = TimmWrapperForImageClassification(config)
     expected = {name: value.shape for name, value in wrapper.timm_model.state_dict().items()}
@@ -271,36 +283,38 @@ def wrap_timm(
         raise HfkdError(
             f"{config.architecture} with {len(class_names)} classes and model_args={model_args or {}} has another "
             f"shape at '{name}' ({expected.get(name)}) than the model given ({given.get(name)}), so it could not be "
-            "loaded again. Pass the keywords it was made with: wrap_timm(model, class_names, {'img_size': ...})."
+            "loaded again. Pass the keywords that it was made with: wrap_timm(model, class_names, {'img_size': ...})."
         )
-    wrapper.timm_model = model  # the wrapper re-initialises the model that it builds; keep timm's initialisation
+    # The wrapper builds a model and initialises it in transformers' way. The given model keeps timm's initialisation.
+    wrapper.timm_model = model
     return wrapper
 
 
 def input_spec(model: nn.Module) -> InputSpec:
-    """Input size and normalisation of a timm model, or of a transformers one that came from a folder or the Hub.
+    """Return input size and normalisation of a timm model, or of a transformers model from a folder or the Hub.
 
     Raises:
-        ValueError: for a transformers model whose image processor prepares images in a way that cannot be followed.
+        HfkdError: for a transformers model whose image processor is not supported.
     """
     if isinstance(model, TimmWrapperForImageClassification):
-        cfg = model.config.pretrained_cfg  # not the timm model's own, which timm makes anew when the folder is loaded
+        # The timm model has a pretrained_cfg as well, but timm makes it anew when a folder is loaded.
+        cfg = model.config.pretrained_cfg
     elif isinstance(model, PreTrainedModel):
-        return _spec_of_processor(AutoImageProcessor.from_pretrained(model.name_or_path), model.name_or_path)
+        return _processor_input_spec(AutoImageProcessor.from_pretrained(model.name_or_path), model.name_or_path)
     else:
         cfg = model.pretrained_cfg
     return InputSpec(cfg["input_size"][-1], tuple(cfg["mean"]), tuple(cfg["std"]))
 
 
-def _spec_of_processor(processor, name_or_path: str) -> InputSpec:
-    # Processors differ in what they have; what one lacks it does not do.
+def _processor_input_spec(processor, name_or_path: str) -> InputSpec:
+    # Processors differ in their attributes. One without an attribute does not take that step.
     crops = getattr(processor, "do_center_crop", False)
     size = (getattr(processor, "crop_size", None) if crops else None) or processor.size
     side = size.get("height") or size.get("shortest_edge")
     if side is None or getattr(processor, "do_flip_channel_order", False):
         raise HfkdError(
-            f"The image processor of {name_or_path} prepares images in a way that is not supported (size "
-            f"{dict(size)}, BGR: {bool(getattr(processor, 'do_flip_channel_order', False))}): expected a side and RGB."
+            f"The image processor of {name_or_path} is not supported (size {dict(size)}, BGR: "
+            f"{bool(getattr(processor, 'do_flip_channel_order', False))}): expected a side in pixels and RGB."
         )
     if not getattr(processor, "do_normalize", False):
         return InputSpec(side, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -308,24 +322,24 @@ def _spec_of_processor(processor, name_or_path: str) -> InputSpec:
 
 
 def known_input_spec(model: nn.Module) -> InputSpec | None:
-    """`input_spec`, or None for a model that says nothing of its input."""
+    """Return `input_spec`, or None for a model without information on its input."""
     if isinstance(model, PreTrainedModel) and not isinstance(model, TimmWrapperForImageClassification):
         try:
             return input_spec(model)
         except OSError:  # made from a configuration, or saved without its image processor
             return None
-    says = isinstance(model, TimmWrapperForImageClassification) or hasattr(model, "pretrained_cfg")  # timm's
-    return input_spec(model) if says else None
+    has_config = isinstance(model, TimmWrapperForImageClassification) or hasattr(model, "pretrained_cfg")
+    return input_spec(model) if has_config else None
 
 
 def exported_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Weights to save: a wrapped timm model's under timm's own names, which both timm and transformers read.
+    """Return the weights to save; for a wrapped timm model under timm's names, which timm and transformers both read.
 
-    Contiguous, since safetensors refuses channels_last strides.
+    They are contiguous, since safetensors refuses channels_last strides.
     """
     return {name: value.contiguous() for name, value in gathered(timm_model_of(model).state_dict()).items()}
 
 
 def load_exported(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Puts what `exported_state_dict` gave back into the model."""
+    """Load the weights from `exported_state_dict` back into the model."""
     timm_model_of(model).load_state_dict(state)

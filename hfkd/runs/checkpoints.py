@@ -1,4 +1,9 @@
-"""Is a checkpoint whole? A manifest of its files, written last, says so."""
+"""Checkpoint manifest: sizes and checksums of a checkpoint's files.
+
+The manifest is written last, and by renaming, so that a checkpoint with a manifest was written to the end. The
+checksums find damage that came later: a power failure or a full disk may leave a file of the right size and wrong
+content.
+"""
 
 from __future__ import annotations
 
@@ -19,18 +24,18 @@ MANIFEST_NAME = "checkpoint.json"
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 
 
-def seal(folder: str | Path) -> None:
-    """Writes the manifest: the size in bytes and the CRC-32 of every file of a checkpoint that is finished.
+def write_manifest(folder: str | Path) -> None:
+    """Write the manifest of a finished checkpoint: the size in bytes and the CRC-32 of every file.
 
-    Whoever writes to the checkpoint again removes the manifest first.
+    Code that writes to the checkpoint again must remove the manifest first.
     """
     folder = Path(folder)
-    files = {path.name: file_facts(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    files = {path.name: size_and_checksum(path) for path in sorted(folder.iterdir()) if path.is_file()}
     write_whole(folder / MANIFEST_NAME, json.dumps({"files": files}, indent=2))
 
 
 def defect(folder: str | Path) -> str | None:
-    """What keeps a checkpoint from being resumed, or None for one that is as it was written."""
+    """Return the reason why a checkpoint cannot be resumed, or None if it is whole."""
     folder = Path(folder)
     manifest = folder / MANIFEST_NAME
     if not folder.is_dir():
@@ -46,8 +51,8 @@ def defect(folder: str | Path) -> str | None:
         try:
             if path.stat().st_size != size:
                 return f"{name} has {path.stat().st_size} bytes instead of {size}"
-            if file_facts(path) != facts:
-                return f"{name} is not what was written: its checksum differs"
+            if size_and_checksum(path) != facts:
+                return f"{name} is damaged: its checksum differs"
         except FileNotFoundError:
             return f"{name} is missing"
         except OSError as error:
@@ -56,7 +61,7 @@ def defect(folder: str | Path) -> str | None:
 
 
 def last_checkpoint(output_dir: str | Path) -> str | None:
-    """The last checkpoint of a run that is whole; those behind it that are not are named in a warning."""
+    """Return the last whole checkpoint of a run, or None; later checkpoints that are not whole are logged."""
     for folder in checkpoints(output_dir)[::-1]:
         found = defect(folder)
         if found is None:
@@ -66,20 +71,22 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
-    """The folders `checkpoint-<step>` of a run, in the order of their steps, whole or not."""
+    """Return the folders `checkpoint-<step>` of a run in the order of their steps, whole or not."""
     output_dir = Path(output_dir)
     entries = output_dir.iterdir() if output_dir.is_dir() else []
     return sorted((path for path in entries if CHECKPOINT_NAME.fullmatch(path.name) and path.is_dir()), key=step_of)
 
 
 def step_of(folder: Path) -> int:
-    """The step that the name of a checkpoint says."""
+    """Return the step in the name of a checkpoint."""
     return int(CHECKPOINT_NAME.fullmatch(folder.name).group(1))
 
 
 def drop_old(output_dir: str | Path, limit: int | None, keep: list[str]) -> None:
-    """Removes checkpoints until `limit` are left, but none of those to keep: first what was not written to the end,
-    then the oldest."""
+    """Remove checkpoints until `limit` are left, except those in `keep`.
+
+    Checkpoints without a manifest are removed first, then the oldest.
+    """
     if not limit:
         return
     folders, kept = checkpoints(output_dir), {Path(path).resolve() for path in keep}
@@ -89,19 +96,21 @@ def drop_old(output_dir: str | Path, limit: int | None, keep: list[str]) -> None
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def set_aside_later(output_dir: str | Path, step: int) -> None:
-    """Renames the whole checkpoints of a run behind the step that it goes on from: a later resumption is not to find
-    them."""
+def set_aside_newer(output_dir: str | Path, step: int) -> None:
+    """Rename the whole checkpoints that are newer than the step from which a run is resumed.
+
+    The resumed run replaces their steps, and a later resumption must not find them.
+    """
     for folder in checkpoints(output_dir):
         if step_of(folder) > step and defect(folder) is None:
             aside = folder.with_name(f"superseded-{folder.name}")
             shutil.rmtree(aside, ignore_errors=True)
-            logger.warning(f"Training goes on from step {step}, so {folder} is kept as {aside.name}.")
+            logger.warning(f"Training resumes from step {step}, so {folder} is renamed to {aside.name}.")
             folder.rename(aside)
 
 
-def file_facts(content: Path | bytes) -> dict[str, int]:
-    """What the manifest says of a file, given its path or what is in it."""
+def size_and_checksum(content: Path | bytes) -> dict[str, int]:
+    """Return the manifest's entry for a file, given its path or its content."""
     with io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as file:
         checksum = size = 0
         while block := file.read(1 << 20):

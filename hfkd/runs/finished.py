@@ -14,7 +14,7 @@ import yaml
 from ..errors import HfkdError, NotFoundError, nearest
 from .folder import RECIPE_NAME, RESULTS_NAME, ROLES, WEIGHTS_NAME
 
-FACTS = ("role", "recipe", "seed", "planned_steps")  # readers of runs rely on these; others may be missing
+FACTS = ("role", "recipe", "seed", "planned_steps")  # facts that readers of runs rely on; others may be missing
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class RecipeTeacher:
     Attributes:
         names: a folder, Hub id or timm architecture for each network.
         checkpoints: for each network the file of its weights, or None.
-        class_indices: for each of the student's classes, the teacher's; None: matched by name.
+        class_indices: for each of the student's classes, the teacher's class; None: matched by name.
     """
 
     names: tuple[str, ...] = ()
@@ -38,7 +38,7 @@ class RecipeTeacher:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The keys of a recipe that name this teacher."""
+        """Keys of a recipe that name this teacher."""
         return {
             "teacher_name_or_path": list(self.names) or None,
             "teacher_checkpoint": list(self.checkpoints) if any(self.checkpoints) else None,
@@ -47,7 +47,7 @@ class RecipeTeacher:
 
 
 def teacher_of(recipe: Mapping[str, Any]) -> RecipeTeacher:
-    """Return the teacher that a recipe names; one name needs no list there."""
+    """Return the teacher that a recipe names; a recipe with one teacher may give a string in place of a list."""
     names, checkpoints = (recipe.get(key) or () for key in ("teacher_name_or_path", "teacher_checkpoint"))
     names, checkpoints = ((each,) if isinstance(each, str) else tuple(each) for each in (names, checkpoints))
     return RecipeTeacher(names, checkpoints or (None,) * len(names), recipe.get("teacher_class_indices"))
@@ -91,7 +91,7 @@ class FinishedRun:
 
     @property
     def teacher(self) -> RecipeTeacher:
-        """Teacher that the recipe names."""
+        """Teacher named by the recipe."""
         return teacher_of(self.recipe)
 
 
@@ -99,8 +99,8 @@ def read_run(folder: str | Path) -> FinishedRun:
     """Read a run's folder or an export.
 
     Raises:
-        FileNotFoundError: if the folder holds no run, or one that was not evaluated yet.
-        ValueError: if its files are damaged, or were written by an earlier hfkd and lack some of `FACTS`.
+        NotFoundError: if the folder holds no run, or one that was not evaluated yet.
+        HfkdError: if its files are damaged, or were written by an earlier hfkd and lack some of `FACTS`.
     """
     folder = Path(folder)
     path = folder / RESULTS_NAME
@@ -129,13 +129,13 @@ def _read_recipe(path: Path) -> dict[str, Any]:
 def find_runs(paths: Sequence[str | Path]) -> tuple[list[FinishedRun], list[str]]:
     """Find the evaluated runs at paths or below them, each once, in the order of the paths.
 
-    A run's `student/` or `teacher/` stands for the run. A run's folder is not searched for others.
+    An export in `student/` or `teacher/` stands for its run. A run's folder is not searched for other runs.
 
     Returns:
         The runs, and a sentence on each folder without a run that can be shown.
 
     Raises:
-        FileNotFoundError: if a path does not exist, or there is no run at all; the message names runs nearby.
+        NotFoundError: if a path does not exist, or there is no run at all; the message names runs nearby.
     """
     runs: dict[Path, FinishedRun] = {}
     left_out = []
@@ -180,5 +180,5 @@ def _runs_nearby(path: Path) -> str:
         found = [str(folder) for folder in _run_folders(place) if (folder / RESULTS_NAME).is_file()]
         if found and place.exists():
             near = nearest(path, found, n=4, cutoff=0.0)
-            return f"\nRuns that there are: {', '.join(near)}{', ...' if len(found) > 4 else ''}."
+            return f"\nRuns nearby: {', '.join(near)}{', ...' if len(found) > 4 else ''}."
     return " Train one with `hfkd distill recipe.yaml`; its folder then holds a results.json."

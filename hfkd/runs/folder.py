@@ -1,4 +1,4 @@
-"""Names of the files in a run's folder, writing them whole or not at all, and the environment that they record."""
+"""Files of a run's folder: their names, whole writes, and the environment that they record."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS_NAME, RECIPE_NAME = "results.json", "recipe.yaml"
-CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"  # of an export
+CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"  # files of an export
 ROLES = ("student", "teacher")  # folders of the exports
 LIBRARIES = ("torch", "torchvision", "transformers", "accelerate", "datasets", "timm", "evaluate", "numpy")
 

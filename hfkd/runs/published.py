@@ -1,4 +1,4 @@
-"""The published values and curves of the recipes, and in what a run departs from the published one."""
+"""Published values and curves of the recipes, and the differences of a run from the published one."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import Any
 
 from ..recipe.arguments import DataArguments, DistillationConfig, ModelArguments
 
-# Training and test images of the published runs, whatever a copy of the data set is called.
-IMAGES = {"uoft-cs/cifar100": (100, 50_000), "ILSVRC/imagenet-1k": (1_000, 1_281_167)}  # classes, training images
+# Classes and training images of the published data sets. A copy of a data set may have another name, so counts are
+# compared.
+IMAGE_COUNTS = {"uoft-cs/cifar100": (100, 50_000), "ILSVRC/imagenet-1k": (1_000, 1_281_167)}
 # Keys that make up a published protocol. They are a list of their own and not all keys with the effect RESULT: the
 # results of a run say better which teacher, images and batch size it had, and another seed, precision or number of
 # evaluations is no departure from a protocol.
@@ -29,13 +30,13 @@ COMPARED_KEYS = (
 
 @dataclass(frozen=True)
 class PublishedRun:
-    """What was published of a recipe.
+    """Published values of a recipe.
 
     Attributes:
-        top1: the paper's number, in percent.
-        best: the best test epoch of the published log; None where there is none.
-        test_top1: that log's accuracy after each epoch, in percent; empty where there is none.
-        temperature: CTKD's after each epoch, likewise.
+        top1: number in the paper, in percent.
+        best: best test epoch of the published log; None without a log.
+        test_top1: accuracy after each epoch in that log, in percent; empty without a log.
+        temperature: temperature of CTKD after each epoch; empty without a log.
         settings: `COMPARED_KEYS` that the recipe sets, its data set and batch size; `teacher` is an architecture or a
             Hub id, as in results.
     """
@@ -49,9 +50,9 @@ class PublishedRun:
 
 @functools.cache
 def published_runs() -> dict[str, PublishedRun]:
-    """By the recipe's name, such as `cifar100/resnet56-resnet20/kd_zscore`.
+    """Return the published runs by the recipe's name, such as `cifar100/resnet56-resnet20/kd_zscore`.
 
-    The logs are those of Sun et al., Logit Standardization in Knowledge Distillation, CVPR 2024.
+    The logs were published with Sun et al., Logit Standardization in Knowledge Distillation, CVPR 2024.
     """
     rows = json.loads(Path(__file__).with_name("published.json").read_text())
     return {row.pop("recipe"): PublishedRun(**{key: _frozen(value) for key, value in row.items()}) for row in rows}
@@ -62,7 +63,7 @@ def _frozen(value: Any) -> Any:
 
 
 def departures(recipe: Mapping[str, Any], results: Mapping[str, Any], published: PublishedRun) -> list[str]:
-    """In what a run differs from the published one of its recipe, in words for a table; nothing where it repeats it.
+    """Return the differences of a run from the published run of its recipe, in words; empty for a repetition.
 
     Args:
         recipe: the resolved recipe of the run.
@@ -88,7 +89,7 @@ def departures(recipe: Mapping[str, Any], results: Mapping[str, Any], published:
 
 
 def flat_settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of `COMPARED_KEYS`, defaults included, with a key for each parameter of a loss."""
+    """Return the values of `COMPARED_KEYS`, defaults included, with a key for each parameter of a loss."""
     settings = _defaults() | {key: recipe[key] for key in COMPARED_KEYS if key in recipe}
     losses = settings.pop("losses") or {}
     for method, parameters in losses.items():
@@ -105,19 +106,19 @@ def _defaults() -> dict[str, Any]:
 
 
 def global_batch(recipe: Mapping[str, Any], results: Mapping[str, Any]) -> int:
-    """Images a step, of all processes together."""
+    """Return the number of images in a step, over all processes."""
     images = recipe.get("per_device_train_batch_size", 8)  # the default of TrainingArguments
     return images * recipe.get("gradient_accumulation_steps", 1) * processes(results)
 
 
 def processes(results: Mapping[str, Any]) -> int:
-    """How many trained, of `2 x cuda`."""
+    """Return the number of processes that trained, from a description such as `2 x cuda`."""
     return int(results["devices"].split()[0])
 
 
 def _same_images(dataset: Mapping[str, Any] | None, theirs: Mapping[str, Any]) -> bool:
     if dataset is None:
         return False
-    classes, training_images = IMAGES[theirs["dataset_name"]]
+    classes, training_images = IMAGE_COUNTS[theirs["dataset_name"]]
     same_number = dataset["classes"] == classes and dataset["train_images"] == training_images
     return same_number and dataset["eval_split"] == theirs["eval_split"]

@@ -28,7 +28,7 @@ DEFAULTS = {field: DistillationConfig.__dataclass_fields__[field].default for fi
 
 @dataclass(frozen=True)
 class Cell:
-    """One training: a recipe with one seed, or the teacher that it needs.
+    """Training of a recipe with one seed, or of the teacher that it needs.
 
     Attributes:
         name: name of the recipe.
@@ -69,7 +69,10 @@ class Cell:
         return run if run.results["epochs"] else None
 
     def is_done(self) -> bool:
-        """Return True if the training ended and the model is there; a teacher may be there without its run."""
+        """Return True if the training ended and the model was written.
+
+        A teacher's model is enough: it may have been copied without its run.
+        """
         run = self.run()
         if run is None:
             return self.role == "teacher" and (self.folder / self.role / WEIGHTS_NAME).is_file()
@@ -90,7 +93,7 @@ class Cell:
         """Check that the folder holds no run with other settings, unless `allow_recipe_change` is set.
 
         Raises:
-            ValueError: if it does, naming the settings.
+            HfkdError: if it does; the message names the settings.
         """
         different = recipe_differences(self.folder / RECIPE_NAME, self.settings[3])
         if different and not self.config.allow_recipe_change:
@@ -108,16 +111,16 @@ def recipe_folder(pair: str) -> Path:
         pair: `resnet32x4-resnet8x4`, `imagenet/resnet34-resnet18` or the folder's path.
 
     Raises:
-        FileNotFoundError: if there are no recipes.
-        ValueError: if the pair is unknown; the message names the nearest.
+        NotFoundError: if there are no recipes.
+        HfkdError: if the pair is unknown; the message names the nearest.
     """
     folders = {}
     for place in (CHECKOUT / "recipes", Path("recipes")):
         folders |= {f"{path.parent.name}/{path.name}": path for path in sorted(place.glob("*/*-*")) if path.is_dir()}
     if not folders:
         raise NotFoundError(
-            "There is no folder `recipes` here. The recipes of the published tables are part of hfkd's repository and "
-            "not of what pip installs: start in a checkout of it, or copy its folder `recipes` to here."
+            "There is no folder `recipes` here. The recipes of the published tables are in hfkd's repository, and pip "
+            "does not install them: start in a checkout of it, or copy its folder `recipes` to here."
         )
     name = pair.strip("/").removeprefix("recipes/")
     for full_name, folder in folders.items():
@@ -131,7 +134,7 @@ def recipes_of(folder: Path, methods: Sequence[str]) -> list[Path]:
     """Return a pair's recipes of some methods; without methods, all recipes with a published top-1.
 
     Raises:
-        ValueError: for a method without a recipe; the message names the nearest.
+        HfkdError: for a method without a recipe; the message names the nearest.
     """
     recipes = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
     if not methods:
@@ -153,7 +156,7 @@ def planned_cells(
         overrides: `--key value ...` for all trainings.
 
     Raises:
-        ValueError: for less than one epoch, or an override that no recipe takes.
+        HfkdError: for less than one epoch, or an override that no recipe takes.
     """
     keys = {token.lstrip("-").partition("=")[0].replace("-", "_") for token in overrides if token.startswith("--")}
     given = not keys.isdisjoint({"teacher_name_or_path", "teacher_cache"})
@@ -171,7 +174,10 @@ def planned_cells(
 
 
 def _own_teacher(recipe: Mapping[str, Any]) -> Path | None:
-    """Return the recipe that trains a recipe's teacher, as a path below `recipes` without its ending; None without."""
+    """Return the recipe of a recipe's teacher, as a path below `recipes` without its ending, or None.
+
+    Only a teacher that another recipe trains has one.
+    """
     names = teacher_of(recipe).names
     path = Path(names[0]) if len(names) == 1 else Path()
     return path.parent.relative_to(RUNS) if path.parts[:1] == RUNS.parts and path.name == "teacher" else None
@@ -183,7 +189,7 @@ def _cell(role: str, path: Path, scale: float, root: Path, overrides: Sequence[s
     seed = recipe.get("seed", DEFAULTS["seed"]) + number
     folder = root / (f"{name}-seed{seed}" if number else name)
     argv = [*shortened(recipe, scale, name), "--output_dir", str(folder)]
-    if number:  # the first run is the same as that of `hfkd distill`
+    if number:  # the first run has the recipe's seed, as with `hfkd distill`
         argv += ["--seed", str(seed)]
     if (folder / RECIPE_NAME).is_file():
         argv += ["--resume_from_checkpoint", "true"]
@@ -197,7 +203,7 @@ def shortened(recipe: Mapping[str, Any], scale: float, name: str) -> list[str]:
     of all steps and needs no change.
 
     Raises:
-        ValueError: if less than one epoch is left.
+        HfkdError: if less than one epoch is left.
     """
     if scale == 1:
         return []

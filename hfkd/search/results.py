@@ -17,7 +17,7 @@ from .space import TRIAL_SETTINGS, Parameter, settings, short
 
 # Keys of the command line that the best recipe does not get: they make trials shorter than the run that they are for,
 # or concern trials alone, or the search gives them other values. A given warm-up is kept.
-OF_THE_TRIALS = {
+TRIAL_ONLY_KEYS = {
     *(key for key in SCHEDULE_KEYS if key != "warmup_steps"),
     *TRIAL_SETTINGS,
     *("train_split", "teacher_cache", "published_top1", "output_dir", "losses"),
@@ -61,7 +61,7 @@ def standard_error(top1: float, images: int) -> float:
     return 100 * math.sqrt(top1 / 100 * (1 - top1 / 100) / images)
 
 
-def answer(trials: Sequence[SearchedTrial], space: Sequence[Parameter], images: str, number: int) -> str:
+def summary_table(trials: Sequence[SearchedTrial], space: Sequence[Parameter], images: str, number: int) -> str:
     """Return the recipe's own values beside the best in a table, and the standard error of the numbers.
 
     Args:
@@ -120,12 +120,13 @@ def best_recipe(
 ) -> dict[str, Any]:
     """Return the searched recipe with the best values, for a file in the folder.
 
-    The new recipe extends the searched one. If that has a parent, the new recipe extends the parent and repeats the
-    searched recipe's lines, since only one level is allowed.
+    The new recipe extends the searched one. If the searched one has a parent, the new recipe extends the parent and
+    repeats the searched recipe's lines, since only one level is allowed.
 
     Args:
         path: path of the searched recipe.
-        given: keys of the command line; those that make trials shorter are left out.
+        folder: folder of the new recipe.
+        given: keys of the command line; keys that make trials shorter are left out.
         losses: losses of recipe and command line before the search.
         best: trial with the best values.
     """
@@ -135,7 +136,7 @@ def best_recipe(
         parent, own = path.name, {}
     recipe = {"extends": os.path.relpath(path.resolve().parent / parent, folder.resolve())} | own
     recipe.pop("search", None)
-    recipe |= {key: value for key, value in given.items() if key not in OF_THE_TRIALS}
+    recipe |= {key: value for key, value in given.items() if key not in TRIAL_ONLY_KEYS}
     recipe |= settings(best.values, losses)
-    # The published top-1 is not of these values. The run goes into the folder of the search.
+    # The published top-1 was measured with other values. The run goes into the folder of the search.
     return recipe | {"published_top1": None, "output_dir": str(folder / "best")}

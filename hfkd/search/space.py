@@ -1,4 +1,4 @@
-"""What a search tries: the `search` section of a recipe, or what follows from its losses."""
+"""Search space: the `search` section of a recipe, or a default that follows from its losses."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ TRIAL_SETTINGS = {
     "resume_from_checkpoint": "false",
 }
 EXAMPLE = "`search: {losses.kd.temperature: {low: 1, high: 8, log: true}, learning_rate: {choices: [0.05, 0.1]}}`"
-FACTOR = 3.0  # the default space reaches from a third of the recipe's value to three times as much
+RANGE_FACTOR = 3.0  # the default range is from a third of the recipe's value to three times the value
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One searched key.
+    """Searched parameter.
 
     Attributes:
-        key: such as `learning_rate` or `losses.kd.temperature`.
-        default: the recipe's own value; its type is the key's.
-        low, high: the range, both ends included; None with choices.
-        log: is it searched on a logarithmic scale?
-        choices: the values, in place of a range.
+        key: key of the recipe, such as `learning_rate` or `losses.kd.temperature`.
+        default: the recipe's own value, whose type the values have.
+        low, high: ends of the range, both included; None with choices.
+        log: True for a logarithmic scale.
+        choices: values in place of a range.
     """
 
     key: str
@@ -49,13 +49,13 @@ class Parameter:
     choices: tuple | None = None
 
     def entry(self) -> dict[str, Any]:
-        """As a recipe has it."""
+        """Return the entry of the parameter in a recipe."""
         if self.choices is not None:
             return {"choices": list(self.choices)}
         return {"low": self.low, "high": self.high, "log": self.log}
 
     def suggest(self, trial: Trial) -> Any:
-        """The value that a trial takes."""
+        """Return the value of the parameter in a trial."""
         if self.choices is not None:
             return trial.suggest_categorical(self.key, self.choices)
         suggest = trial.suggest_int if isinstance(self.default, int) else trial.suggest_float
@@ -63,21 +63,21 @@ class Parameter:
 
 
 def search_space(section: Mapping[str, Any] | None, config: DistillationConfig) -> list[Parameter]:
-    """The searched parameters of a recipe.
+    """Return the searched parameters of a recipe.
 
     Args:
-        section: what stands behind `search` in the recipe; None: temperature and weight of each loss on logits, the
-            weight of each other one, and the learning rate, from a third to three times the recipe's value.
+        section: `search` section of the recipe. None: temperature and weight of each loss on logits, weight of each
+            other loss, and the learning rate, from a third to three times the recipe's value.
 
     Raises:
-        ValueError: for an empty section, an unknown key, with the nearest valid one, or a range or choices that are
-            empty, out of what the key allows, or without the recipe's own value, with which a search begins.
+        HfkdError: for an empty section; for an unknown key, with the nearest valid one; for a range or choices that are
+            empty, not allowed for the key, or without the recipe's own value, with which a search begins.
     """
     losses = build_losses(config.losses, config.logit_standardization)
     if section is None:
         return _default_space(losses, config)
     if not isinstance(section, Mapping) or not section:
-        raise HfkdError(f"search is {section!r}: give keys with what to try, such as {EXAMPLE}, or leave it out.")
+        raise HfkdError(f"search is {section!r}: give keys with their values, such as {EXAMPLE}, or leave it out.")
     defaults = _searchable(losses, config)
     space = []
     for key, entry in section.items():
@@ -93,7 +93,7 @@ def search_space(section: Mapping[str, Any] | None, config: DistillationConfig) 
 
 
 def _searchable(losses: nn.ModuleDict, config: DistillationConfig) -> dict[str, Any]:
-    """Every key that can be searched, with the recipe's value."""
+    """Return every key that can be searched, with the recipe's value."""
     values = {
         f"losses.{name}.{parameter}": value
         for name, loss in losses.items()
@@ -104,18 +104,25 @@ def _searchable(losses: nn.ModuleDict, config: DistillationConfig) -> dict[str, 
 
 
 def _default_space(losses: nn.ModuleDict, config: DistillationConfig) -> list[Parameter]:
+    """Return the default search space of some losses."""
     values = {}
     for name, loss in losses.items():
         searched = ("temperature", "weight") if loss.reads_logits else ("weight",)
         values |= {f"losses.{name}.{key}": loss.arguments[key] for key in searched if key in loss.arguments}
     values["learning_rate"] = config.learning_rate
     return [
-        Parameter(key, value, value / FACTOR, value * FACTOR, log=True) for key, value in values.items() if value > 0
+        Parameter(key, value, value / RANGE_FACTOR, value * RANGE_FACTOR, log=True)
+        for key, value in values.items()
+        if value > 0
     ]
 
 
 def _parameter(key: str, default: Any, entry: Any) -> Parameter:
-    """An entry of the section, checked."""
+    """Return a checked entry of the section.
+
+    Raises:
+        HfkdError: if the entry is no valid range and no valid choices.
+    """
     keys = set(entry) if isinstance(entry, Mapping) else set()
     if keys == {"choices"}:
         return Parameter(key, default, choices=_choices(key, default, entry["choices"]))
@@ -124,7 +131,7 @@ def _parameter(key: str, default: Any, entry: Any) -> Parameter:
             f"search: {key} is {entry!r}: give `low` and `high`, with `log: true` for a log scale, or `choices`."
         )
     if isinstance(default, (bool, str)):
-        raise HfkdError(f"search: {key} is {default!r} in the recipe, no number: give `choices` in place of a range.")
+        raise HfkdError(f"search: {key} is {default!r} in the recipe, not a number: give `choices`, not a range.")
     low, high = (_converted(key, default, entry[end]) for end in ("low", "high"))
     log = entry.get("log", False)
     if not isinstance(log, bool):
@@ -135,26 +142,27 @@ def _parameter(key: str, default: Any, entry: Any) -> Parameter:
         raise HfkdError(f"search: {key} has low {low:g}: a logarithmic scale needs a low above 0.")
     if not low <= default <= high:
         raise HfkdError(
-            f"search: {key} has low {low:g} and high {high:g}, and the recipe's own value {default:g}, with which the "
-            "search begins, lies outside: widen the range, or change the recipe."
+            f"search: {key} has low {low:g} and high {high:g}, and the recipe's own value {default:g} lies outside. "
+            "The search begins with it: widen the range, or change the recipe."
         )
     return Parameter(key, default, low, high, log)
 
 
 def _choices(key: str, default: Any, given: Any) -> tuple:
+    """Return the checked values of `choices`, each once."""
     if not isinstance(given, list) or len(given) < 2:
         raise HfkdError(f"search: choices of {key} must be a list of two values or more, got {given!r}.")
     choices = tuple(dict.fromkeys(_converted(key, default, value) for value in given))
     if default not in choices:
         raise HfkdError(
-            f"search: choices of {key} are {', '.join(map(str, choices))}, and the recipe's own value {default}, with "
-            "which the search begins, is none of them: add it, or change the recipe."
+            f"search: choices of {key} are {', '.join(map(str, choices))}, and the recipe's own value {default} is not "
+            "among them. The search begins with it: add it, or change the recipe."
         )
     return choices
 
 
 def _converted(key: str, default: Any, value: Any) -> Any:
-    """A value of the type of the recipe's; YAML leaves some numbers, such as 5e-4, as strings."""
+    """Return a value in the type of the recipe's value; YAML reads some numbers, such as 5e-4, as strings."""
     kind = type(default)
     if kind in (bool, str):
         if type(value) is not kind:
@@ -170,7 +178,7 @@ def _converted(key: str, default: Any, value: Any) -> Any:
 
 
 def settings(values: Mapping[str, Any], losses: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys of a recipe from searched values: what stands under `losses` is a copy of `losses` with them."""
+    """Return keys of a recipe with searched values; `losses` is copied and gets its values."""
     losses = {method: dict(parameters or {}) for method, parameters in copy.deepcopy(dict(losses)).items()}
     recipe = {}
     for key, value in values.items():
@@ -183,10 +191,10 @@ def settings(values: Mapping[str, Any], losses: Mapping[str, Any]) -> dict[str, 
 
 
 def text(values: Mapping[str, Any], space: Sequence[Parameter]) -> str:
-    """`temperature 2, weight 9, ...`: the searched values in a line."""
+    """Return the searched values in one line: `temperature 2, weight 9, ...`."""
     return ", ".join(f"{parameter.key.removeprefix('losses.')} {short(values[parameter.key])}" for parameter in space)
 
 
 def short(value: Any) -> str:
-    """A number in four digits, anything else as it is."""
+    """Return a number with four digits, any other value as it is."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)

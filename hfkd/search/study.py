@@ -1,4 +1,4 @@
-"""The trials of a search in Optuna's database, which several processes may share and a later one goes on with."""
+"""Trials of a search in an Optuna database, shared by several processes and continued by later ones."""
 
 from __future__ import annotations
 
@@ -19,21 +19,24 @@ from .space import Parameter, settings, text
 
 STUDY_NAME = "search"
 DATABASE_NAME = "study.db"
-HEARTBEAT_SECONDS, GRACE_SECONDS = 10, 60  # a trial that was silent so long was that of a process that is gone
-WAITING_SECONDS = 1  # between looks at what other processes do
-STARTUP_TRIALS = 4  # before those that fall behind are stopped, and before guesses are guided by what was measured
-RECIPE = "recipe"  # marks the trial of the recipe's own values
+HEARTBEAT_SECONDS, GRACE_SECONDS = 10, 60  # without a heartbeat for the grace period, a trial's process has died
+WAITING_SECONDS = 1  # between two checks of other processes' trials
+STARTUP_TRIALS = 4  # trials before any is stopped early, and before the sampler uses the measurements
+RECIPE = "recipe"  # user attribute of the trial of the recipe's own values
 
 
 class EarlyMedianPruner(optuna.pruners.MedianPruner):
-    """Stops what falls behind the median of the finished trials, but not in the first epoch, not after the last step,
-    where nothing is saved by it, and never the recipe's own values, which the others are compared with."""
+    """Median pruner that spares the first epoch, the last step and the trial of the recipe's own values.
+
+    After the last step nothing is saved by stopping. The recipe's own values are the baseline of the other trials.
+    """
 
     def __init__(self, trainer: DistillationTrainer):
         super().__init__(n_startup_trials=STARTUP_TRIALS)
         self.trainer = trainer
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        """Return True if a trial is to be stopped."""
         state = self.trainer.state
         if state.epoch <= 1 or state.global_step >= state.max_steps or RECIPE in trial.user_attrs:
             return False
@@ -43,13 +46,13 @@ class EarlyMedianPruner(optuna.pruners.MedianPruner):
 def run_trials(
     trainer: DistillationTrainer, space: Sequence[Parameter], folder: Path, lock: FileLock, n_trials: int
 ) -> list[SearchedTrial]:
-    """Trials until the database in a folder holds so many that were not cut off, those of other processes included.
+    """Run trials until the database holds `n_trials` that were not interrupted, including other processes' trials.
 
-    The first has the recipe's own values. A trial whose process is gone is begun again.
+    The first trial has the recipe's own values. A trial whose process has died is run again.
 
     Args:
-        lock: that all processes which share the folder take; held from a look at the trials until the next is entered
-            among them.
+        lock: lock that all processes sharing the folder take. It is held from counting the trials until the next one is
+            in the database, so that two processes never start the same one.
 
     Returns:
         The trials, in the order in which they were begun.
@@ -67,17 +70,18 @@ def run_trials(
                 trials = _trials(study, TrialState.COMPLETE, TrialState.PRUNED)
                 running = len(_trials(study, TrialState.RUNNING))
                 if len(trials) >= n_trials:
-                    return [_searched(trial) for trial in trials]
+                    return [_searched_trial(trial) for trial in trials]
                 if len(trials) + running < n_trials:
                     _run_trial(trainer, study, storage, space, held.close)
                     continue
             if not waiting:
-                print(f"{len(trials)} of {n_trials} trials are done; waiting for {running} of other processes.")
+                print(f"{len(trials)} of {n_trials} trials are done; other processes are running {running}.")
             waiting = True
             time.sleep(WAITING_SECONDS)
 
 
 def _open_study(folder: Path, space: Sequence[Parameter]) -> tuple[optuna.Study, optuna.storages.RDBStorage]:
+    """Open or create the study, and enqueue the trial of the recipe's own values if there is none."""
     storage = optuna.storages.RDBStorage(
         f"sqlite:///{(folder / DATABASE_NAME).absolute()}",
         engine_kwargs={"connect_args": {"timeout": 60}},
@@ -103,10 +107,10 @@ def _run_trial(
     space: Sequence[Parameter],
     entered: Callable[[], None],
 ) -> None:
-    """One trial of Trainer's search.
+    """Run one trial with Trainer's hyper-parameter search.
 
     Args:
-        entered: called once the trial is in the database with its values.
+        entered: function called once the trial is in the database with its values.
     """
     losses = trainer.args.losses
 
@@ -116,7 +120,7 @@ def _run_trial(
         print(f"trial {trial.number}: {text(values, space)}", flush=True)
         return settings(values, losses)
 
-    # Another seed for each trial: with one for all, each process, and each that goes on, would guess the same again.
+    # Each trial has its own seed. With a common one, the samplers of all processes would suggest the same values.
     seed = trainer.args.seed + len(study.get_trials(deepcopy=False))
     trainer.hyperparameter_search(
         hp_space,
@@ -136,7 +140,8 @@ def _run_trial(
     print(f"top-1 {trainer.objective:.2f}{stopped}", flush=True)
 
 
-def _searched(trial: FrozenTrial) -> SearchedTrial:
+def _searched_trial(trial: FrozenTrial) -> SearchedTrial:
+    """Return a trial of Optuna as a `SearchedTrial`."""
     return SearchedTrial(
         number=trial.number,
         values=trial.params,

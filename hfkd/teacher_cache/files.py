@@ -1,11 +1,11 @@
-"""A teacher cache on the disk: `cache.json`, and every epoch's rows in shards that are mapped into the memory.
+"""Files of a teacher cache: `cache.json`, and the rows of every epoch in memory-mapped shards.
 
-    <folder>/cache.json                    what is stored, of which images and teacher
+    <folder>/cache.json                    description of the rows, the images and the teacher
     <folder>/evaluation.bin                the teacher's class for every row of the evaluation split, int32
-    <folder>/epoch-0000/shard-00000.bin    the rows of `cache_rows.RowFormat`
+    <folder>/epoch-0000/shard-00000.bin    rows in the format of `rows.RowFormat`
 
-A `.bin` file is a header (magic, number of rows, CRC-32 of what follows) and its rows. It is written under another name
-and then renamed, so it is whole or not there.
+A `.bin` file is a header (magic, number of rows, CRC-32 of the rows) and its rows. It is written under another name and
+then renamed, so it is either whole or missing.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from .rows import RowFormat
 CACHE_NAME, EVALUATION_NAME = "cache.json", "evaluation.bin"
 MAGIC = b"hfkdrows"
 HEADER = struct.Struct("<8sQI")
-OPEN_SHARDS = 256  # at most, by one process: each takes a file descriptor
-CHOICE = np.dtype("<i4")
+OPEN_SHARDS = 256  # largest number that a process keeps open: each takes a file descriptor
+CHOICE_DTYPE = np.dtype("<i4")
 
 
 class CacheFiles:
-    """The files of a cache. A data set reads rows from them; in DataLoader workers, too, which map them anew.
+    """Files of a cache, from which a data set reads rows, in DataLoader workers too.
 
     Args:
-        folder: of the cache.
-        facts: what its `cache.json` holds.
+        folder: folder of the cache.
+        facts: content of its `cache.json`.
     """
 
     def __init__(self, folder: str | Path, facts: dict[str, Any]):
@@ -53,48 +53,50 @@ class CacheFiles:
         self._checked: set[tuple[int, int]] = set()
 
     def __getstate__(self):
-        return self.__dict__ | {"_open": {}}  # else pickling would copy what is mapped
+        # DataLoader workers get a pickled copy, which would hold the content of all open shards. They map them anew.
+        return self.__dict__ | {"_open": {}}
 
-    # ---- Which files there are -------------------------------------------------------------------------------------
+    # ---- List of the files -----------------------------------------------------------------------------------------
 
     def shards(self) -> list[tuple[int, int]]:
-        """(epoch, number) of all, in order."""
+        """Return (epoch, number) of all shards, in order."""
         number = math.ceil(self.num_rows / self.rows_a_shard)
         return [(epoch, shard) for epoch in range(self.epochs) for shard in range(number)]
 
     def path(self, epoch: int, shard: int) -> Path:
+        """Return the path of a shard."""
         return self.folder / f"epoch-{epoch:04}" / f"shard-{shard:05}.bin"
 
     def rows_of(self, shard: int) -> range:
-        """The rows of the data set that a shard holds."""
+        """Return the rows of the data set that a shard holds."""
         start = shard * self.rows_a_shard
         return range(start, min(start + self.rows_a_shard, self.num_rows))
 
     def bytes_of(self, shard: int) -> int:
-        """The size of a shard's file."""
+        """Return the size of a shard's file."""
         return HEADER.size + len(self.rows_of(shard)) * self._dtype.itemsize
 
     def check_complete(self) -> None:
-        """Looks at the size of every file, and at no content.
+        """Check the size of every file, without reading its content.
 
         Raises:
-            ValueError: if one is missing or of another size, naming it.
+            HfkdError: if a file is missing or has another size; the message names it.
         """
         expected = {self.path(*shard): self.bytes_of(shard[1]) for shard in self.shards()}
-        expected[self.folder / EVALUATION_NAME] = HEADER.size + self.facts["evaluation"]["rows"] * CHOICE.itemsize
+        expected[self.folder / EVALUATION_NAME] = HEADER.size + self.facts["evaluation"]["rows"] * CHOICE_DTYPE.itemsize
         sizes = {path: path.stat().st_size if path.is_file() else None for path in expected}
         missing = [path for path, size in sizes.items() if size is None]
         if missing:
             raise HfkdError(
                 f"The teacher cache {self.folder} is not finished: {len(missing)} of its {len(expected)} files are "
-                f"missing, {missing[0]} for one. The command that began it completes it."
+                f"missing, such as {missing[0]}. The command that began it completes it."
             )
         for path, size in sizes.items():
             if size != expected[path]:
-                raise HfkdError(damaged(path, f"it has {size:,} bytes instead of {expected[path]:,}"))
+                raise HfkdError(damage_message(path, f"it has {size:,} bytes instead of {expected[path]:,}"))
 
     def finish(self) -> bool:
-        """Is every file there? Then what killed processes left half-written is removed."""
+        """Return True if every file is there; then remove the partial files that killed processes left."""
         paths = [self.folder / EVALUATION_NAME, *(self.path(*shard) for shard in self.shards())]
         whole = all(path.is_file() for path in paths)
         for path in self.folder.rglob("*.partial") if whole else ():
@@ -104,10 +106,10 @@ class CacheFiles:
     # ---- Reading ---------------------------------------------------------------------------------------------------
 
     def read(self, epoch: int, rows: np.ndarray) -> dict[str, Tensor]:
-        """Batch entries for the rows (B,) in an epoch below `epochs`.
+        """Return batch entries for the rows (B,) in an epoch below `epochs`.
 
         Raises:
-            ValueError: if a shard is missing or damaged, which is found when it is first read from.
+            HfkdError: if a shard is missing or damaged. A shard is checked when it is first read.
         """
         found = np.empty(len(rows), self._dtype)
         shards = rows // self.rows_a_shard
@@ -127,52 +129,53 @@ class CacheFiles:
         return self._open[key]
 
     def read_choices(self) -> np.ndarray:
-        """The teacher's class (N,) for every row of the evaluation split.
+        """Return the teacher's class (N,) for every row of the evaluation split.
 
         Raises:
-            ValueError: if the file is missing or damaged.
+            HfkdError: if the file is missing or damaged.
         """
-        return np.array(map_rows(self.folder / EVALUATION_NAME, CHOICE, self.facts["evaluation"]["rows"]))
+        return np.array(map_rows(self.folder / EVALUATION_NAME, CHOICE_DTYPE, self.facts["evaluation"]["rows"]))
 
 
 def map_rows(path: Path, dtype: np.dtype, count: int, check: bool = True) -> np.ndarray:
-    """The rows (N,) of a file, mapped into the memory.
+    """Return the rows (N,) of a file, mapped into memory.
 
     Raises:
-        ValueError: if it is missing, has not this many rows, or, where `check` is set, is not what was written.
+        HfkdError: if the file is missing, has another number of rows or, with `check`, another checksum.
     """
     try:
         with path.open("rb") as file:
             header = file.read(HEADER.size)
             size = os.fstat(file.fileno()).st_size
             if size != HEADER.size + count * dtype.itemsize:
-                raise HfkdError(damaged(path, f"it has {size:,} bytes for {count:,} rows of {dtype.itemsize}"))
+                raise HfkdError(damage_message(path, f"it has {size:,} bytes for {count:,} rows of {dtype.itemsize}"))
             magic, rows, checksum = HEADER.unpack(header)
             if (magic, rows) != (MAGIC, count):
-                raise HfkdError(damaged(path, "its header is not one of a cache"))
+                raise HfkdError(damage_message(path, "its header is not a cache's"))
             mapped = np.memmap(file, dtype, "r", offset=HEADER.size, shape=(count,))
     except FileNotFoundError as error:
-        raise HfkdError(damaged(path, "it is missing")) from error
+        raise HfkdError(damage_message(path, "it is missing")) from error
     if check and zlib.crc32(mapped.view(np.uint8).data) != checksum:
-        raise HfkdError(damaged(path, "it is not what was written: its checksum differs"))
-    return np.asarray(mapped)  # a memmap's own indexing takes several times as long
+        raise HfkdError(damage_message(path, "its checksum differs from the one that was written"))
+    return np.asarray(mapped)  # indexing of a memmap takes several times as long
 
 
-def damaged(path: Path, problem: str) -> str:
-    """What to say of a file that cannot be used."""
-    return f"{path} is damaged: {problem}. The command that wrote the cache finds and replaces it when it is run again."
+def damage_message(path: Path, problem: str) -> str:
+    """Return the error message for a file that cannot be used."""
+    return f"{path} is damaged: {problem}. Run the command that wrote the cache again: it replaces the file."
 
 
 # ---- Writing -------------------------------------------------------------------------------------------------------
 
 
 def write_rows(path: Path, rows: np.ndarray) -> None:
-    """Writes a file of rows whole or not at all.
+    """Write a file of rows, whole or not at all.
 
     Raises:
-        RuntimeError: if there is no room, or it cannot be written for another reason.
+        RunError: if the disk is full, or the file cannot be written for another reason.
     """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # several processes may write the same cache
+    # The name holds the process id, since several processes may write the same cache.
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     content = rows.view(np.uint8).data
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -180,21 +183,21 @@ def write_rows(path: Path, rows: np.ndarray) -> None:
             file.write(HEADER.pack(MAGIC, len(rows), zlib.crc32(content)))
             file.write(content)
         os.replace(partial, path)
-    except FileNotFoundError:  # another process has written the same, finished the cache and cleaned up
+    except FileNotFoundError:  # another process wrote the same file, finished the cache and removed partial files
         if not path.is_file():
             raise
     except OSError as error:
         free = shutil.disk_usage(path.parents[1]).free / 2**20
         raise RunError(
-            f"{path} could not be written ({error}); {free:,.0f} MiB are free on its disk. What was written before is "
-            "whole: the same command goes on from there once there is room."
+            f"{path} could not be written ({error}); {free:,.0f} MiB are free on its disk. Free space and run the "
+            "same command again: it goes on from the files that are whole."
         ) from error
     finally:
         partial.unlink(missing_ok=True)
 
 
 def is_whole(path: Path, dtype: np.dtype, count: int) -> bool:
-    """Is it there, and what was written?"""
+    """Return True if a file is there and unchanged since it was written."""
     try:
         map_rows(path, dtype, count)
     except ValueError:
@@ -203,10 +206,10 @@ def is_whole(path: Path, dtype: np.dtype, count: int) -> bool:
 
 
 def read_facts(folder: str | Path) -> dict[str, Any]:
-    """What `cache.json` holds.
+    """Return the content of `cache.json`.
 
     Raises:
-        ValueError: if there is none, or it cannot be read.
+        HfkdError: if it is missing or cannot be read.
     """
     path = Path(folder, CACHE_NAME)
     if not path.is_file():
@@ -214,5 +217,5 @@ def read_facts(folder: str | Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        message = f"{path} cannot be read ({error}): remove it, and run the command again that wrote it."
+        message = f"{path} cannot be read ({error}): remove it, and run the command that wrote it again."
         raise HfkdError(message) from error

@@ -1,4 +1,4 @@
-"""Which teacher's logits a cache holds, and of which images: what is compared before it is used."""
+"""Identity of a cache: the teacher and the images that it was written for, compared with those of a run."""
 
 from __future__ import annotations
 
@@ -18,12 +18,16 @@ from ..data import IndexedImageSource
 from ..names import hub_id
 from ..networks.teacher import Teacher, TeacherEnsemble
 
-PROBED, ALIKE = 8, 0.01  # images, and normalised pixels: a crop that is off by one moves some mean further
+PROBE_IMAGES = 8
+PROBE_TOLERANCE = 0.01  # of normalised pixels; a crop that is off by one pixel changes some mean by more
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pth", ".pt"}
 
 
 def describe_teacher(teacher: Teacher | TeacherEnsemble) -> dict[str, Any]:
-    """What `cache.json` says of it. Call it before `prepare`, which rounds the weights."""
+    """Return the description of a teacher for `cache.json`.
+
+    Call it before `prepare`, which rounds the weights.
+    """
     return {
         "name": teacher.name,
         "weights": weights_digest([member.model for member in teacher.members]),
@@ -42,26 +46,27 @@ def describe_teacher(teacher: Teacher | TeacherEnsemble) -> dict[str, Any]:
 
 
 def appearance(dataset: IndexedImageSource) -> list[float]:
-    """What a few images of epoch 0 look like once they are augmented: the mean of each quarter of each.
+    """Return the mean of each quarter of a few augmented images of epoch 0.
 
-    Settings do not say whether another version of a library makes other images of them.
+    Settings alone do not identify the images: another version of a library may augment differently under the same
+    settings.
     """
-    rows, epoch = np.linspace(0, len(dataset) - 1, min(len(dataset), PROBED), dtype=np.int64), dataset.epoch
+    rows, epoch = np.linspace(0, len(dataset) - 1, min(len(dataset), PROBE_IMAGES), dtype=np.int64), dataset.epoch
     dataset.set_epoch(0)
     pixels = dataset.__getitems__(rows.tolist())["pixel_values"]
     dataset.set_epoch(epoch)
     return F.adaptive_avg_pool2d(pixels.mean(1, keepdim=True), 2).flatten().tolist()
 
 
-def looks_alike(cached: Sequence[float], here: Sequence[float]) -> bool:
-    """Up to what decoders and devices round differently."""
-    return np.allclose(cached, here, rtol=0, atol=ALIKE)
+def same_augmentation(cached: Sequence[float], here: Sequence[float]) -> bool:
+    """Return True if two results of `appearance` agree, up to the rounding of decoders and devices."""
+    return np.allclose(cached, here, rtol=0, atol=PROBE_TOLERANCE)
 
 
 def given_teachers(
     names: Sequence[str], checkpoints: Sequence[str] | None, class_indices: Sequence[int] | None
 ) -> list[dict[str, Any]]:
-    """The teachers as a recipe gives them, with the hash of the weights that lie on this machine."""
+    """Return the teachers as a recipe names them, with the hash of their weights if these are local files."""
     return [
         {"name": name, "files": _files_digest(name, checkpoint), "class_indices": class_indices and list(class_indices)}
         for name, checkpoint in zip(names, checkpoints or [None] * len(names), strict=True)
@@ -69,17 +74,17 @@ def given_teachers(
 
 
 def is_public(name: str) -> bool:
-    """Does it name certain weights, wherever it is read?"""
+    """Return True if a name stands for the same weights on every machine."""
     return hub_id(name) is not None or timm.is_model(name)
 
 
-def with_weights(given: Mapping[str, Any]) -> str:
-    """One of `given_teachers`, for a message."""
+def describe_given(given: Mapping[str, Any]) -> str:
+    """Return a teacher of `given_teachers` in words, for a message."""
     return given["name"] + (f" with the weights {_short(given['files'])}" if given["files"] else "")
 
 
 def _files_digest(name: str, checkpoint: str | None) -> str | None:
-    """Of a checkpoint, or of the weights in a folder; None where there are none."""
+    """Return the hash of a checkpoint, or of the weights in a folder; None if there are none."""
     folder = Path(checkpoint or name)
     files = [folder] if folder.is_file() else sorted(folder.iterdir()) if folder.is_dir() else []
     digest, found = hashlib.sha256(), False
@@ -93,7 +98,7 @@ def _files_digest(name: str, checkpoint: str | None) -> str | None:
 
 
 def weights_digest(models: Sequence[nn.Module]) -> str:
-    """Of the parameters and buffers of networks, with their names."""
+    """Return the hash of the parameters and buffers of networks, with their names."""
     digest = hashlib.sha256()
     for model in models:
         for name, value in sorted(model.state_dict().items()):
@@ -103,7 +108,7 @@ def weights_digest(models: Sequence[nn.Module]) -> str:
 
 
 def differences(cached: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """What two descriptions do not have in common, one a line; of mappings in them, entry by entry."""
+    """Return the entries in which two descriptions differ, one a line; mappings in them are compared entry by entry."""
     found = []
     for key in dict.fromkeys([*cached, *here]):
         one, other = cached.get(key), here.get(key)
@@ -117,6 +122,6 @@ def differences(cached: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]
 
 
 def _short(value: Any) -> str:
-    """A value for a message: of a hash or a long list the beginning."""
+    """Return a value for a message; of a hash or a long list, the beginning."""
     text = str(value)
     return text if len(text) <= 60 else f"{text[:12]}..." if isinstance(value, str) else f"{text[:57]}..."

@@ -1,4 +1,4 @@
-"""What a row of a teacher cache holds: all logits, or the largest ones and what the others come to."""
+"""Row format of a teacher cache: all logits, or the largest ones and an equivalent of the others."""
 
 from __future__ import annotations
 
@@ -19,24 +19,23 @@ LOGITS, VALUES, INDICES, STATISTICS = "teacher_logits", "teacher_values", "teach
 
 @dataclass(frozen=True)
 class RowFormat:
-    """The row of an image in an epoch, of fixed size; the fields are the keys of batches.
+    """Row of an image in an epoch, of fixed size; its fields are keys of batches.
 
-    Without `top_k`: LOGITS (V, C) float16. With it:
+    Without `top_k`, the row holds LOGITS (V, C) float16. With `top_k`, it holds:
 
-    - VALUES (V, k) float16, the largest logits as Z-scores: rounding then costs 1/2048 of the distance to the mean,
-      wherever the mean lies;
-    - INDICES (V, k), their classes;
-    - STATISTICS (V, 2 + 2 * temperatures) float32: mean and standard deviation of all logits; then for each
-      temperature T the logit of an equivalent class, and the same among Z-scores. If each of the C - k others had it,
-      they would have the probability at T that they have together. It is T * (logsumexp(others / T) - log(C - k)).
-      That, and not the log-sum-exp of all classes: where the top k hold nearly all probability, the others' would be
-      the difference of two rounded numbers that nearly agree.
+    - VALUES (V, k) float16, the largest logits as Z-scores. Rounding then costs 1/2048 of the distance to the mean, at
+      any value of the mean.
+    - INDICES (V, k), their classes.
+    - STATISTICS (V, 2 + 2 * temperatures) float32: mean and standard deviation of all logits; then, for each
+      temperature T, the equivalent logit of the other classes, among logits and among Z-scores. If each of the C - k
+      others had this logit, together they would have their true probability at T. It is T * (logsumexp(others / T) -
+      log(C - k)).
 
     Attributes:
         classes: C.
         views: V.
-        top_k: k; None: all classes.
-        temperatures: where `top_k` is set; else none.
+        top_k: k; None for all classes.
+        temperatures: temperatures at which rows can be read, with `top_k`; empty without.
     """
 
     classes: int
@@ -46,7 +45,7 @@ class RowFormat:
 
     @property
     def dtype(self) -> np.dtype:
-        """Of a row, packed."""
+        """Packed dtype of a row."""
         if self.top_k is None:
             return np.dtype([(LOGITS, "<f2", (self.views, self.classes))])
         index = "<i2" if self.classes <= np.iinfo(np.int16).max + 1 else "<i4"
@@ -61,13 +60,13 @@ class RowFormat:
     # ---- From logits to rows ---------------------------------------------------------------------------------------
 
     def encode(self, views: Sequence[Tensor]) -> np.ndarray:
-        """Rows (B,) of the logits (B, C) of each view.
+        """Return the rows (B,) of the logits (B, C) of each view.
 
         Raises:
-            RuntimeError: if logits are not finite, or too large for float16.
+            RunError: if logits are not finite, or too large for float16.
         """
         logits = torch.stack([view.float() for view in views], dim=1)  # (B, V, C)
-        fields = {LOGITS: logits.half()} if self.top_k is None else self._largest(logits.flatten(0, 1))
+        fields = {LOGITS: logits.half()} if self.top_k is None else self._top_k_fields(logits.flatten(0, 1))
         rows = np.empty(len(logits), self.dtype)
         for name, values in fields.items():
             rows[name] = values.cpu().numpy().reshape(rows[name].shape)
@@ -75,33 +74,35 @@ class RowFormat:
         if not np.isfinite(numbers).all():
             raise RunError(
                 f"The teacher's logits reach from {logits.min().item():g} to {logits.max().item():g}, and the cache "
-                "needs finite numbers, up to 65,504 where all logits are stored: look at the teacher's weights and at "
-                "the precision of the run, or set top_k, which stores Z-scores."
+                "needs finite numbers, up to 65,504 without top_k. Check the teacher's weights and the precision of "
+                "the run, or set top_k, which stores Z-scores."
             )
         return rows
 
-    def _largest(self, logits: Tensor) -> dict[str, Tensor]:
-        """The fields of logits (N, C), of all views."""
+    def _top_k_fields(self, logits: Tensor) -> dict[str, Tensor]:
+        """Return the fields for logits (N, C) of all views."""
         std, mean = torch.std_mean(logits, dim=1)
         indices = logits.topk(self.top_k).indices
         scores = standardize(logits)
+        # The equivalent logit of the others is stored, and not the log-sum-exp of all classes. Where the top k hold
+        # nearly all probability, the others' share would be a difference of two rounded numbers that nearly agree.
         statistics = [mean, std]
         for temperature in self.temperatures:
-            statistics += [_equivalent(values, indices, temperature) for values in (logits, scores)]
+            statistics += [_equivalent_logit(values, indices, temperature) for values in (logits, scores)]
         return {VALUES: scores.gather(1, indices), INDICES: indices, STATISTICS: torch.stack(statistics, dim=1)}
 
     # ---- From rows to logits ---------------------------------------------------------------------------------------
 
     def tensors(self, rows: np.ndarray) -> dict[str, Tensor]:
-        """Rows (B,) as batch entries, one a field."""
+        """Return rows (B,) as batch entries, one for each field."""
         return {name: torch.from_numpy(rows[name].copy()) for name in rows.dtype.names}
 
     def decode(self, batch: Mapping[str, Tensor], view: int, temperature: float | None, standardized: bool) -> Tensor:
-        """Logits (B, C), float32, of one view.
+        """Return the logits (B, C), float32, of one view.
 
         Args:
-            temperature: with `top_k`, the one at which they will be read.
-            standardized: with `top_k`, give Z-scores.
+            temperature: with `top_k`, the temperature at which the logits will be read.
+            standardized: with `top_k`, return Z-scores.
         """
         if self.top_k is None:
             return batch[LOGITS][:, view].float()
@@ -111,11 +112,12 @@ class RowFormat:
         if not standardized:
             mean, std = statistics[:, 0:1], statistics[:, 1:2]
             values = values * std + mean
+        # Every class gets the equivalent logit of the others; then the top k get their own.
         others = statistics[:, column : column + 1]
         return others.repeat(1, self.classes).scatter_(1, indices.long(), values)
 
     def facts(self) -> dict[str, Any]:
-        """As `cache.json` holds it."""
+        """Return the format as `cache.json` holds it."""
         return {
             "classes": self.classes,
             "views": self.views,
@@ -124,11 +126,13 @@ class RowFormat:
         }
 
 
-def _equivalent(logits: Tensor, indices: Tensor, temperature: float) -> Tensor:
-    """The logit (N,) that each class beside `indices` (N, k) would have if all had the same, together as probable at
-    the temperature as they are."""
+def _equivalent_logit(logits: Tensor, indices: Tensor, temperature: float) -> Tensor:
+    """Return the equivalent logit (N,) of the classes that are not in `indices` (N, k).
+
+    If all of them had this logit, together they would keep their probability at the temperature.
+    """
     others = logits.shape[1] - indices.shape[1]
     if others == 0:
-        return logits.new_zeros(len(logits))  # of no class
+        return logits.new_zeros(len(logits))  # never read: there is no other class
     rest = logits.scatter(1, indices, -torch.inf) / temperature
     return temperature * (rest.logsumexp(1) - math.log(others))

@@ -1,4 +1,4 @@
-"""A teacher that is not there: what it said of every image, epoch after epoch, is read from files."""
+"""Teacher whose logits are read from a cache."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ from ..losses import DistillationLoss
 from ..networks.features import Outputs
 from ..recipe.arguments import DistillationConfig
 from .files import CacheFiles, read_facts
-from .identity import appearance, differences, given_teachers, is_public, looks_alike, with_weights
+from .identity import appearance, describe_given, differences, given_teachers, is_public, same_augmentation
 
 logger = logging.get_logger(__name__)
 
-# What `hfkd cache-teacher` would make another cache of.
-WAY_OUT = "Write a cache for this run with `hfkd cache-teacher RECIPE`, or leave teacher_cache out."
+# End of the messages about a cache that does not fit the run.
+HOW_TO_FIX = "Write a cache for this run with `hfkd cache-teacher RECIPE`, or leave teacher_cache out."
 
 
 @dataclass(frozen=True)
 class CachedMember:
-    """What results say of a teacher whose logits were stored."""
+    """Name and Hub id of a teacher whose logits were stored."""
 
     name: str
     hub_id: str | None
 
 
 class CachedTeacher:
-    """Stands in for the `Teacher` or `TeacherEnsemble` whose logits `hfkd cache-teacher` stored.
+    """Stand-in for the `Teacher` or `TeacherEnsemble` whose logits `hfkd cache-teacher` stored.
 
-    The data set reads its rows with the images, in DataLoader workers where there are any; `CachedTeacher(batch)` makes
-    logits of them on the device. Epoch e has the images and logits of epoch e mod `epochs`, in an order of its own.
+    The data set reads the rows together with the images, in DataLoader workers if there are any. `CachedTeacher(batch)`
+    turns them into logits on the device. Epoch e has the images and logits of epoch e mod `epochs`, in its own order.
 
     Args:
-        folder: of the cache.
+        folder: folder of the cache.
 
     Raises:
-        ValueError: if there is no cache, or it is not finished, or a file has another size than it was written with.
+        HfkdError: if there is no cache, if it is not finished, or if a file has another size than it was written with.
     """
 
     def __init__(self, folder: str | Path):
@@ -55,26 +55,26 @@ class CachedTeacher:
         self._temperature: float | None = None
         self._standardized = False
 
-    # ---- Does it fit? ----------------------------------------------------------------------------------------------
+    # ---- Comparison with a run -------------------------------------------------------------------------------------
 
     def fit(
         self, dataset: ImageSource | None, losses: Mapping[str, DistillationLoss], args: DistillationConfig
     ) -> None:
-        """Checks that the cache holds what a run is to read, and settles how.
+        """Check that the cache fits a run, and choose the temperature at which it is read.
 
         Args:
             dataset: the training images.
 
         Raises:
-            ValueError: if not, with what differs and the way out.
+            HfkdError: if it does not; the message names the differences and the way out.
         """
         where = f"The teacher cache {self.files.folder}"
         check_supported(losses, args)
         if not isinstance(dataset, IndexedImageSource):
             given = "none is given" if dataset is None else f"this one is a {type(dataset).__name__}"
             raise HfkdError(
-                f"{where} knows images by their row in a training set of hfkd.data that is not streamed, and {given}: "
-                "set streaming: false, or leave teacher_cache out."
+                f"{where} needs a training set of hfkd.data that is not streamed, and {given}: set streaming: false, "
+                "or leave teacher_cache out."
             )
         different = differences(self.facts["train"], dataset.identity())
         views = max([loss.views for loss in losses.values()], default=1)
@@ -83,18 +83,23 @@ class CachedTeacher:
         averaged = self.facts["teacher"]["standardized_mean"]
         if averaged not in (None, args.logit_standardization):
             different.append(f"logit_standardization: {averaged} in the cache, {args.logit_standardization} here")
-        if not different and not looks_alike(self.facts["appearance"], appearance(dataset)):
+        if not different and not same_augmentation(self.facts["appearance"], appearance(dataset)):
             names = ("hfkd", "timm", "torchvision")
             versions = ", ".join(f"{name} {self.facts['versions'][name]}" for name in names)
             different.append(f"augmentation: the same settings give other images here; it was written with {versions}")
         if different:
-            raise HfkdError(f"{where} was written for another run:\n  " + "\n  ".join(different) + f"\n{WAY_OUT}")
+            raise HfkdError(f"{where} was written for another run:\n  " + "\n  ".join(different) + f"\n{HOW_TO_FIX}")
         if self.files.format.top_k is not None:
             self._temperature = self._common_temperature(losses, args)
             self._standardized = args.logit_standardization
 
     def _common_temperature(self, losses, args) -> float | None:
-        """At which all losses read the teacher."""
+        """Return the temperature at which all losses read the teacher; None without losses.
+
+        Raises:
+            HfkdError: if a loss needs all logits, if temperatures differ, or if the cache was not written for theirs.
+        """
+        # The stored equivalent of the other classes is right at one temperature only: see `RowFormat`.
         way_out = "Write a cache of all logits (without --top_k), or leave teacher_cache out."
         where = f"The teacher cache {self.files.folder} holds the largest {self.files.format.top_k} logits"
         wanted = {}
@@ -106,8 +111,8 @@ class CachedTeacher:
         if len(wanted) > 1:
             listed = ", ".join(f"{name} at {temperature:g}" for temperature, name in wanted.items())
             raise HfkdError(
-                f"{where}, with which the others can stand for one temperature only, and the losses read them at "
-                f"several: {listed}. Give them one temperature. {way_out}"
+                f"{where}, which can be read at one temperature only, and the losses use several: {listed}. Give them "
+                f"one temperature. {way_out}"
             )
         for temperature, name in wanted.items():
             if temperature not in self.files.format.temperatures:
@@ -122,15 +127,17 @@ class CachedTeacher:
     def check_given(
         self, names: Sequence[str], checkpoints: Sequence[str] | None, class_indices: Sequence[int] | None
     ) -> None:
-        """Is this the teacher that a recipe names? Nothing of it is loaded: weights that lie on this machine are
-        compared by their files' hash, others by name; those of a path that is not there are not compared.
+        """Compare the cache's teacher with the one that a recipe names, without loading either.
+
+        Weights on this machine are compared by the hash of their files, others by name. A path that does not exist is
+        not compared.
 
         Raises:
-            ValueError: if not.
+            HfkdError: if they differ.
         """
         recorded = self.facts["given"]
-        if not recorded:  # written from code, where a teacher has no name
-            logger.warning(f"{self.files.folder} does not say where its teacher came from: it is not compared.")
+        if not recorded:  # the cache was written from code, where a teacher has no name
+            logger.warning(f"{self.files.folder} does not name its teacher, so the recipe's teacher is not compared.")
             return
         given = given_teachers(names, checkpoints, class_indices)
         different = []
@@ -139,26 +146,30 @@ class CachedTeacher:
         for cached, here in zip(recorded, given, strict=False):
             if here["files"] is None and (here["name"] == cached["name"] or not is_public(here["name"])):
                 if cached["files"] is not None:
-                    logger.warning(f"{here['name']} is not here: {self.files.folder} is taken to be of it.")
+                    logger.warning(
+                        f"There are no weights at {here['name']}, so they are not compared with {self.files.folder}."
+                    )
             elif here["files"] is None or here["files"] != cached["files"]:
-                different.append(f"teacher: {with_weights(cached)} in the cache, {with_weights(here)} here")
+                different.append(f"teacher: {describe_given(cached)} in the cache, {describe_given(here)} here")
             different += differences(
                 {"teacher_class_indices": cached["class_indices"]}, {"teacher_class_indices": here["class_indices"]}
             )
         if different:
             listed = "\n  ".join(different)
-            raise HfkdError(f"The teacher cache {self.files.folder} is of another teacher:\n  {listed}\n{WAY_OUT}")
+            raise HfkdError(
+                f"The teacher cache {self.files.folder} was written for another teacher:\n  {listed}\n{HOW_TO_FIX}"
+            )
 
-    # ---- As a teacher ----------------------------------------------------------------------------------------------
+    # ---- Interface of a teacher ------------------------------------------------------------------------------------
 
     def prepare(self, *settings: Any) -> None:
-        """Nothing: there is no network, and `fit` has seen to images and layers."""
+        """Do nothing: there is no network, and `fit` has checked images and layers."""
 
     def align_classes(self, student_names: Sequence[str], batch: dict[str, Tensor]) -> None:
-        """The logits are those of the data set's classes.
+        """Check that the student has the classes of the data set, which are the classes of the logits.
 
         Raises:
-            ValueError: if the student has others.
+            HfkdError: if the student has another number of classes.
         """
         classes = self.files.format.classes
         if len(student_names) != classes:
@@ -168,7 +179,7 @@ class CachedTeacher:
             )
 
     def __call__(self, batch: dict[str, Tensor]) -> Outputs:
-        """Outputs for every view in `batch`, whose rows the data set has read; in float32."""
+        """Return the outputs for every view in `batch`, which holds the rows of the cache, in float32."""
         views = []
         for view in range(2 if "pixel_values_strong" in batch else 1):
             logits = self.files.format.decode(batch, view, self._temperature, self._standardized)
@@ -178,40 +189,46 @@ class CachedTeacher:
         return views[0]
 
     def choices(self, dataset: ImageSource) -> Tensor | None:
-        """The teacher's most probable class (N,) for each image of the evaluation set; None, with a warning, for other
-        images than those that it has seen.
+        """Return the teacher's most probable class (N,) for each image of the evaluation set.
+
+        For other images than the cache's, return None with a warning.
 
         Raises:
-            ValueError: if the file is damaged.
+            HfkdError: if the file is damaged.
         """
         indexed = isinstance(dataset, IndexedImageSource)
         different = differences(self.facts["evaluation"], dataset.identity()) if indexed else ["they are streamed"]
         if different:
             listed = "; ".join(different)
             logger.warning(
-                f"{self.files.folder} does not know what the teacher says of these images, so there is no agreement "
-                f"with it ({listed})."
+                f"{self.files.folder} was written for other evaluation images, so the agreement with the teacher is "
+                f"not measured ({listed})."
             )
             return None
         return torch.from_numpy(self.files.read_choices()).long()
 
     def compile(self, **options) -> None:
-        """Nothing: there is no network."""
+        """Do nothing: there is no network."""
 
     def parameter_count(self) -> int:
+        """Return the number of parameters of the teacher that was stored."""
         return self.facts["teacher"]["parameters"]
 
     def settings(self) -> dict[str, Any]:
-        """What results say of the cache."""
+        """Return the settings of the cache for `results.json`."""
         return {"epochs": self.files.epochs, "top_k": self.files.format.top_k}
 
 
 def check_supported(losses: Mapping[str, DistillationLoss], args: DistillationConfig) -> None:
-    """Raises ValueError for a run that reads more than the logits of whole images."""
+    """Check that a run reads nothing of its teacher but the logits of whole images.
+
+    Raises:
+        HfkdError: for mixup or cutmix, or a loss that reads the teacher's features or classifier.
+    """
     if args.mixes:
         raise HfkdError(
-            "A teacher cache holds the logits of whole images, and mixup and cutmix mix them after they are augmented, "
-            "each time with another partner: leave mixup and cutmix at 0, or train with the teacher itself."
+            "A teacher cache holds the logits of whole images, and mixup and cutmix mix images in each batch anew: "
+            "leave mixup and cutmix at 0, or train with the teacher itself."
         )
     for name, loss in losses.items():
         if loss.teacher_layers is None or len(loss.teacher_layers) or loss.reuses_classifier is not None:

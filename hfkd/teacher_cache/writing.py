@@ -1,4 +1,4 @@
-"""`hfkd cache-teacher`: a teacher's logits for every image and epoch, stored once for many students."""
+"""Writing of teacher caches: a teacher's logits for every image and epoch."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ from ..networks.features import InputSpec
 from ..networks.teacher import Teacher, TeacherEnsemble, check_placement
 from ..recipe.arguments import DistillationConfig
 from ..runs.folder import environment, write_whole
-from .files import CACHE_NAME, CHOICE, EVALUATION_NAME, CacheFiles, is_whole, read_facts, write_rows
-from .identity import appearance, describe_teacher, differences, looks_alike
+from .files import CACHE_NAME, CHOICE_DTYPE, EVALUATION_NAME, CacheFiles, is_whole, read_facts, write_rows
+from .identity import appearance, describe_teacher, differences, same_augmentation
 from .rows import RowFormat
 
-NOT_COMPARED = {"appearance", "given", "versions"}  # numbers; and the same weights may lie elsewhere
-ROWS_A_SHARD, MAX_SHARDS = 16_384, 256  # of an epoch; larger data sets get larger shards
+# Facts that need not be equal: `appearance` is compared with a tolerance, and the same weights may have another path.
+NOT_COMPARED = {"appearance", "given", "versions"}
+ROWS_A_SHARD, MAX_SHARDS = 16_384, 256  # shards of an epoch; larger data sets get larger shards
 
 
 # ---- Writing -------------------------------------------------------------------------------------------------------
@@ -47,22 +48,21 @@ def write_cache(
     given: Sequence[dict[str, Any]] = (),
     rows_a_shard: int | None = None,
 ) -> CacheFiles | None:
-    """Stores a teacher's logits for `epochs` epochs of the training set, and its classes of the evaluation set.
+    """Store a teacher's logits for `epochs` epochs of the training set, and its classes for the evaluation set.
 
-    Each process takes its share of the shards, those that are there already excepted: they are read and compared with
-    their checksums.
+    Each process writes its share of the shards. Existing shards are kept if their checksums are right.
 
     Args:
         config: precision, memory format, batch size of evaluations, workers and device.
-        given: see `given_teachers`.
-        rows_a_shard: by default 16,384, and no more than 256 shards an epoch.
+        given: result of `given_teachers`.
+        rows_a_shard: rows in each shard; by default 16,384, or more so that an epoch has at most 256 shards.
 
     Returns:
-        What was written; None where other processes have not finished their share.
+        The files; None if other processes have not finished their share.
 
     Raises:
-        ValueError: if the folder holds another cache, or the teacher has other classes.
-        RuntimeError: if there is no room, or logits are no finite numbers.
+        HfkdError: if the folder holds another cache, or the teacher has other classes.
+        RunError: if the disk is full, or logits are not finite.
     """
     facts = {
         "teacher": describe_teacher(teacher),
@@ -77,29 +77,29 @@ def write_cache(
         "versions": environment()["versions"],
     }
     files = CacheFiles(folder, json.loads(json.dumps(facts)))
-    processes = PartialState()  # `config` has made it
+    processes = PartialState()  # the state that `config` has set up
     if processes.is_main_process:
-        claim(files)
+        claim_folder(files)
     processes.wait_for_everyone()
-    _make_ready(teacher, train_set, eval_set, config, row.views)
+    _prepare_teacher_and_images(teacher, train_set, eval_set, config, row.views)
     if processes.is_main_process:
         _write_choices(files, teacher, eval_set, config)
     _write_shards(files, teacher, train_set, config, files.shards()[processes.process_index :: processes.num_processes])
     return files if files.finish() else None
 
 
-def claim(files: CacheFiles) -> None:
-    """Makes sure that the folder is that of this cache, and that the disk has room for it.
+def claim_folder(files: CacheFiles) -> None:
+    """Check that a folder is free or holds this cache, check the disk space, and write `cache.json`.
 
     Raises:
-        ValueError: if it holds another, with what differs.
-        RuntimeError: if the room is not enough.
+        HfkdError: if the folder holds another cache; the message names the differences.
+        RunError: if there is not enough disk space.
     """
     folder, path = files.folder, files.folder / CACHE_NAME
     if path.is_file():
         there = read_facts(folder)
         different = differences(there | {key: files.facts[key] for key in NOT_COMPARED}, files.facts)
-        if not looks_alike(there["appearance"], files.facts["appearance"]):
+        if not same_augmentation(there["appearance"], files.facts["appearance"]):
             different.append("augmentation: the same settings give other images now")
         if different:
             listed = "\n  ".join(different)
@@ -111,8 +111,8 @@ def claim(files: CacheFiles) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise RunError(
-            f"{folder} needs {needed / 2**30:,.2f} GiB more, and {free / 2**30:,.2f} GiB are free on its disk: make "
-            "room, store fewer epochs, or set top_k."
+            f"{folder} needs {needed / 2**30:,.2f} GiB more, and {free / 2**30:,.2f} GiB are free on its disk: free "
+            "space, store fewer epochs, or set top_k."
         )
     if not path.is_file():
         write_whole(path, json.dumps(files.facts, indent=1))
@@ -122,8 +122,8 @@ def _autocast_dtype(config) -> torch.dtype | None:
     return torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None
 
 
-def _make_ready(teacher, train_set, eval_set, config, views) -> None:
-    """Teacher and images as in a training."""
+def _prepare_teacher_and_images(teacher, train_set, eval_set, config, views) -> None:
+    """Prepare teacher and images as for training."""
     for dataset in (train_set, eval_set):
         if isinstance(dataset, ImageDataset) and config.dataloader_num_workers == 0:
             dataset.to(config.device)
@@ -138,11 +138,11 @@ def _make_ready(teacher, train_set, eval_set, config, views) -> None:
 
 
 def _write_choices(files, teacher, eval_set, config) -> None:
-    """The teacher's class for every row of the evaluation set."""
+    """Write the teacher's class for every row of the evaluation set."""
     path, number = files.folder / EVALUATION_NAME, len(eval_set)
-    if is_whole(path, CHOICE, number):
+    if is_whole(path, CHOICE_DTYPE, number):
         return
-    choices = np.empty(number, CHOICE)
+    choices = np.empty(number, CHOICE_DTYPE)
     batches = _batches(eval_set, [range(number)], config)
     for start, batch in zip(range(0, number, config.eval_batch_size), batches, strict=True):
         chosen = teacher({"pixel_values": batch["pixel_values"]}).logits.argmax(dim=1)
@@ -151,7 +151,7 @@ def _write_choices(files, teacher, eval_set, config) -> None:
 
 
 def _write_shards(files, teacher, train_set, config, shards: Sequence[tuple[int, int]]) -> None:
-    """Those that are not there, or damaged."""
+    """Write the shards that are missing or damaged."""
     dtype = files.format.dtype
     missing = [key for key in shards if not is_whole(files.path(*key), dtype, len(files.rows_of(key[1])))]
     total = sum(len(files.rows_of(shard)) for _, shard in missing)
@@ -171,7 +171,7 @@ def _write_shards(files, teacher, train_set, config, shards: Sequence[tuple[int,
 
 
 def _batches(dataset, parts: Sequence[range], config) -> Iterator[dict[str, Tensor]]:
-    """Of each part of the rows, in their order, on the device."""
+    """Yield batches of each part of the rows, in order, on the device."""
     size = config.eval_batch_size
     rows = [part[start : start + size] for part in parts for start in range(0, len(part), size)]
     loader = DataLoader(

@@ -66,13 +66,13 @@ class FullyShardedDataParallel(OneDevice):
 
     def __init__(self, accelerator: Accelerator, args: DistillationConfig):
         super().__init__(accelerator, args)
-        fsdp.use_fsdp(accelerator, args)
+        fsdp.configure_fsdp(accelerator, args)
         self._is_first = True
 
     def before_prepare(self, distiller: Distiller) -> None:
         self._is_first = not isinstance(distiller, FSDPModule)  # a second `train()` finds it sharded
         if self._is_first:
-            fsdp.prepare_to_shard(distiller)
+            fsdp.prepare_for_fsdp(distiller)
 
     def optimizer_created(self, optimizer: torch.optim.Optimizer) -> None:
         fsdp.take_whole_states(optimizer)
@@ -93,7 +93,7 @@ class ZeroRedundancy(OneDevice):
 
     def __init__(self, accelerator: Accelerator, args: DistillationConfig):
         super().__init__(accelerator, args)
-        zero.use_zero(accelerator, args)
+        zero.configure_zero(accelerator, args)
 
     def before_prepare(self, distiller: Distiller) -> None:
         zero.prepare_for_zero(distiller, self.accelerator)
@@ -119,8 +119,8 @@ def backend_of(accelerator: Accelerator, args: DistillationConfig) -> OneDevice:
         HfkdError: for a setting that does not go with it, or a backend that was asked for and is not run.
     """
     kind = accelerator.distributed_type  # a plugin alone does not tell: accelerate may have dropped it
-    fsdp.check_asked_for(args, kind == DistributedType.FSDP)
-    zero.check_asked_for(args, kind == DistributedType.DEEPSPEED)
+    fsdp.check_enabled(args, kind == DistributedType.FSDP)
+    zero.check_enabled(args, kind == DistributedType.DEEPSPEED)
     if kind == DistributedType.FSDP:
         return FullyShardedDataParallel(accelerator, args)
     if args.shard_teacher:

@@ -26,7 +26,7 @@ from ..networks.features import timm_model_of
 from ..networks.loading import exported_state_dict, load_exported
 from ..networks.sharding import gathered
 from ..recipe.arguments import DistillationConfig
-from ..runs.checkpoints import defect, drop_old, last_checkpoint, seal, set_aside_later
+from ..runs.checkpoints import defect, drop_old, last_checkpoint, set_aside_newer, write_manifest
 from .distiller import Distiller
 from .processes import check_same_checkpoint, check_same_steps, check_same_stream
 from .term_log import UNLOGGED_NAME
@@ -103,7 +103,7 @@ class Checkpoints:
         if best.is_dir() or (state.best_global_step and state.best_model_checkpoint is None):
             state.best_model_checkpoint = str(best)
         if self.args.should_save:
-            set_aside_later(self.args.output_dir, state.global_step)
+            set_aside_newer(self.args.output_dir, state.global_step)
 
     @contextlib.contextmanager
     def loading(self, checkpoint: str) -> Iterator[None]:
@@ -169,7 +169,7 @@ class Checkpoints:
             yield
             self.wait_for_everyone()  # every process writes its random state
             if self.args.should_save:
-                seal(folder)
+                write_manifest(folder)
         except (OSError, RuntimeError, SafetensorError) as error:
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)

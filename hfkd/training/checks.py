@@ -1,4 +1,4 @@
-"""What cannot work together, found before training."""
+"""Checks before training that teacher, student, losses and settings fit together."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from ..recipe.arguments import DistillationConfig
 
 
 def check_ensemble(teacher: Teacher | TeacherEnsemble, losses: nn.ModuleDict, args: DistillationConfig) -> None:
-    """Raises ValueError for a loss that needs raw logits of an ensemble that gives standardized ones."""
+    """Check that no loss needs raw logits of an ensemble that gives standardized ones.
+
+    Raises:
+        HfkdError: if a loss does.
+    """
     if not (isinstance(teacher, TeacherEnsemble) and args.logit_standardization):
         return
     for name, loss in losses.items():
@@ -25,11 +29,15 @@ def check_ensemble(teacher: Teacher | TeacherEnsemble, losses: nn.ModuleDict, ar
 
 
 def check_roles(model: nn.Module, teacher, losses: nn.ModuleDict, args: DistillationConfig) -> None:
-    """Raises ValueError where teacher, student and losses cannot work together."""
+    """Check that teacher, student, losses and mixing fit together.
+
+    Raises:
+        HfkdError: if they do not.
+    """
     if losses and teacher is None:
         raise HfkdError(f"The losses {sorted(losses)} need a teacher: set teacher_name_or_path, or remove them.")
     if not losses and args.ce_weight == 0:
-        raise HfkdError("Nothing to train on: ce_weight is 0 and there are no losses.")
+        raise HfkdError("There is nothing to train on: ce_weight is 0 and there are no losses. Set one of them.")
     if teacher is not None and model is (teacher.model if isinstance(teacher, Teacher) else teacher):
         raise HfkdError("Student and teacher are the same object: the teacher is frozen, so pass a copy.")
     if not args.mixes:
@@ -39,7 +47,7 @@ def check_roles(model: nn.Module, teacher, losses: nn.ModuleDict, args: Distilla
             way_out = f"set losses.{name}.dominant_label to true to take the class with the larger share, or "
             offered = "dominant_label" in inspect.signature(type(loss)).parameters
             raise HfkdError(
-                f"The loss '{name}' needs one class an image, and mixup and cutmix leave a mixture: "
+                f"The loss '{name}' needs one class for each image, and mixup and cutmix mix classes: "
                 f"{way_out if offered else ''}leave mixup and cutmix at 0."
             )
         if loss.views == 2:
@@ -47,10 +55,12 @@ def check_roles(model: nn.Module, teacher, losses: nn.ModuleDict, args: Distilla
 
 
 def check_last_batch(losses: nn.ModuleDict, rows: int, args: DistillationConfig) -> None:
-    """Raises ValueError where an epoch of so many images has no whole batch and others are left out, or for a loss that
-    cannot take its last batch.
+    """Check that an epoch has a batch, and that every loss can take its last one.
 
-    Several processes fill it up.
+    With several processes the last batch is filled up.
+
+    Raises:
+        HfkdError: if all images would be dropped, or the last batch is too small for a loss.
     """
     images = args.per_device_train_batch_size
     if args.dataloader_drop_last and rows < images * args.world_size:

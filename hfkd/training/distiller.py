@@ -1,4 +1,4 @@
-"""Everything that learns, as one module: what DDP wraps, the optimizer updates and torch.compile sees."""
+"""Distiller: student and losses as one module, which DDP wraps, the optimizer updates and torch.compile compiles."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from ..networks.features import Outputs, Taps, forward_views, has_two_heads, log
 
 
 class Distiller(nn.Module):
-    """Student and losses in one forward.
+    """Module that computes all loss terms in one forward pass.
+
+    The losses may own parameters, such as projectors. With student and losses in one module, one optimizer trains them
+    and one wrapper synchronises them.
 
     Args:
         student: the network to train.
@@ -20,7 +23,7 @@ class Distiller(nn.Module):
         ce_weight: weight of the cross-entropy with the labels, summed over the views of the batch.
 
     Raises:
-        ValueError: if a loss names a layer that the student does not have, or if a class head would not train.
+        HfkdError: if a loss names a layer that the student does not have, or if a class head would not be trained.
     """
 
     def __init__(self, student: nn.Module, losses: nn.ModuleDict, ce_weight: float):
@@ -30,12 +33,13 @@ class Distiller(nn.Module):
         self.ce_weight = ce_weight
         layers = [layer for loss in losses.values() for layer in loss.student_layers]
         self.taps = Taps(student, layers) if layers else None
-        # DDP's name for what it need not broadcast before every forward: CRD's memory would be most of a step.
+        # DDP reads this attribute and does not broadcast these buffers before every forward. They are equal in all
+        # processes without it, and broadcasting CRD's memory would take most of a step.
         self._ddp_params_and_buffers_to_ignore = [
             f"losses.{name}.{buffer}" for name, loss in losses.items() for buffer in loss.replicated_buffers
         ]
-        # Without a loss that reads logits, both heads learn the labels by their average: each alone would stay as it
-        # was made, and evaluation averages it in.
+        # Without a loss that reads logits, nothing would train the distillation head alone, but evaluation averages it
+        # in. Then both heads learn the labels through their average.
         self.two_heads = has_two_heads(student) and any(loss.reads_logits for loss in losses.values())
         if has_two_heads(student):
             train_heads_apart(student, self.two_heads)
@@ -46,7 +50,7 @@ class Distiller(nn.Module):
             )
 
     def predict(self, batch: dict[str, Tensor]) -> Outputs:
-        """The student's outputs for every view in `batch`, in float32 at least."""
+        """Return the student's outputs for every view in `batch`, in float32 or wider."""
         outputs = forward_views(self.student, batch, self.taps, self.two_heads)
         outputs.features = {layer: at_least_float32(feature) for layer, feature in outputs.features.items()}
         for view in outputs.views():
@@ -54,13 +58,13 @@ class Distiller(nn.Module):
         return outputs
 
     def logits(self, pixel_values: Tensor) -> Tensor:
-        """The student's, (B, C), for evaluation."""
+        """Return the student's logits (B, C), for evaluation."""
         return logits_of(self.student, pixel_values)
 
     def forward(self, batch: dict[str, Tensor], teacher: Outputs | None) -> dict[str, Tensor]:
-        """Weighted loss terms by name (`loss_ce`, `loss_kd`, `loss_mlkd_class_correlation`, ...), 0-d each.
+        """Return weighted loss terms by name (`loss_ce`, `loss_kd`, `loss_mlkd_class_correlation`, ...), each 0-d.
 
-        Their sum is the training loss. The losses run outside autocast, in float32 at least: in bf16 a KL term is off
+        Their sum is the training loss. The losses run outside autocast, in float32 or wider: in bf16 a KL term is off
         by several percent.
         """
         student = self.predict(batch)
@@ -79,7 +83,7 @@ class Distiller(nn.Module):
         return terms
 
     def metrics(self) -> dict[str, Tensor]:
-        """What the losses want in the log beside their terms, such as CTKD's temperature; 0-d tensors."""
+        """Return what the losses log besides their terms, such as CTKD's temperature, as 0-d tensors."""
         return {
             f"{name}_{metric}": value for name, loss in self.losses.items() for metric, value in loss.metrics().items()
         }

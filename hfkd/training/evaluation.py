@@ -62,7 +62,7 @@ class TeacherMemory:
 
     def _known_everywhere(self, known: Tensor) -> bool:
         """Return whether the batch is known here and, for a sharded teacher, which all must run, in all processes."""
-        if any(member.shared_out for member in self.teacher.members):
+        if any(member.is_sharded for member in self.teacher.members):
             known = known.int()
             torch.distributed.all_reduce(known, torch.distributed.ReduceOp.MIN)
         return bool(known)

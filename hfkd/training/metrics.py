@@ -1,4 +1,4 @@
-"""Top-1, top-5 and agreement with the teacher, in percent, without the network."""
+"""Evaluation metrics: top-1, top-5 and agreement with the teacher, in percent, without the network."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class ImageClassificationMetrics(evaluate.Metric):
     """Accuracy of ranked predictions.
 
     `compute(predictions=ranked, references=labels, teacher=classes)`: `ranked` (N, K) holds each image's classes from
-    the most probable on, `labels` (N,) the true ones, `teacher` (N,) the teacher's first choice or None. K is 5, or
-    the number of classes where that is smaller.
+    the most probable on, `labels` (N,) the true classes, and `teacher` (N,) the teacher's most probable classes or
+    None. K is 5, or the number of classes if there are fewer.
     """
 
     def _info(self):
@@ -35,10 +35,10 @@ class ImageClassificationMetrics(evaluate.Metric):
 
 
 def ranked_accuracy(ranked: np.ndarray, labels: np.ndarray, teacher: np.ndarray | None) -> dict[str, float]:
-    """`top1`, `top5` and, with a teacher's classes (N,), `agreement` and `teacher_top1`; percent.
+    """Return `top1`, `top5` and, with a teacher's classes (N,), `agreement` and `teacher_top1`, in percent.
 
     Raises:
-        ValueError: if there is no image.
+        HfkdError: if there is no image.
     """
     if len(labels) == 0:
         raise HfkdError("There is no image to evaluate: the evaluation set is empty.")
@@ -51,8 +51,11 @@ def ranked_accuracy(ranked: np.ndarray, labels: np.ndarray, teacher: np.ndarray 
 
 
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Metrics from what `prediction_step` gives: logits (N, C), or ranked classes (N, K) and losses (N,), with the
-    teacher's choice (N,) where there is one."""
+    """Compute the metrics from the outputs of `prediction_step`.
+
+    The outputs are logits (N, C), or ranked classes (N, K) and losses (N,), with the teacher's classes (N,) if there is
+    a teacher.
+    """
     given, labels = prediction.predictions, prediction.label_ids
     counts = labels != ImageSource.IGNORED
     if not isinstance(given, tuple):

@@ -1,4 +1,4 @@
-"""SIGTERM, by which clusters end a job, or a time that is up: a checkpoint, then the end."""
+"""Preemption: a checkpoint and the end of training on SIGTERM, by which clusters end a job, or at a time limit."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ EXIT_CODE = 128 + signal.SIGTERM
 
 
 class StopOnSigterm(TrainerCallback):
-    """While training, SIGTERM, or `time_is_up`, has the step in hand finished, a checkpoint written, training ended.
+    """Callback that, on SIGTERM or once `time_is_up`, finishes the current step, writes a checkpoint and ends training.
 
-    A checkpoint of an epoch's last step, whoever asks for it, waits for what else is due then: a run that is resumed
-    from it begins with the next epoch, and would leave out the log and the evaluation of this one.
+    A checkpoint at an epoch's last step is delayed until the epoch's log and evaluation are done. A run resumed from it
+    begins with the next epoch and would leave them out.
 
-    Processes agree on the step: each tells the others after every step whether it is to stop, and all act on what was
-    said a step before, so that none waits for this.
+    All processes stop after the same step. After every step each process starts to send its flag to the others, and
+    reads the result one step later, so that no process waits for the others.
 
     Attributes:
-        time_is_up: asked after every step; another reason to stop than SIGTERM.
-        stopping: whether training ends with the next checkpoint.
-        stopped: whether training was ended so.
+        time_is_up: function called after every step; if it returns True, training stops as on SIGTERM.
+        stopping: True if training ends with the next checkpoint.
+        stopped: True if training was ended by this callback.
     """
 
     def __init__(self):
@@ -39,79 +39,88 @@ class StopOnSigterm(TrainerCallback):
         self._signalled = False
         self._save_after_epoch = False
         self._group = None
-        self._said: torch.Tensor | None = None
-        self._exchange: torch.distributed.Work | None = None
+        self._stop_flag: torch.Tensor | None = None
+        self._all_reduce: torch.distributed.Work | None = None
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Takes SIGTERM for a while; afterwards whoever had it before has it again."""
+        """Handle SIGTERM within the context, and restore the former handler afterwards."""
         self.stopping = self.stopped = self._signalled = False
-        if threading.current_thread() is not threading.main_thread():  # Python lets no other one handle signals
+        if threading.current_thread() is not threading.main_thread():  # Python handles signals in the main thread only
             yield
             return
         former = signal.signal(signal.SIGTERM, self._on_signal)
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL if former is None else former)  # None: it was not Python's
+            # None stands for a handler that was not installed from Python, which cannot be restored.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL if former is None else former)
 
     def _on_signal(self, number, frame):
+        # Only a flag: the signal may arrive within a step, where a checkpoint would be inconsistent.
         self._signalled = True
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._exchange = None
+        self._all_reduce = None
         if args.world_size > 1 and self._group is None:
-            # Whatever the gradients go by: a flag on the CPU.
+            # A separate group: the flag is on the CPU, which the backend of the gradients (NCCL) may not support.
             self._group = torch.distributed.new_group(timeout=timedelta(seconds=args.ddp_timeout), backend="gloo")
 
     def on_step_end(self, args, state, control, **kwargs):
-        # DefaultFlowCallback, which comes first, has said what is due after this step.
-        self.stopping = self._agreed(args.world_size)
+        # DefaultFlowCallback runs before this one, so `control` holds what is due after this step.
+        self.stopping = self._any_process_stops(args.world_size)
         control.should_save = control.should_save or self.stopping
         if float(state.epoch).is_integer() or state.global_step >= state.max_steps:
             self._save_after_epoch, control.should_save = control.should_save, False
         return control
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        if self.stopped:  # in its middle, so what is due at its end is not due yet
+        if self.stopped:  # training stopped within the epoch, so nothing is due that belongs to its end
             control.should_log = control.should_evaluate = control.should_save = False
             return control
-        self.stopping = self.stopping or self._agreed(args.world_size)
+        self.stopping = self.stopping or self._any_process_stops(args.world_size)
         control.should_save = control.should_save or self._save_after_epoch or self.stopping
         self._save_after_epoch = False
         return control
 
     def on_save(self, args, state, control, **kwargs):
-        # Only now: a checkpoint holds `control`, and a resumed run is not to stop again.
+        # Set after the checkpoint is written: it holds `control`, and a resumed run must not stop at once.
         if self.stopping:
             reason = "SIGTERM" if self._signalled else "The time is up"
-            logger.warning(f"{reason}: checkpoint-{state.global_step} is written, and training ends here.")
+            logger.warning(f"{reason}: checkpoint-{state.global_step} was written, and training ends here.")
             self.stopped = control.should_training_stop = True
         return control
 
     def on_train_end(self, args, state, control, **kwargs):
-        if self._exchange is not None:
-            self._exchange.wait()
+        # A process must not leave while others still wait for its last flag.
+        if self._all_reduce is not None:
+            self._all_reduce.wait()
 
-    def _agreed(self, world_size: int) -> bool:
-        """Is any process to stop? The same answer in all of them."""
+    def _any_process_stops(self, world_size: int) -> bool:
+        """Return True if any process is to stop; the answer is the same in all processes."""
         asked = self._signalled or self.time_is_up()
         if world_size == 1:
             return asked
+        # The result of the step before is read, and the next exchange is started. All processes started the former
+        # after the same step, so they get the same answer. Reading this step's flag would make every step wait for the
+        # slowest process.
         stop = False
-        if self._exchange is not None:
-            self._exchange.wait()
-            stop = bool(self._said)
-        self._said = torch.tensor(int(asked))
-        self._exchange = torch.distributed.all_reduce(
-            self._said, torch.distributed.ReduceOp.MAX, group=self._group, async_op=True
+        if self._all_reduce is not None:
+            self._all_reduce.wait()
+            stop = bool(self._stop_flag)
+        self._stop_flag = torch.tensor(int(asked))
+        self._all_reduce = torch.distributed.all_reduce(
+            self._stop_flag, torch.distributed.ReduceOp.MAX, group=self._group, async_op=True
         )
         return stop
 
 
 def ignore_sigterm(former: Callable[[int], None] | None, worker: int) -> None:
-    """Initialises a DataLoader's worker. Clusters signal every process of a job; if a worker ended by it, so would
-    training, before it has written its checkpoint."""
+    """Initialise a DataLoader worker that ignores SIGTERM.
+
+    Clusters send the signal to every process of a job. If a worker ended, training would fail before its checkpoint is
+    written.
+    """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if former is not None:
         former(worker)

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ..hub.repository import ensure_repository, export_files, open_repository, upload
 from ..recipe.arguments import DistillationConfig
-from ..runs.checkpoints import MANIFEST_NAME, file_facts
+from ..runs.checkpoints import MANIFEST_NAME, size_and_checksum
 from .exports import Exports
 
 logger = logging.get_logger(__name__)
@@ -140,6 +140,6 @@ def _public_checkpoint(checkpoint: Path) -> dict[str, Path | bytes]:
         state["best_model_checkpoint"] = Path(state["best_model_checkpoint"]).name
     files[TRAINER_STATE_NAME] = json.dumps(state, indent=2).encode()
     manifest = json.loads((checkpoint / MANIFEST_NAME).read_text())
-    manifest["files"][TRAINER_STATE_NAME] = file_facts(files[TRAINER_STATE_NAME])
+    manifest["files"][TRAINER_STATE_NAME] = size_and_checksum(files[TRAINER_STATE_NAME])
     files[MANIFEST_NAME] = json.dumps(manifest, indent=2).encode()
     return files

@@ -1,4 +1,4 @@
-"""`results.json`: what a run measured, written again after every evaluation so that a crash keeps it."""
+"""Results of a run: `results.json`, written after every evaluation so that a crash does not lose it."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from ..teacher_cache.teacher import CachedTeacher
 
 
 class ResultsWriter(TrainerCallback):
-    """Adds one row an evaluation to `<output_dir>/results.json`; on a resumed run, to the rows before the checkpoint.
+    """Callback that adds a row to `<output_dir>/results.json` after every evaluation.
 
-    Only evaluations that give a top-1 count: a user's own metrics are none of its rows.
+    A resumed run keeps the rows up to its checkpoint. Evaluations without a top-1, which a user's own metrics give, add
+    no row.
 
     Attributes:
-        facts: what is known of a run before training: networks, losses, data set, published value, versions.
-        rows: what was measured, an evaluation each.
-        planned_steps: how many steps the run takes when nothing stops it.
+        facts: facts of the run that are known before training: networks, losses, data set, published value, versions.
+        rows: measurements, one row for each evaluation.
+        planned_steps: number of steps of a run that is not stopped.
     """
 
     def __init__(self):
@@ -54,20 +55,20 @@ class ResultsWriter(TrainerCallback):
         names = ("loss", "top1", "top5", "agreement", "teacher_top1")
         row |= {f"eval_{name}": metrics[f"eval_{name}"] for name in names if f"eval_{name}" in metrics}
         self.rows = [other for other in self.rows if other["step"] != row["step"]] + [row]
-        if args.should_save and not state.is_hyper_param_search:  # a search keeps the values of its trials itself
+        if args.should_save and not state.is_hyper_param_search:  # a search stores its trials in its own database
             self.write(Path(args.output_dir, RESULTS_NAME))
 
     def text(self) -> str:
-        """The best and the last top-1 in a sentence."""
+        """Return a sentence with the best and the last top-1."""
         best, last = max(self.rows, key=lambda row: row["eval_top1"]), self.rows[-1]
         best_top1, last_top1 = best["eval_top1"], last["eval_top1"]
         return f"Top-1: {best_top1:.2f} at its best (epoch {best['epoch']:g}), {last_top1:.2f} in the end."
 
     def write(self, path: Path) -> None:
-        """Writes the file whole or not at all.
+        """Write the file, whole or not at all.
 
         Raises:
-            OSError: if it cannot be written; what was there before is as it was.
+            OSError: if it cannot be written; then the former file is unchanged.
         """
         summary = self.facts | {"planned_steps": self.planned_steps}
         if self.rows:
@@ -102,12 +103,12 @@ def run_facts(
     losses: nn.ModuleDict,
     args: DistillationConfig,
 ) -> dict[str, Any]:
-    """Return what `results.json` says of a run beside what is measured; a command adds what only its recipe knows.
+    """Return the facts for `results.json` that are known before training; a command adds those of its recipe.
 
     Args:
-        role: "student" or "teacher", what is trained.
+        role: role of the trained network, "student" or "teacher".
     """
-    name_or_path = getattr(student, "name_or_path", "")  # of a transformers model
+    name_or_path = getattr(student, "name_or_path", "")  # only models of transformers have it
     origins = [hub_id(name_or_path), *(member.hub_id for member in (teacher.members if teacher else []))]
     cached = {"teacher_cache": teacher.settings()} if isinstance(teacher, CachedTeacher) else {}
     return {

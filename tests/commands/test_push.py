@@ -324,7 +324,7 @@ def test_the_network_is_gone_and_the_same_trainer_tries_again(hub):
         ("someone/x", "hf_write", "The token may not write to someone/x"),
         ("me/other", "hf_write", "me/other holds something else: weights.bin"),
         ("me/birds", "hf_write", r"class 1 of its cifar_resnet8 is 'bat', of this one 'bee'"),
-        ("me/x/y", "hf_write", "'me/x/y' is no name of a repository"),
+        ("me/x/y", "hf_write", "'me/x/y' is no valid name of a repository"),
     ],
 )
 def test_refused_before_training(hub, monkeypatch, repo_id, token, message):

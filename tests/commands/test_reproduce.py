@@ -73,7 +73,7 @@ def recipes(monkeypatch):
     runs |= {f"cifar100/tall-short/{method}": published(20.0, losses=losses[method]) for method in ("kd", "ctkd")}
     for module in ("runs.published_cells", "comparison.rows"):
         monkeypatch.setattr(f"hfkd.{module}.published_runs", lambda: runs)
-    monkeypatch.setitem(hfkd.runs.published.IMAGES, "digits", (10, 96))
+    monkeypatch.setitem(hfkd.runs.published.IMAGE_COUNTS, "digits", (10, 96))
     monkeypatch.setattr("hfkd.training.exports.write_card", lambda *args, **kwargs: None)  # its figure takes long
     monkeypatch.setattr("hfkd.data.datasets._digits", DIGITS)  # so does scikit-learn
 

@@ -141,15 +141,19 @@ def test_other_processes(hub, tmp_path):
     [
         ("x", "", "There is no token for the Hub: log in with `hf auth login`, HF_TOKEN or hub_token"),
         ("x", SECRET, "does not accept the token: it is mistyped, expired or revoked.*`hf auth login`"),
-        ("me/x", f"{SECRET}\n", "The token for the Hub holds a blank or another character"),
+        ("me/x", f"{SECRET}\n", "The token for the Hub holds a blank or another invalid character"),
         ("me/x", "hf_read", "token may not write to me/x .*the rights.*or a token that may write"),
         ("me/there", "hf_read", "token may not write to me/there .*write access.*or a token that may write"),
         ("someone/x", "hf_write", "token may not write to someone/x .*Give a hub_model_id of your own"),
         ("someone/there", "hf_write", "token may not write to someone/there .*Give a hub_model_id of your own"),
         ("someone/private", "hf_write", "token may not write to someone/private .*Give a hub_model_id of your own"),
         ("lab/x", "hf_someone", "token may not write to lab/x .*or of an organisation that you write for"),
-        ("my model", "hf_write", "hub_model_id: 'my model' is no name of a repository, such as me/deit-tiny-kd"),
-        ("me/models/x", "hf_write", "hub_model_id: 'me/models/x' is no name of a repository.*'namespace/repo_name'"),
+        ("my model", "hf_write", "hub_model_id: 'my model' is no valid name of a repository, such as me/deit-tiny-kd"),
+        (
+            "me/models/x",
+            "hf_write",
+            "hub_model_id: 'me/models/x' is no valid name of a repos.*'namespace/repo_name'",
+        ),
     ],
 )
 def test_who_may_write(hub, monkeypatch, repo_id, token, expected):
@@ -160,7 +164,7 @@ def test_who_may_write(hub, monkeypatch, repo_id, token, expected):
     message = refused(open_repository, repo_id, CONFIG, token=token)
     assert re.search(expected, message)
     assert message.endswith(
-        "Training has not started. Without push_to_hub it does without the Hub, and `hfkd push` uploads the result "
+        "Training has not started. Leave push_to_hub out to train without the Hub; `hfkd push` uploads the result "
         "later."
     )
     with pytest.raises(PushError, match=expected):
@@ -169,17 +173,17 @@ def test_who_may_write(hub, monkeypatch, repo_id, token, expected):
 
 
 def test_no_hub(hub, monkeypatch):
-    monkeypatch.setattr(hub_errors, "SILENCE", 0.2)
+    monkeypatch.setattr(hub_errors, "READ_TIMEOUT", 0.2)
     hub.silent = True
-    assert "was not reached or fell silent (ReadTimeout: " in refused(open_repository, "x", CONFIG)
-    assert "was not reached or fell silent (ReadTimeout: " in refused(upload, {"a": b""}, "me/x", message="m")
+    assert "was not reached or did not answer (ReadTimeout: " in refused(open_repository, "x", CONFIG)
+    assert "was not reached or did not answer (ReadTimeout: " in refused(upload, {"a": b""}, "me/x", message="m")
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{unused.getsockname()[1]}")
         message = refused(open_repository, "x", CONFIG)
     assert message.startswith(f"The Hub ({huggingface_hub.constants.ENDPOINT}) was not reached")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert "HF_HUB_OFFLINE is set, so the Hub is not asked: unset it." in refused(open_repository, "x", CONFIG)
+    assert "HF_HUB_OFFLINE is set, so the Hub is not contacted: unset it." in refused(open_repository, "x", CONFIG)
 
 
 FINE = {
@@ -194,8 +198,8 @@ OTHER = {
         {"config.json": CONFIG | {"label_names": ["ant", "cow", "bee"]}},
         "class 1 of its test_resnet is 'cow",
     ),
-    "no list": ({"config.json": ["a"]}, "its config.json is not that of an image classifier"),
-    "damaged": ({"config.json": b"{"}, "its config.json is not that of an image classifier"),
+    "no list": ({"config.json": ["a"]}, "its config.json is not an image classifier's"),
+    "damaged": ({"config.json": b"{"}, "its config.json is not an image classifier's"),
 }
 
 
@@ -268,7 +272,7 @@ def test_the_network_goes_half_way(hub, failure):
     for place in places[failure]:
         setattr(hub, failure, place)
         message = refused(push, ["student", "--hub_model_id", "x"])
-        assert f"The Hub ({hub.url}) was not reached or fell silent" in message
+        assert f"The Hub ({hub.url}) was not reached or did not answer" in message
         if Path("student/README.md").exists():  # the repository was opened
             assert message.endswith(
                 "Nothing is lost: student holds the whole model. Complete the push with: hfkd push student "
@@ -297,13 +301,13 @@ def test_an_upload_in_the_background_fails(hub):
     assert hub.repositories["me/x"].files()["config.json"] == Path("student/config.json").read_bytes()
     hub.gone = True
     future = upload({"last-checkpoint/state.json": b"{}"}, "me/x", message="m", background=True)
-    assert str(future.exception()).endswith("Nothing is lost: what was to be uploaded is on disk.")
+    assert str(future.exception()).endswith("Nothing is lost: the files are on disk.")
 
 
 def test_what_the_hub_does_not_take(hub):
     hub.add("me/x")
     message = refused(upload, {"README.md": b"---\n- a list\n---\n"}, "me/x", message="m")
-    assert "What was asked of the Hub failed (ValueError: Invalid metadata in README.md" in message
+    assert "The request to the Hub failed (ValueError: Invalid metadata in README.md" in message
     assert "There is no repository me/y" in refused(upload, {"a": b""}, "me/y", message="m")
     assert "me/x has no revision 'gone'" in refused(upload, {"a": b""}, "me/x", message="m", revision="gone")
 

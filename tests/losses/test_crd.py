@@ -338,7 +338,7 @@ def test_one_class():
 
 
 def test_mixup_is_refused():
-    with pytest.raises(ValueError, match="The loss 'crd' needs one class an image"):
+    with pytest.raises(ValueError, match="The loss 'crd' needs one class for each image"):
         DistillationTrainer(
             Plain(),
             Plain(),

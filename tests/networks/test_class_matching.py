@@ -43,9 +43,9 @@ def test_by_name(student, names, expected):
     [
         (["ant", "bee"], ["ant", "cat"], "2 classes and the student 2.*no 'bee'"),
         (["ant", "bee"], ["ant", "cat", "dog"], "3 classes and the student 2.*no 'bee'"),
-        (["ant", "ant"], ["ant", "cat", "dog"], "both need names, each its own"),
-        (["0", "1"], ["ant", "bee", "cat"], "both need names"),
-        (["ant", "bee"], ["LABEL_0", "LABEL_1", "LABEL_2"], "both need names"),
+        (["ant", "ant"], ["ant", "cat", "dog"], "both need distinct names"),
+        (["0", "1"], ["ant", "bee", "cat"], "both need distinct names"),
+        (["ant", "bee"], ["LABEL_0", "LABEL_1", "LABEL_2"], "both need distinct names"),
     ],
 )
 def test_clear_errors(student, names, message):

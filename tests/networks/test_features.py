@@ -117,7 +117,7 @@ def test_the_embedding_of_other_models():
         outputs = forward_views(model.eval(), BATCH, Taps(model, [EMBEDDING]))
         assert outputs.embedding.shape == (2, width)
         torch.testing.assert_close(find_classifier(model)(outputs.embedding), outputs.logits)
-    with pytest.raises(ValueError, match="Conv2d has no linear layer to take for its classifier"):
+    with pytest.raises(ValueError, match="Conv2d has no linear layer that could be its classifier"):
         Taps(torch.nn.Conv2d(3, 5, 3), [EMBEDDING])
 
 
@@ -134,7 +134,7 @@ def test_an_embedding_is_one_vector_an_image():
 
     model = Dense()
     taps = Taps(model, [EMBEDDING])
-    with pytest.raises(ValueError, match=r"The classifier \(Linear\) reads \(2, 8, 8, 8\): expected an embedding"):
+    with pytest.raises(ValueError, match=r"The input of the classifier \(Linear\) has shape \(2, 8, 8, 8\)"):
         forward_views(model, BATCH, taps)
 
 

@@ -93,14 +93,14 @@ def test_a_mapping_in_a_recipe():
 
 
 def test_what_is_refused(folder):
-    with pytest.raises(ValueError, match="teacher_device_map is transformers'.*cifar_resnet56 is an architecture"):
+    with pytest.raises(ValueError, match="teacher_device_map is for models of transformers.*cifar_resnet56 is a timm"):
         load_teacher("cifar_resnet56", device_map="auto")
     teacher = load_teacher(folder, device_map=DEVICE_MAP)
     for settings, message in (
         ({"processes": 2}, "vit is spread.*2 processes.*start one process.*shard_teacher"),
-        ({"compiled": True}, "torch_compile was not tried"),
+        ({"compiled": True}, "torch_compile is not supported"),
     ):
         with pytest.raises(ValueError, match=message):
             check_placement(teacher, **{"processes": 1, "compiled": False} | settings)
-    with pytest.raises(ValueError, match="spread already"):
-        teacher.prepare(torch.device("cpu"), None, False, share=True)
+    with pytest.raises(ValueError, match="already spreads it over devices"):
+        teacher.prepare(torch.device("cpu"), None, False, shard=True)

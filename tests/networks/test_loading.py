@@ -57,7 +57,7 @@ def test_a_student_from_weights_gets_a_new_classifier():
     second = load_student("first", num_classes=5)
     assert second(torch.randn(1, 3, 32, 32)).logits.shape == (1, 5)
     assert torch.equal(second.timm_model.conv1.weight, first.timm_model.conv1.weight)
-    with pytest.raises(ValueError, match="image_size=64 goes with a timm architecture"):
+    with pytest.raises(ValueError, match="image_size=64 is for a timm architecture"):
         load_student("first", num_classes=5, image_size=64)
 
 
@@ -90,13 +90,13 @@ def test_clear_errors():
     with pytest.raises(FileNotFoundError, match="nothing.pth"):
         load_teacher("cifar_resnet8", "nothing.pth")
     load_student("cifar_resnet8", num_classes=3).save_pretrained("folder")
-    with pytest.raises(ValueError, match="goes with a timm architecture"):
+    with pytest.raises(ValueError, match="is for a timm architecture"):
         load_teacher("folder", "nothing.pth")
     torch.save(timm.create_model("cifar_resnet8", num_classes=7).state_dict(), "seven.pth")
     assert load_teacher("cifar_resnet8", "seven.pth").model.num_classes == 7
     with pytest.raises(ValueError, match="does not take patch_size: .*unexpected keyword"):
         load_student("cifar_resnet8", num_classes=2, patch_size=4)
-    with pytest.raises(ValueError, match="drop_path_rate=0.1 goes with a timm architecture"):
+    with pytest.raises(ValueError, match="drop_path_rate=0.1 is for a timm architecture"):
         load_student("folder", num_classes=3, drop_path_rate=0.1)
 
 
@@ -194,5 +194,5 @@ def test_a_teacher_that_takes_bgr_is_refused():
     config = ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1], num_labels=2)
     ResNetForImageClassification(config).save_pretrained("teacher")
     MobileViTImageProcessor(do_flip_channel_order=True).save_pretrained("teacher")
-    with pytest.raises(ValueError, match="BGR: True.*expected a side and RGB"):
+    with pytest.raises(ValueError, match="BGR: True.*expected a side in pixels and RGB"):
         load_teacher("teacher")

@@ -295,7 +295,7 @@ def test_clear_errors():
         (SimKDLoss(teacher_layer=7), "teacher_layer: CifarResNet has no stage 7"),
         (SimKDLoss(teacher_layer="layer9"), "teacher_layer: CifarResNet has no layer 'layer9'. Near are"),
         (SimKDLoss(teacher_layer=1), r"teacher_layer is 1, but the average of its map \(2, 16, 32, 32\) is not"),
-        (SimKDLoss(factor=65), "factor 65 leaves none of the teacher's 64 channels: take less"),
+        (SimKDLoss(factor=65), "factor is 65: it must not be above the teacher's 64 channels"),
     ]:
         with pytest.raises(ValueError, match=f"losses.simkd: {message}"):
             build(cifar(), teacher, loss)
@@ -307,7 +307,7 @@ def test_clear_errors():
         build(cifar(), None)
     with pytest.raises(ValueError, match="an ensemble .* has no classifier of its own"):
         build(cifar(), [teacher, cifar("cifar_resnet14")])
-    with pytest.raises(ValueError, match=r"\['again', 'simkd'\] each give the student a projector"):
+    with pytest.raises(ValueError, match=r"\['again', 'simkd'\] each replace the student's classifier"):
         losses = {"simkd": SimKDLoss(), "again": SimKDLoss(), "kd": KDLoss()}
         DistillationTrainer(cifar(), teacher, config(), train_dataset=images(8), losses=losses)
 
@@ -317,13 +317,13 @@ def test_teachers_without_a_linear_classifier():
     convolution.timm_model.fc = nn.Sequential(nn.Unflatten(1, (-1, 1, 1)), nn.Conv2d(64, 10, 1), nn.Flatten())
     two_heads = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=10, **TINY_VIT)
     for teacher, reason in [(convolution, "is a Sequential"), (Teacher(two_heads), "is more than one")]:
-        with pytest.raises(ValueError, match=f"one linear layer over its embedding; that of .* {reason}"):
+        with pytest.raises(ValueError, match=f"one linear layer over its embedding; the classifier of .* {reason}"):
             build(cifar(), teacher)
 
 
 def test_a_student_that_says_nothing_of_its_images():
     rows = [{"pixel_values": image, "labels": 1} for image in BATCH]
-    with pytest.raises(ValueError, match="neither the data nor the student .* says what size the images have"):
+    with pytest.raises(ValueError, match="the size of the images is not known from the data or from the student"):
         DistillationTrainer(
             tiny_resnet(), cifar("cifar_resnet14"), config(), train_dataset=rows, losses={"simkd": SimKDLoss()}
         )
@@ -341,7 +341,7 @@ def test_beside_other_losses():
 
 def test_it_is_not_rebuilt_twice():
     student = build(cifar(), cifar()).model
-    with pytest.raises(ValueError, match="losses.simkd: the student ends in a teacher's classifier already"):
+    with pytest.raises(ValueError, match="losses.simkd: the student already ends in a teacher's classifier"):
         build(student, cifar())
 
 

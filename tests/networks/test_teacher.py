@@ -97,7 +97,7 @@ def test_an_ensemble_in_the_trainer(standardization):
 
 def test_an_ensemble_has_no_layers():
     losses = {"locality_guidance": {"student_layers": ["conv"], "teacher_layers": ["conv"]}}
-    with pytest.raises(ValueError, match="ensemble .Plain . Plain. has none in common"):
+    with pytest.raises(ValueError, match="ensemble .Plain . Plain. has no layers in common"):
         DistillationTrainer(Plain(), [Plain(), Plain()], config(losses=losses), train_dataset=images(8))
 
 

@@ -24,7 +24,7 @@ from hfkd.recipe.keys import (
 )
 from hfkd.recipe.reading import ARGUMENT_CLASSES, KEYS
 from hfkd.runs.published import COMPARED_KEYS
-from hfkd.search.results import OF_THE_TRIALS
+from hfkd.search.results import TRIAL_ONLY_KEYS
 from hfkd.search.space import TRIAL_SETTINGS
 
 PRIVATE = {
@@ -59,7 +59,7 @@ def test_every_key_has_an_entry(argument_class):
             PATH_KEYS,
             {"dataset_name", "student_name_or_path", "teacher_name_or_path", "teacher_checkpoint", "teacher_cache"},
         ),
-        (OF_THE_TRIALS, TRIALS | {"resume_from_checkpoint"}),  # the last one is in no recipe
+        (TRIAL_ONLY_KEYS, TRIALS | {"resume_from_checkpoint"}),  # the last one is in no recipe
         (
             set(SETTLED),
             {

@@ -59,9 +59,9 @@ def test_errors_name_the_runs_that_there_are():
         find_runs(["runs/kd"])
     finished_run("runs/digits/kd", [60.0])
     Path("runs/cache").mkdir()
-    with pytest.raises(FileNotFoundError, match="no folder runs/kd.\nRuns that there are: runs/digits/kd."):
+    with pytest.raises(FileNotFoundError, match="no folder runs/kd.\nRuns nearby: runs/digits/kd."):
         find_runs(["runs/digits/kd", "runs/kd"])
-    message = "There is no run to read:\n  runs/cache holds no run.\nRuns that there are: runs/digits/kd."
+    message = "There is no run to read:\n  runs/cache holds no run.\nRuns nearby: runs/digits/kd."
     with pytest.raises(FileNotFoundError, match=message):
         find_runs(["runs/cache"])
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from interrupting import flip_a_bit
 
-from hfkd.runs.checkpoints import checkpoints, defect, drop_old, last_checkpoint, seal, set_aside_later
+from hfkd.runs.checkpoints import checkpoints, defect, drop_old, last_checkpoint, set_aside_newer, write_manifest
 
 
 def sealed(step, output_dir="run"):
@@ -16,7 +16,7 @@ def sealed(step, output_dir="run"):
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(bytes(range(256)) * 9)
     (folder / "trainer_state.json").write_text("{}")
-    seal(folder)
+    write_manifest(folder)
     return folder
 
 
@@ -24,7 +24,7 @@ def names(folders):
     return [Path(folder).name for folder in folders]
 
 
-def write_manifest(text):
+def manifest_text(text):
     return lambda folder: (folder / "checkpoint.json").write_text(text)
 
 
@@ -32,7 +32,7 @@ def write_manifest(text):
 
 DAMAGE = {
     "cut off": (lambda folder: os.truncate(folder / "model.safetensors", 99), "model.safetensors has 99 bytes .* 2304"),
-    "flipped": (lambda folder: flip_a_bit(folder / "model.safetensors"), "model.safetensors is not what was written"),
+    "flipped": (lambda folder: flip_a_bit(folder / "model.safetensors"), "model.safetensors is damaged"),
     "missing": (lambda folder: (folder / "trainer_state.json").unlink(), "trainer_state.json is missing"),
     "a folder": (
         lambda folder: ((folder / "trainer_state.json").unlink(), (folder / "trainer_state.json").mkdir()),
@@ -41,14 +41,14 @@ DAMAGE = {
     "not sealed": (lambda folder: (folder / "checkpoint.json").unlink(), "not written to the end: checkpoint.json"),
     "empty": (lambda folder: (shutil.rmtree(folder), folder.mkdir()), "not written to the end: checkpoint.json"),
     "gone": (shutil.rmtree, "there is no such folder"),
-    "empty manifest": (write_manifest(""), "checkpoint.json cannot be read"),
-    "half a manifest": (write_manifest('{"files": {"model.safe'), "checkpoint.json cannot be read"),
+    "empty manifest": (manifest_text(""), "checkpoint.json cannot be read"),
+    "half a manifest": (manifest_text('{"files": {"model.safe'), "checkpoint.json cannot be read"),
     "manifest of bytes": (lambda folder: (folder / "checkpoint.json").write_bytes(b"\xff\x00"), "cannot be read"),
-    "no files": (write_manifest("{}"), "checkpoint.json cannot be read"),
-    "a list": (write_manifest('{"files": ["model.safetensors"]}'), "checkpoint.json cannot be read"),
-    "no facts": (write_manifest('{"files": {"model.safetensors": 3}}'), "checkpoint.json cannot be read"),
-    "no size": (write_manifest('{"files": {"model.safetensors": {}}}'), "checkpoint.json cannot be read"),
-    "no checksum": (write_manifest('{"files": {"model.safetensors": {"bytes": 2304}}}'), "checksum"),
+    "no files": (manifest_text("{}"), "checkpoint.json cannot be read"),
+    "a list": (manifest_text('{"files": ["model.safetensors"]}'), "checkpoint.json cannot be read"),
+    "no facts": (manifest_text('{"files": {"model.safetensors": 3}}'), "checkpoint.json cannot be read"),
+    "no size": (manifest_text('{"files": {"model.safetensors": {}}}'), "checkpoint.json cannot be read"),
+    "no checksum": (manifest_text('{"files": {"model.safetensors": {"bytes": 2304}}}'), "checksum"),
 }
 
 
@@ -69,7 +69,7 @@ def test_a_file_that_cannot_be_read(monkeypatch):
     def fails(*args, **kwargs):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("hfkd.runs.checkpoints.file_facts", fails)
+    monkeypatch.setattr("hfkd.runs.checkpoints.size_and_checksum", fails)
     assert defect(folder) == "model.safetensors cannot be read ([Errno 5] Input/output error)"
 
 
@@ -93,7 +93,7 @@ def test_those_left_out_are_named(caplog):
     flip_a_bit(Path("run/checkpoint-8/model.safetensors"))
     os.remove("run/checkpoint-6/checkpoint.json")
     assert last_checkpoint("run") == "run/checkpoint-4"
-    assert "run/checkpoint-8 is left out: model.safetensors is not what was written" in caplog.text
+    assert "run/checkpoint-8 is left out: model.safetensors is damaged" in caplog.text
     assert "run/checkpoint-6 is left out: it was not written to the end" in caplog.text
     assert "checkpoint-4" not in caplog.text
 
@@ -125,8 +125,8 @@ def test_later_ones_are_set_aside(caplog):
         sealed(step)
     flip_a_bit(Path("run/checkpoint-6/model.safetensors"))
     Path("run/superseded-checkpoint-8").mkdir()
-    set_aside_later("run", 4)
+    set_aside_newer("run", 4)
     assert names(checkpoints("run")) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
     assert last_checkpoint("run") == "run/checkpoint-4"
     assert defect("run/superseded-checkpoint-8") is None
-    assert "run/checkpoint-8 is kept as superseded-checkpoint-8" in caplog.text
+    assert "run/checkpoint-8 is renamed to superseded-checkpoint-8" in caplog.text

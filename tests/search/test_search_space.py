@@ -43,8 +43,8 @@ def test_a_section():
 @pytest.mark.parametrize(
     "section, message",
     [
-        ({}, r"search is {}: give keys with what to try, such as `search: {losses.kd"),
-        ([TEMPERATURE], "give keys with what to try"),
+        ({}, r"search is {}: give keys with their values, such as `search: {losses.kd"),
+        ([TEMPERATURE], "give keys with their values"),
         (
             {"losses.kd.temperatur": {"low": 1, "high": 2}},
             f"'losses.kd.temperatur' cannot.* Did you mean '{TEMPERATURE}'",
@@ -59,14 +59,14 @@ def test_a_section():
         ({TEMPERATURE: {"low": 1, "high": "four"}}, "takes numbers, got 'four'"),
         ({TEMPERATURE: {"low": 1, "high": 4, "log": 1}}, "log of losses.kd.temperature must be true or false"),
         ({"learning_rate": {"low": 0, "high": 1, "log": True}}, "needs a low above 0"),
-        ({TEMPERATURE: {"low": 3, "high": 4}}, "own value 2, with which the search begins, lies outside"),
-        ({TEMPERATURE: {"choices": [1, 4]}}, "own value 2.0, with which the search begins, is none of them"),
+        ({TEMPERATURE: {"low": 3, "high": 4}}, "own value 2 lies outside"),
+        ({TEMPERATURE: {"choices": [1, 4]}}, "own value 2.0 is not among them"),
         ({TEMPERATURE: {"choices": [2]}}, "a list of two values or more"),
         ({TEMPERATURE: {"choices": 2}}, "a list of two values or more"),
         ({TEMPERATURE: {"low": 0, "high": 4}}, "losses.kd: temperature is 0.0: give a finite number above 0"),
         ({"ce_weight": {"low": -1, "high": 4}}, "ce_weight must not be negative"),
         ({"losses.crd.negatives": {"low": 1.5, "high": 20000}}, "takes whole numbers, got 1.5"),
-        ({"losses.crd.relaxed_positives": {"low": 0, "high": 1}}, "no number: give `choices`"),
+        ({"losses.crd.relaxed_positives": {"low": 0, "high": 1}}, "not a number: give `choices`"),
         ({"losses.crd.relaxed_positives": {"choices": [0, 1]}}, "takes true or false, got 0"),
     ],
 )

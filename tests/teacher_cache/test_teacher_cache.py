@@ -374,7 +374,7 @@ DAMAGES = {
     "longer": (lambda path: path.write_bytes(path.read_bytes() + b"0"), "bytes instead of"),
     "missing": (lambda path: path.unlink(), "1 of its 7 files are missing"),
     "corrupted": (flip_a_bit, "checksum differs"),
-    "another file": (lambda path: path.write_bytes(bytes(path.stat().st_size)), "header is not one of a cache"),
+    "another file": (lambda path: path.write_bytes(bytes(path.stat().st_size)), "header is not a cache's"),
 }
 
 

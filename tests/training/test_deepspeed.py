@@ -94,7 +94,7 @@ def test_a_checkpoint_is_that_of_any_other_run(runs):
         ({"zero_stage": 3}, {}, "zero_stage is 3: set it to 1 or 2.*fsdp.yaml"),
         ({"zero_stage": 0}, {}, "zero_stage is 0"),
         ({"offload_optimizer_device": "cpu"}, {}, "offload_optimizer_device is cpu"),
-        ({}, {"torch_compile": True}, "torch_compile was not tried"),
+        ({}, {"torch_compile": True}, "torch_compile is not supported"),
         ({}, {"fp16": True}, "With fp16 DeepSpeed.*set bf16"),
     ],
 )
@@ -110,5 +110,5 @@ def test_where_accelerate_drops_it(monkeypatch):
     pytest.importorskip("deepspeed")
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    with pytest.raises(ValueError, match="DeepSpeed was asked for.*cpu"):
+    with pytest.raises(ValueError, match="DeepSpeed was requested.*cpu"):
         DistillationTrainer(Plain(), Plain(), config(losses={"kd": {}}))

@@ -102,7 +102,7 @@ def test_a_layer_that_gives_no_map():
         def forward(self, pixel_values):
             return {"map": pixel_values.repeat(1, 3, 1, 1)[:, :8]}
 
-    with pytest.raises(ValueError, match="The layer 'conv' gives dict, not a tensor: name another one"):
+    with pytest.raises(ValueError, match="The layer 'conv' returns dict, not a tensor: name another layer"):
         trainer({"sp": {"student_layers": ["conv"], "teacher_layers": [1]}}, student=Pairs())
 
 
@@ -122,7 +122,7 @@ def test_without_stages_layers_must_be_named():
 
 @pytest.mark.parametrize("losses", [{"at": {}}, {"pkt": {}}])
 def test_an_ensemble_has_neither_maps_nor_embeddings(losses):
-    with pytest.raises(ValueError, match="an ensemble .* has none in common"):
+    with pytest.raises(ValueError, match="an ensemble .* has no layers in common"):
         args = config(losses=losses)
         DistillationTrainer(cifar_resnet(), [cifar_resnet(), cifar_resnet()], args, train_dataset=images(8))
 

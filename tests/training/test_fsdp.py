@@ -89,7 +89,7 @@ def test_shard_teacher_without_fsdp():
         ({"fsdp_version": 1}, {}, "fsdp_version is 1: set it to 2"),
         ({"cpu_ram_efficient_loading": True}, {}, "fsdp_cpu_ram_efficient_loading.*set it to false"),
         ({}, {"ema_decay": 0.9}, "ema_decay needs the whole student"),
-        ({}, {"torch_compile": True}, "torch_compile was not tried"),
+        ({}, {"torch_compile": True}, "torch_compile is not supported"),
     ],
 )
 def test_what_is_refused(plugin, changes, message):
@@ -102,5 +102,5 @@ def test_where_accelerate_drops_it(monkeypatch):
     """It would train unsharded without a word."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
-    with pytest.raises(ValueError, match="FSDP was asked for.*1 process.*cpu"):
+    with pytest.raises(ValueError, match="FSDP was requested.*1 process.*cpu"):
         DistillationTrainer(Plain(), Plain(), config(losses={"kd": {}}))

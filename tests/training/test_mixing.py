@@ -85,7 +85,7 @@ def test_dkds_dominant_label():
 
 
 def test_clear_errors():
-    with pytest.raises(ValueError, match="'dkd' needs one class an image.*losses.dkd.dominant_label"):
+    with pytest.raises(ValueError, match="'dkd' needs one class for each image.*losses.dkd.dominant_label"):
         build(losses={"dkd": {}}, mixup=0.8)
     with pytest.raises(ValueError, match="'mlkd' takes two views"):
         build(losses={"mlkd": {}}, cutmix=1.0)

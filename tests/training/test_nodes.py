@@ -177,7 +177,7 @@ def test_another_number_of_images_a_step(of_two, step, epoch, here, caplog):
     )
     with pytest.raises(ValueError, match=message):
         resumed(checkpoint)
-    with pytest.raises(ValueError, match="Have gradient_accumulation_steps or the training images changed"):
+    with pytest.raises(ValueError, match="Check whether gradient_accumulation_steps or the training images changed"):
         resumed(checkpoint, per_device_train_batch_size=8, gradient_accumulation_steps=2)
     resumed(checkpoint, allow_recipe_change=True, max_steps=step + 1)
     assert f"its {step} steps would be {here} epochs here" in caplog.text
@@ -187,7 +187,7 @@ def test_as_many_images_a_step(of_two, caplog):
     """One process goes on as two would have, but for rounding."""
     whole = torch.load(of_two / "checkpoint-6/optimizer.pt")
     trainer = resumed(of_two / "checkpoint-4", per_device_train_batch_size=8)
-    assert trainer.state.global_step == 6 and "random numbers will be others" in caplog.text
+    assert trainer.state.global_step == 6 and "its random numbers will differ" in caplog.text
     for expected, given in zip(whole["state"].values(), trainer.optimizer.state_dict()["state"].values(), strict=True):
         torch.testing.assert_close(given["momentum_buffer"], expected["momentum_buffer"], rtol=1e-4, atol=1e-6)
 
@@ -196,7 +196,7 @@ def test_processes_that_do_not_divide(of_two):
     """What a batch was cannot be shared out; an epoch and an evaluation can."""
 
     def run(rank):
-        with pytest.raises(ValueError, match="8 images a batch do not divide among 3: start as many as before"):
+        with pytest.raises(ValueError, match="A batch of 8 images cannot be divided among 3 processes"):
             resumed(of_two / "checkpoint-4")
         data = {"train_dataset": images(32), "eval_dataset": images(26, seed=1, augment=False)}
         trainer = DistillationTrainer(Plain(), None, config(per_device_train_batch_size=4), **data)
@@ -220,7 +220,7 @@ def test_folders_that_are_not_the_same(of_two, capfd):
 
     assert in_processes(2, run) == [1, 1]
     message = (
-        "Process 0 would go on from checkpoint-6 and process 1 from none: all machines must see the same files in "
+        "Process 0 would resume from checkpoint-6 and process 1 from none: all machines must see the same files in "
     )
     assert capfd.readouterr().err.count(message) == 2
 

@@ -14,7 +14,7 @@ from interrupting import build, differences, end_of, flip_a_bit
 import hfkd.data.datasets
 from hfkd import load_student
 from hfkd.commands.train import distill
-from hfkd.runs.checkpoints import checkpoints, defect, seal
+from hfkd.runs.checkpoints import checkpoints, defect, write_manifest
 
 EACH_STEP = {
     "save_strategy": "steps",
@@ -135,7 +135,7 @@ def test_another_number_of_processes(copy, caplog):
     os.rename("run/checkpoint-4/rng_state.pth", "run/checkpoint-4/rng_state_0.pth")
     shutil.copy("run/checkpoint-4/rng_state_0.pth", "run/checkpoint-4/rng_state_1.pth")
     os.remove("run/checkpoint-4/checkpoint.json")
-    seal("run/checkpoint-4")
+    write_manifest("run/checkpoint-4")
     resumed("run/checkpoint-4")
     assert "checkpoint-4 was written by 2 processes, and this run has 1" in caplog.text
 
@@ -250,7 +250,7 @@ def test_a_run_without_a_whole_checkpoint_starts_again(half, caplog):
     expected = distilled(output_dir="whole")
     flip_a_bit(Path("half/checkpoint-2/model.safetensors"))
     rows = distilled()
-    assert "half/checkpoint-2 is left out: model.safetensors is not what was written" in caplog.text
+    assert "half/checkpoint-2 is left out: model.safetensors is damaged" in caplog.text
     times = {"seconds": 0, "images_per_second": 0}
     assert [row | times for row in rows] == [row | times for row in expected]
     assert [defect(folder) for folder in checkpoints("half")] == [None, None]

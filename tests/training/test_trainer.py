@@ -301,7 +301,7 @@ def test_wrong_roles_are_refused():
     model = Plain()
     with pytest.raises(ValueError, match="need a teacher"):
         DistillationTrainer(Plain(), None, config(losses=KD), train_dataset=data)
-    with pytest.raises(ValueError, match="Nothing to train on"):
+    with pytest.raises(ValueError, match="There is nothing to train on"):
         DistillationTrainer(Plain(), None, config(ce_weight=0), train_dataset=data)
     with pytest.raises(ValueError, match="same object"):
         DistillationTrainer(model, model, config(losses=KD), train_dataset=data)
