@@ -1,8 +1,7 @@
 """Image data sets: loading by name, decoding, streaming, augmentation of batches.
 
 A data set of this room returns finished batches, and the look of an image depends only on seed, epoch, index and view.
-Of hfkd, the room may import `hfkd.errors`, `hfkd.names` and `hfkd.plots` and nothing else: no networks, no
-training, no recipe, no losses, no models.
+The room imports only errors, names and plots; it never imports networks, training, recipe, losses or models.
 """
 
 from .augment import NoAugmentation, StrongAugmentation, WeakAugmentation
