@@ -202,7 +202,7 @@ def test_a_backend_that_is_not_run_is_refused(monkeypatch):
     with pytest.raises(HfkdError, match="shard_teacher goes with FSDP"):
         backend_of(accelerator, args)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(HfkdError, match="FSDP was asked for, and accelerate does not run it"):
+    with pytest.raises(HfkdError, match="FSDP was requested, and accelerate does not run it"):
         backend_of(accelerator, args)
 
 
