@@ -317,9 +317,8 @@ def check_placement(teacher: Teacher | TeacherEnsemble, processes: int, compiled
         return
     if processes > 1:
         raise HfkdError(
-            f"{teacher.name} is spread over devices by a device_map, which needs a run of one process, got "
-            f"{processes}: start one process, or shard the teacher with FSDP (recipes/accelerate/fsdp.yaml, "
-            "shard_teacher: true)."
+            f"{teacher.name} is spread over devices by a device_map, and this run has {processes} processes: start one "
+            "process, or shard the teacher with FSDP (recipes/accelerate/fsdp.yaml, shard_teacher: true)."
         )
     if compiled:
         raise HfkdError("torch_compile is not supported with a device_map: leave one of them out.")

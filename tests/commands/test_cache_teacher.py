@@ -180,7 +180,7 @@ def test_a_disk_that_fills_up(recipe, monkeypatch):
 
     def run():
         monkeypatch.setattr(hfkd.teacher_cache.files.os, "replace", replace)
-        message = r"shard-00002.bin could not be written \(.*File too large.*MiB are free.*the same command goes on"
+        message = r"shard-00002.bin could not be written \(.*File too large.*MiB are free.*run the same command again"
         with pytest.raises(RuntimeError, match=message):
             cache_teacher([recipe, "--cache_dir", "full"])
         limit(resource.RLIM_INFINITY)

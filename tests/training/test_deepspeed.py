@@ -95,7 +95,7 @@ def test_a_checkpoint_is_that_of_any_other_run(runs):
         ({"zero_stage": 0}, {}, "zero_stage is 0"),
         ({"offload_optimizer_device": "cpu"}, {}, "offload_optimizer_device is cpu"),
         ({}, {"torch_compile": True}, "torch_compile is not supported"),
-        ({}, {"fp16": True}, "With fp16 DeepSpeed.*set bf16"),
+        ({}, {"fp16": True}, "With fp16, DeepSpeed.*set bf16"),
     ],
 )
 def test_what_is_refused(plugin, changes, message):

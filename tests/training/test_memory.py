@@ -225,8 +225,8 @@ def test_checkpointing_under_ddp(tmp_path):
     "student, losses, settings, message",
     [
         (Plain, {"kd": {}}, {}, "gradient_checkpointing: Plain does not support it"),
-        (transformers_resnet, {"kd": {}}, {}, "a ResNetForImageClassification does not know"),
-        (transformers_vit, {"simkd": {}}, {}, "a SimKDStudent does not know"),
+        (transformers_resnet, {"kd": {}}, {}, "ResNetForImageClassification does not support it"),
+        (transformers_vit, {"simkd": {}}, {}, "SimKDStudent does not support it"),
         (cifar_student, {"kd": {}}, {"use_reentrant": True}, "use_reentrant must be false"),
         (cifar_student, {"kd": {}}, {"every_n_layers": 2}, "every_n_layers has no effect on CifarResNet"),
     ],

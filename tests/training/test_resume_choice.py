@@ -59,14 +59,14 @@ def test_a_damaged_last_checkpoint(copy, caplog):
     flip_a_bit(Path("run/checkpoint-5/optimizer.pt"))
     os.truncate("run/checkpoint-4/model.safetensors", 99)
     assert differences(copy, resumed()) == []
-    for step, found in ((6, "checkpoint.json is missing"), (5, "optimizer.pt is not"), (4, "has 99 bytes instead of")):
+    for step, found in ((6, "checkpoint.json is missing"), (5, "optimizer.pt is damaged"), (4, "has 99 bytes instead")):
         assert any(f"checkpoint-{step} is left out" in line and found in line for line in caplog.messages)
     assert [defect(folder) for folder in checkpoints("run")] == [None] * 6  # they have been written anew
 
 
 def test_a_named_damaged_checkpoint(copy):
     flip_a_bit(Path("run/checkpoint-4/scheduler.pt"))
-    with pytest.raises(ValueError, match="checkpoint-4 cannot be resumed from: scheduler.pt is not.*true takes the"):
+    with pytest.raises(ValueError, match="checkpoint-4 cannot be resumed from: scheduler.pt is damaged.*true takes"):
         resumed("run/checkpoint-4")
     with pytest.raises(ValueError, match="run/checkpoint-7 cannot be resumed from: there is no such folder"):
         resumed("run/checkpoint-7")
