@@ -47,12 +47,16 @@ _HOMES = {
 _ARCHITECTURES = ("hfkd.models", "hfkd.networks.simkd_student")  # the modules that register with timm
 
 
-def __getattr__(name: str):
+def _public(name: str):
     if name not in _HOMES:
         raise AttributeError(f"module 'hfkd' has no attribute '{name}'")
     value = getattr(importlib.import_module(f"hfkd.{_HOMES[name]}"), name)
     globals()[name] = value
     return value
+
+
+if not TYPE_CHECKING:  # else they would take any name for a public one
+    __getattr__ = _public
 
 
 def __dir__() -> list[str]:
@@ -81,7 +85,8 @@ class _RegisterAfterTimm(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         sys.meta_path.remove(self)
-        module.__spec__.loader = module.__loader__ = self._loader  # whoever reads them finds timm's own
+        # Whoever reads them finds timm's own.
+        module.__spec__.loader = module.__loader__ = self._loader  # type: ignore[union-attr]  # import has set it
         self._loader.exec_module(module)
         _register_architectures()
 
@@ -108,4 +113,4 @@ def _moved(name: str):
 
 # `from hfkd.loading import input_spec` is in programs written after the README of November 2026.
 _loading = sys.modules["hfkd.loading"] = ModuleType("hfkd.loading")
-_loading.__getattr__ = _moved
+vars(_loading)["__getattr__"] = _moved

@@ -14,9 +14,8 @@ A transform is a callable `transform(images, bits)`: images (B, C, H, W) uint8 a
 class.
 """
 
-from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -63,7 +62,7 @@ def random_bits(seed: int, epoch: int, index: np.ndarray, view: int, draws: int)
     return mix(state[:, None] + _GOLDEN * np.arange(1, draws + 1, dtype=np.uint64))
 
 
-def random_integers(bits: np.ndarray, bound: int) -> np.ndarray:
+def random_integers(bits: np.ndarray, bound: int | np.ndarray) -> np.ndarray:
     """Return int64 in 0 ... bound - 1 from uint64 of the same shape, uniform up to bound / 2**32."""
     return (((bits >> np.uint64(32)) * np.uint64(bound)) >> np.uint64(32)).astype(np.int64)
 
@@ -144,6 +143,14 @@ def cutout_boxes(bits: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.stack([x0, y0, x1, y1], axis=1).astype(np.int64)
 
 
+class BatchTransform(Protocol):
+    """Transform of a batch, as above."""
+
+    draws: int
+
+    def __call__(self, images: Tensor, bits: np.ndarray) -> Tensor: ...
+
+
 class NoAugmentation:
     """Transform that returns images unchanged, for evaluation."""
 
@@ -186,7 +193,7 @@ class StrongAugmentation:
         weak: the transform that runs first, usually the weak view's transform.
     """
 
-    def __init__(self, weak: Callable[[Tensor, np.ndarray], Tensor]):
+    def __init__(self, weak: BatchTransform):
         self.weak = weak
         self.draws = weak.draws + 2 * NUM_OPERATIONS + 3
 

@@ -1,6 +1,6 @@
 """Image classification data sets by name: scikit-learn's digits, the Hub, local folders."""
 
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import datasets
@@ -47,8 +47,8 @@ def load_image_splits(
             a wrong type or not clear, or a label is no class.
     """
     splits = _load_splits(name, config_name, revision, cache_dir)
-    wanted = {"train_split": train_split, "eval_split": find_eval_split(name, splits, eval_split)}
-    wanted = {key: split for key, split in wanted.items() if split is not None}
+    requested = {"train_split": train_split, "eval_split": find_eval_split(name, splits, eval_split)}
+    wanted = {key: split for key, split in requested.items() if split is not None}
     rows = [_select_rows(name, splits, key, split) for key, split in wanted.items()]
     features = rows[0].features
     image_column = find_image_column(features, image_column, name)
@@ -63,7 +63,7 @@ def load_image_splits(
     ]
     for split in found:
         split.labels()  # finds a wrong label now and not after minutes of decoding
-    return (None, *found) if train_split is None else tuple(found)
+    return None if train_split is None else found[0], found[-1]
 
 
 def _load_splits(name, config_name, revision, cache_dir) -> Mapping[str, datasets.Dataset]:
@@ -151,7 +151,7 @@ def _image_folder(folder, split_folders):
     return splits
 
 
-def find_eval_split(name: str, splits: Container[str], requested: str | None) -> str:
+def find_eval_split(name: str, splits: Collection[str], requested: str | None) -> str:
     """Return `requested`, by default the first of EVAL_SPLITS; "validation", "val" and "valid" are one name.
 
     Raises:

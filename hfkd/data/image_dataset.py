@@ -1,6 +1,6 @@
 """Data set of small images in memory that returns finished batches."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import default_data_collator
 
 from ..errors import HfkdError
-from .augment import NoAugmentation, StrongAugmentation, random_bits
+from .augment import BatchTransform, NoAugmentation, StrongAugmentation, random_bits
 from .columns import ImageSplit
 from .decode import decode_split
 from .source import IndexedImageSource, pixel_scale
@@ -47,7 +47,7 @@ class ImageDataset(IndexedImageSource):
         labels: Tensor,
         class_names: Sequence[str],
         *,
-        transform: Callable[[Tensor, np.ndarray], Tensor],
+        transform: BatchTransform,
         mean: Sequence[float],
         std: Sequence[float],
         seed: int = 0,

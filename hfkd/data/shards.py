@@ -81,18 +81,21 @@ def open_streams(
                 "set streaming: false."
             )
     folder = Path(name).expanduser()
-    columns = {"image_column": image_column, "label_column": label_column, "class_names": class_names}
+    columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column, "class_names": class_names}
     if folder.is_dir() and not {"train", *EVAL_SPLITS}.isdisjoint(_split_folders(folder)):
-        return tuple(
-            None if split is None else StreamSplit(FileShards(split), name, split.split, split.class_names)
-            for split in load_image_splits(name, train_split=train_split, eval_split=eval_split, **columns)
-        )
+        splits = load_image_splits(name, train_split=train_split, eval_split=eval_split, **columns)
+        streams = [
+            StreamSplit(FileShards(split), name, split.split, split.class_names)
+            for split in splits
+            if split is not None
+        ]
+        return None if train_split is None else streams[0], streams[-1]
     builder = _parquet_builder(name, config_name, revision)
     urls = {str(split): files for split, files in builder.config.data_files.items()}
     wanted = {"train_split": train_split, "eval_split": find_eval_split(name, urls, eval_split)}
     footers = [(split, _footers(name, key, split, urls)) for key, split in wanted.items() if split is not None]
     found = _parquet_streams(name, builder.info.features, footers, **columns)
-    return (None, *found) if train_split is None else tuple(found)
+    return None if train_split is None else found[0], found[-1]
 
 
 # ---- Reading -------------------------------------------------------------------------------------------------------

@@ -165,5 +165,5 @@ class IndexedImageSource(Dataset, ImageSource):
 
 def pixel_scale(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
     """Return two (3, 1, 1) float32 so that bytes * scale + shift is (bytes / 255 - mean) / std."""
-    mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (mean, std))
-    return (1 / (255 * std)).float(), (-mean / std).float()
+    means, stds = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (mean, std))
+    return (1 / (255 * stds)).float(), (-means / stds).float()

@@ -120,9 +120,12 @@ class StreamingImageDataset(IterableDataset, ImageSource):
 
     def __len__(self) -> int:
         """Return the number of batches of this process."""
+        return self._own_part().num_batches
+
+    def _own_part(self) -> _Part:
         if self._part is None:
             raise RunError("Call shard(rank, world_size, batch_size, drop_last) first: it sets the size of a batch.")
-        return self._part.num_batches
+        return self._part
 
     def set_epoch(self, epoch: int) -> None:
         """Change order and augmentation, and skip no batches.
@@ -147,18 +150,18 @@ class StreamingImageDataset(IterableDataset, ImageSource):
             BadImageError: an image cannot be decoded. With `skip_bad_images` only in training, if no image of a batch
                 can be decoded.
         """
-        number, worker = len(self), get_worker_info()
-        worker, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        number, info = len(self), get_worker_info()
+        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
         skipped = len(range(worker, min(int(self._skip), number), workers))
         # A separate generator: epoch and skipped batches are read now and not when the first batch is requested.
-        return self._batches(*self._part.run(worker, workers), skipped, self.epoch)
+        return self._batches(*self._own_part().run(worker, workers), skipped, self.epoch)
 
     def first_batch(self, size: int) -> dict[str, Tensor]:
         """Return the first `size` decodable rows of the split, or all of fewer, as a batch for a trial step."""
         rows = (row for unit in self._units(0, self.num_rows, epoch=None) for row in self._read(*unit))
         return self._batch(list(islice(filter(self._can_be_decoded, rows), size)), self.epoch)
 
-    def _can_be_decoded(self, sample: RowSample) -> bool:
+    def _can_be_decoded(self, sample: tuple[int, Sample]) -> bool:
         row, (cell, _) = sample
         try:
             decode_cell(cell, self.name, row)
@@ -224,7 +227,7 @@ class StreamingImageDataset(IterableDataset, ImageSource):
         bits = random_bits(self.seed, epoch, np.arange(start, start + rows), _BUFFER, 1)[:, 0]
         return buffered_order(bits, self.shuffle_buffer_size)
 
-    def _read(self, unit, unit_rows) -> list[RowSample]:
+    def _read(self, unit, unit_rows) -> list[tuple[int, Sample]]:
         rows = (self._first_rows[unit] + unit_rows).tolist()
         return list(zip(rows, self._shards.read(unit, unit_rows), strict=True))
 

@@ -185,7 +185,7 @@ class RandomResizedCrop(ImageTransform):
                 is_training=True,
                 separate=True,
                 hflip=0.5 if flip else 0.0,
-                color_jitter=color_jitter or None,
+                color_jitter=color_jitter or None,  # type: ignore[arg-type]  # timm's hint lacks None
                 auto_augment=auto_augment,
                 interpolation=interpolation,
                 mean=self.mean,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import HfkdError
 from .base import Outputs
-from .feature_maps import MapPairsLoss, pooled_to_smaller
+from .feature_maps import MapPairsLoss, pooled_to_smaller, summed
 from .standardize import at_least_float32
 
 
@@ -32,15 +32,15 @@ def at_loss(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> T
         HfkdError: the batch sizes of a pair differ, or an input is not a map.
         ValueError: the numbers of maps differ.
     """
-    loss = 0.0
+    losses = []
     for student, teacher in zip(student_maps, teacher_maps, strict=True):
         if student.ndim != 4 or teacher.ndim != 4 or len(student) != len(teacher):
             raise HfkdError(
                 f"two maps (B, C, H, W) of one batch expected, got {tuple(student.shape)} and {tuple(teacher.shape)}"
             )
         student, teacher = pooled_to_smaller(at_least_float32(student), at_least_float32(teacher))
-        loss = loss + F.mse_loss(_attention(student), _attention(teacher))
-    return loss
+        losses.append(F.mse_loss(_attention(student), _attention(teacher)))
+    return summed(losses)
 
 
 def _attention(feature_map: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,13 @@ class DistillationLoss(nn.Module):
     reads_logits = True  # False: this loss does not train a student's distillation head
     reads_raw_logits = False  # True: it reads logits besides `self.logits()`, so also unstandardized ones
     # The one temperature at which `forward` reads the teacher's logits. None: it reads them in another way.
-    teacher_temperature: float | None = None
+    if TYPE_CHECKING:  # so that a subclass may have an attribute or a property
+
+        @property
+        def teacher_temperature(self) -> float | None: ...
+
+    else:
+        teacher_temperature = None
     takes_mixed_labels = True  # False: `labels` must be classes, so mixup and CutMix are refused
     # The layers that `features` must hold: stage indices, module paths or "embedding". None: every stage except the
     # first; the trainer replaces None by these stages.
@@ -109,7 +115,8 @@ class DistillationLoss(nn.Module):
         Call it in the constructor or in `setup`. It is no decorator, because `torch.compiler.disable` imports the
         compiler, which takes longer than importing torch.
         """
-        self.forward = MethodType(torch.compiler.disable(type(self).forward), self)
+        eager = MethodType(torch.compiler.disable(type(self).forward), self)
+        self.forward = eager  # type: ignore[method-assign]  # of this instance alone
 
     def autocast(self, device: torch.device) -> torch.autocast:
         """Return a context with the run's precision, for learnt projectors; `forward` itself runs in float32."""
@@ -130,7 +137,7 @@ class DistillationLoss(nn.Module):
 
     def settings(self) -> dict[str, Any]:
         """Return the parameters as results name them: `arguments`, with the layers that the loss reads."""
-        layers = {"student_layers": self.student_layers, "teacher_layers": self.teacher_layers}
+        layers: dict[str, Any] = {"student_layers": self.student_layers, "teacher_layers": self.teacher_layers}
         actual = {key: list(value) for key, value in layers.items() if key in self.arguments}
         return {**self.arguments, **actual, "weight": self.weight}
 

@@ -84,7 +84,7 @@ def checked_arguments(method: str, loss_class: type, arguments: Mapping[str, Any
             type than its annotation.
     """
     parameters = inspect.signature(loss_class).parameters
-    hints = get_type_hints(loss_class.__init__)
+    hints = get_type_hints(loss_class.__init__)  # type: ignore[misc]  # of this very class, not of a subclass
     for key in arguments:
         if key not in parameters:
             raise HfkdError(f"losses.{method} takes no parameter {key!r}.{did_you_mean(key, parameters)}")

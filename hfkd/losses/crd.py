@@ -190,6 +190,10 @@ class CRDLoss(DistillationLoss):
     teacher_layers = ["embedding"]
     needs_index = True
     replicated_buffers = ("student_memory", "teacher_memory", "log_normalizers", "places")
+    places: Tensor  # None before `setup_rows`
+    student_memory: Tensor
+    teacher_memory: Tensor
+    log_normalizers: Tensor
 
     def __init__(
         self,
@@ -264,11 +268,11 @@ class CRDLoss(DistillationLoss):
         index = batch["index"]
         with self.autocast(index.device):
             embeddings = self.embed_student(student.embedding), self.embed_teacher(teacher.embedding)
-        normalized = [F.normalize(at_least_float32(embedding), dim=1) for embedding in embeddings]
+        own, other = (F.normalize(at_least_float32(embedding), dim=1) for embedding in embeddings)
         memories = self.student_memory, self.teacher_memory
-        loss, normalizers = crd_loss(*normalized, *memories, self.draw(index), self.log_normalizers, self.temperature)
+        loss, normalizers = crd_loss(own, other, *memories, self.draw(index), self.log_normalizers, self.temperature)
         self.log_normalizers.copy_(normalizers)
-        self.remember(index, *normalized)
+        self.remember(index, own, other)
         return loss
 
     @torch.no_grad()

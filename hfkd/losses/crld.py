@@ -54,7 +54,7 @@ def crld_loss(
     student_logits_strong, teacher_logits_strong = paired(student_logits_strong, teacher_logits_strong)
     confident_weak = _confident(teacher_logits, weak_threshold)
     confident_strong = _confident(teacher_logits_strong, strong_threshold)
-    views = student_logits, teacher_logits, student_logits_strong, teacher_logits_strong
+    views: tuple[Tensor, ...] = student_logits, teacher_logits, student_logits_strong, teacher_logits_strong
     if logit_standardization:
         views = tuple(standardize(logits) for logits in views)
     student, teacher, student_strong, teacher_strong = (F.log_softmax(logits / temperature, dim=1) for logits in views)

@@ -92,16 +92,16 @@ class InstanceTemperature(nn.Module):
             nn.Linear(HIDDEN_FEATURES, HIDDEN_FEATURES),
             nn.LayerNorm(HIDDEN_FEATURES),
             nn.ReLU(),
-            nn.Linear(HIDDEN_FEATURES, 1),
+            last := nn.Linear(HIDDEN_FEATURES, 1),
         )
         # Then it starts close to the global temperature.
-        nn.init.constant_(self.layers[-1].bias, RAW_TEMPERATURE)
+        nn.init.constant_(last.bias, RAW_TEMPERATURE)
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         """Return raw temperatures (B,) for logits (B, C)."""
         logits = torch.cat([teacher_logits, student_logits], dim=1).detach()
         with torch.autocast(device_type=logits.device.type, enabled=False):
-            return self.layers(logits.to(self.layers[0].weight.dtype)).squeeze(1)
+            return self.layers(logits.to(self.layers[0].get_parameter("weight").dtype)).squeeze(1)
 
 
 class CTKDLoss(DistillationLoss):
@@ -131,6 +131,9 @@ class CTKDLoss(DistillationLoss):
         }
     """
 
+    raw_temperature: nn.Module
+    last_temperature: Tensor
+
     def __init__(
         self,
         instance_wise: bool = False,
@@ -144,7 +147,8 @@ class CTKDLoss(DistillationLoss):
         self.start = positive("start", start)
         self.end = positive("end", end)
         self.curriculum_epochs = not_negative("curriculum_epochs", curriculum_epochs)
-        self.raw_temperature = None if instance_wise else GlobalTemperature()
+        if not instance_wise:
+            self.raw_temperature = GlobalTemperature()
         # A buffer, written in place: logging it neither waits for the device nor breaks a compiled graph.
         initial = self._temperature(torch.tensor(RAW_TEMPERATURE))
         self.register_buffer("last_temperature", initial, persistent=False)

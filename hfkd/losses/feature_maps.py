@@ -1,6 +1,7 @@
 """Feature maps in one layout for all architectures, and the bases of the losses that compare maps."""
 
 import math
+from collections.abc import Iterable, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,8 +35,15 @@ def as_map(feature: Tensor) -> Tensor:
 
 def pooled_to_smaller(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Average two maps (B, C, H, W) down to the smaller height and width of the two."""
-    size = [min(sides) for sides in zip(student.shape[2:], teacher.shape[2:], strict=True)]
-    return tuple(m if list(m.shape[2:]) == size else F.adaptive_avg_pool2d(m, size) for m in (student, teacher))
+    height, width = (min(sides) for sides in zip(student.shape[2:], teacher.shape[2:], strict=True))
+    size = height, width
+    student, teacher = (m if m.shape[2:] == size else F.adaptive_avg_pool2d(m, size) for m in (student, teacher))
+    return student, teacher
+
+
+def summed(terms: Iterable[Tensor]) -> Tensor:
+    """Return the sum of the terms of the pairs of maps."""
+    return sum(terms)  # type: ignore[return-value]  # there is a pair, so it is no plain 0
 
 
 def _read_map(outputs: Outputs, role: str, layer: int | str) -> Tensor:
@@ -59,11 +67,13 @@ class MapsLoss(DistillationLoss):
     """
 
     reads_logits = False
+    student_layers: Sequence[int | str]
+    teacher_layers: Sequence[int | str]
 
     def __init__(self, student_layers: list | None = None, teacher_layers: list | None = None, weight: float = 1.0):
         super().__init__(weight)
-        self.student_layers = None if student_layers is None else layers_of("student_layers", student_layers)
-        self.teacher_layers = None if teacher_layers is None else layers_of("teacher_layers", teacher_layers)
+        self.student_layers = None if student_layers is None else layers_of("student_layers", student_layers)  # type: ignore[assignment]
+        self.teacher_layers = None if teacher_layers is None else layers_of("teacher_layers", teacher_layers)  # type: ignore[assignment]
 
     def maps(self, student: Outputs, teacher: Outputs) -> tuple[list[Tensor], list[Tensor]]:
         """Return the student's maps and the teacher's maps, (B, C, H, W) each.

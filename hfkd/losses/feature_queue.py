@@ -73,6 +73,7 @@ class FeatureQueueLoss(DistillationLoss):
     reads_logits = False
     student_layers = teacher_layers = ["embedding"]
     replicated_buffers = ("queue",)
+    queue: Tensor
 
     def __init__(self, temperature: float = 0.07, size: int = 8192, weight: float = 1.0):
         super().__init__(weight)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Outputs
-from .feature_maps import MapPairsLoss
+from .feature_maps import MapPairsLoss, summed
 from .projectors import comparable, images_for_batch_norm
 
 
@@ -31,7 +31,7 @@ def fitnet_loss(regressed_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]
         ValueError: the numbers of maps differ.
     """
     pairs = zip(regressed_maps, teacher_maps, strict=True)
-    return sum(F.mse_loss(*comparable(regressed, teacher)) for regressed, teacher in pairs)
+    return summed(F.mse_loss(*comparable(regressed, teacher)) for regressed, teacher in pairs)
 
 
 def regressor(student_map: Tensor, teacher_map: Tensor) -> nn.Sequential:
@@ -48,6 +48,7 @@ def regressor(student_map: Tensor, teacher_map: Tensor) -> nn.Sequential:
     """
     student_size, teacher_size = student_map.shape[2:], teacher_map.shape[2:]
     channels = student_map.shape[1], teacher_map.shape[1]
+    convolution: nn.Module
     if student_size == teacher_size:
         convolution = nn.Conv2d(*channels, 1)
     elif all(side == 2 * target for side, target in zip(student_size, teacher_size, strict=True)):
@@ -55,8 +56,8 @@ def regressor(student_map: Tensor, teacher_map: Tensor) -> nn.Sequential:
     elif all(2 * side == target for side, target in zip(student_size, teacher_size, strict=True)):
         convolution = nn.ConvTranspose2d(*channels, 4, stride=2, padding=1)
     else:
-        smaller = [min(sides) for sides in zip(student_size, teacher_size, strict=True)]
-        convolution = nn.Sequential(nn.AdaptiveAvgPool2d(smaller), nn.Conv2d(*channels, 3, padding=1))
+        height, width = (min(sides) for sides in zip(student_size, teacher_size, strict=True))
+        convolution = nn.Sequential(nn.AdaptiveAvgPool2d((height, width)), nn.Conv2d(*channels, 3, padding=1))
     return nn.Sequential(OrderedDict(conv=convolution, bn=nn.BatchNorm2d(channels[1]), relu=nn.ReLU()))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import HfkdError
 from .base import Outputs
 from .checks import layers_of
-from .feature_maps import MapPairsLoss
+from .feature_maps import MapPairsLoss, summed
 from .standardize import at_least_float32
 
 
@@ -30,7 +30,7 @@ def locality_guidance_loss(student_maps: Sequence[Tensor], teacher_maps: Sequenc
         HfkdError: the batch sizes or the channels of a pair differ.
         ValueError: the numbers of maps differ.
     """
-    loss = 0.0
+    losses = []
     for student, teacher in zip(student_maps, teacher_maps, strict=True):
         student = at_least_float32(student)
         if student.shape[:2] != teacher.shape[:2]:
@@ -39,8 +39,8 @@ def locality_guidance_loss(student_maps: Sequence[Tensor], teacher_maps: Sequenc
                 f"{tuple(teacher.shape)}"
             )
         size = [max(sides) for sides in zip(student.shape[2:], teacher.shape[2:], strict=True)]
-        loss = loss + F.mse_loss(_resize(student, size), _resize(teacher, size))
-    return loss
+        losses.append(F.mse_loss(_resize(student, size), _resize(teacher, size)))
+    return summed(losses)
 
 
 def _resize(feature_map: Tensor, size: list[int]) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import HfkdError
 from .base import Outputs
 from .embeddings import unit_vectors
-from .feature_maps import MapPairsLoss, pooled_to_smaller
+from .feature_maps import MapPairsLoss, pooled_to_smaller, summed
 from .standardize import at_least_float32
 
 
@@ -32,7 +32,7 @@ def nst_loss(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> 
     Raises:
         ValueError: the numbers of maps differ, or a pair's batches, or one is no map.
     """
-    loss = 0.0
+    losses = []
     for student, teacher in zip(student_maps, teacher_maps, strict=True):
         if student.ndim != 4 or teacher.ndim != 4 or len(student) != len(teacher):
             raise HfkdError(
@@ -41,8 +41,8 @@ def nst_loss(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> 
         student, teacher = pooled_to_smaller(at_least_float32(student), at_least_float32(teacher))
         student, teacher = unit_vectors(student.flatten(2)), unit_vectors(teacher.flatten(2))
         own, other = _mean_kernel(student, student), _mean_kernel(teacher, teacher)
-        loss = loss + own + other - 2 * _mean_kernel(student, teacher)
-    return loss
+        losses += [own, other, -2 * _mean_kernel(student, teacher)]
+    return summed(losses)
 
 
 def _mean_kernel(one: Tensor, other: Tensor) -> Tensor:

@@ -159,7 +159,7 @@ class SemCKDLoss(MapsLoss):
             projected = [
                 [
                     project(pooled_to_smaller(student_map, teacher_map)[0])
-                    for project, teacher_map in zip(row, teacher_maps, strict=True)
+                    for project, teacher_map in zip(row.children(), teacher_maps, strict=True)
                 ]
                 for row, student_map in zip(self.projectors, student_maps, strict=True)
             ]

@@ -62,6 +62,7 @@ class SimKDLoss(DistillationLoss):
 
     reads_logits = False
     student_layers = ["projector"]
+    reuses_classifier: ReusedClassifier
 
     def __init__(self, factor: int = 2, student_layer: int = -1, teacher_layer: int | str = -1, weight: float = 1.0):
         super().__init__(weight)

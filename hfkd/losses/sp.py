@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import HfkdError
 from .base import Outputs
-from .feature_maps import MapPairsLoss
+from .feature_maps import MapPairsLoss, summed
 from .standardize import at_least_float32
 
 
@@ -31,14 +31,14 @@ def sp_loss(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> T
         HfkdError: the batch sizes of a pair differ.
         ValueError: the numbers of maps differ.
     """
-    loss = 0.0
+    losses = []
     for student, teacher in zip(student_maps, teacher_maps, strict=True):
         if len(student) != len(teacher):
             raise HfkdError(
                 f"two maps (B, C, H, W) of one batch expected, got {tuple(student.shape)} and {tuple(teacher.shape)}"
             )
-        loss = loss + (_similarities(student) - _similarities(teacher)).pow(2).mean()
-    return loss
+        losses.append((_similarities(student) - _similarities(teacher)).pow(2).mean())
+    return summed(losses)
 
 
 def _similarities(feature_map: Tensor) -> Tensor:

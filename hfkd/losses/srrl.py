@@ -91,4 +91,5 @@ class SRRLLoss(DistillationLoss):
     def forward(self, student: Outputs, teacher: Outputs, batch: Mapping[str, Tensor]) -> Tensor:
         with self.autocast(student.embedding.device):
             projected = self.projector(student.embedding[..., None, None]).flatten(1)
-        return srrl_loss(projected, teacher.embedding, teacher.logits, teacher.classifier)
+        classifier = teacher.classifier
+        return srrl_loss(projected, teacher.embedding, teacher.logits, classifier)  # type: ignore[arg-type]  # see `setup`

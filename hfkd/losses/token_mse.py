@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Outputs
-from .feature_maps import MapPairsLoss
+from .feature_maps import MapPairsLoss, summed
 from .fitnet import FitNetLoss
 from .projectors import comparable
 
@@ -29,7 +29,7 @@ def token_mse_loss(projected_maps: Sequence[Tensor], teacher_maps: Sequence[Tens
         ValueError: the numbers of maps differ, or a pair's batches or channels.
     """
     pairs = zip(projected_maps, teacher_maps, strict=True)
-    return sum(F.mse_loss(*comparable(projected, teacher)) for projected, teacher in pairs)
+    return summed(F.mse_loss(*comparable(projected, teacher)) for projected, teacher in pairs)
 
 
 class TokenMSELoss(MapPairsLoss):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import HfkdError
 from .base import Outputs
-from .feature_maps import MapPairsLoss, pooled_to_smaller
+from .feature_maps import MapPairsLoss, pooled_to_smaller, summed
 from .projectors import comparable
 from .standardize import at_least_float32
 
@@ -38,14 +38,14 @@ def vid_loss(predicted_maps: Sequence[Tensor], log_scales: Sequence[Tensor], tea
         HfkdError: the batch sizes or the channels of a pair differ, or a scale is not (C,).
         ValueError: the numbers of maps and scales differ.
     """
-    loss = 0.0
+    losses = []
     for predicted, log_scale, teacher in zip(predicted_maps, log_scales, teacher_maps, strict=True):
         predicted, teacher = comparable(predicted, teacher)
         if log_scale.shape != teacher.shape[1:2]:
             raise HfkdError(f"log_scales of shape ({teacher.shape[1]},) expected, got {tuple(log_scale.shape)}")
         variance = F.softplus(at_least_float32(log_scale)).view(1, -1, 1, 1) + LEAST_VARIANCE
-        loss = loss + ((predicted - teacher) ** 2 / variance + variance.log()).mean() / 2
-    return loss
+        losses.append(((predicted - teacher) ** 2 / variance + variance.log()).mean() / 2)
+    return summed(losses)
 
 
 def _regressor(student_map: Tensor, teacher_map: Tensor) -> nn.Sequential:
@@ -97,4 +97,4 @@ class VIDLoss(MapPairsLoss):
         pooled = [pooled_to_smaller(student_map, teacher_map)[0] for student_map, teacher_map in pairs]
         with self.autocast(student_maps[0].device):
             predicted = [regress(student_map) for regress, student_map in zip(self.regressors, pooled, strict=True)]
-        return vid_loss(predicted, self.log_scales, teacher_maps)
+        return vid_loss(predicted, list(self.log_scales), teacher_maps)

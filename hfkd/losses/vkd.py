@@ -11,7 +11,7 @@ from torch.nn.utils.parametrizations import orthogonal
 
 from .base import Outputs
 from .embeddings import paired_embeddings
-from .feature_maps import MapPairsLoss
+from .feature_maps import MapPairsLoss, summed
 
 
 def vkd_loss(projected: Sequence[Tensor], teacher_features: Sequence[Tensor]) -> Tensor:
@@ -29,18 +29,18 @@ def vkd_loss(projected: Sequence[Tensor], teacher_features: Sequence[Tensor]) ->
     Raises:
         ValueError: the numbers of features differ, or a pair's are not (B, D) each.
     """
-    loss = 0.0
+    losses = []
     for student, teacher in zip(projected, teacher_features, strict=True):
         student, teacher = paired_embeddings(student, teacher, same_width=True)
-        loss = loss + F.smooth_l1_loss(student, F.layer_norm(teacher, teacher.shape[1:]))
-    return loss
+        losses.append(F.smooth_l1_loss(student, F.layer_norm(teacher, teacher.shape[1:])))
+    return summed(losses)
 
 
 def _projection(student_width: int, teacher_width: int) -> nn.Linear:
     """Return a linear layer without bias, whose weight torch keeps orthonormal."""
-    projection = orthogonal(nn.Linear(student_width, teacher_width, bias=False))
-    (parametrization,) = projection.parametrizations["weight"]
-    parametrization.base = parametrization.base.contiguous()  # safetensors saves nothing else
+    projection = nn.Linear(student_width, teacher_width, bias=False)
+    parametrization = orthogonal(projection).get_submodule("parametrizations.weight.0")
+    parametrization.base = parametrization.get_buffer("base").contiguous()  # safetensors saves nothing else
     return projection
 
 

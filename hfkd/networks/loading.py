@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import timm
 import torch
@@ -125,7 +125,7 @@ def _check_patches(architecture: str, model: nn.Module) -> None:
             return  # only the first one cuts images; later ones cut feature maps
 
 
-def _reinitialize_zero_classifier(model: nn.Module) -> None:
+def _reinitialize_zero_classifier(model: Any) -> None:
     """Give a classifier that starts at zero, such as MLP-Mixer's, small random weights.
 
     All logits of such a classifier are equal at first, and nearly equal after one step. The Z-score divides by their
@@ -159,7 +159,8 @@ def load_teacher(
         HfkdError: for an unknown name, for weights that do not fit, or for an architecture without weights or with a
             device_map.
     """
-    origin = None
+    origin: str | None = None
+    model: nn.Module
     if device_map is not None and _is_architecture(name_or_path):
         raise HfkdError(
             f"teacher_device_map is for models of transformers, and {name_or_path} is a timm architecture: name a "
@@ -175,9 +176,10 @@ def load_teacher(
         model, origin = load_pretrained(name_or_path, device_map=device_map), hub_id(name_or_path)
     elif checkpoint is not None:
         model = load_architecture(name_or_path, checkpoint)
-    elif timm.get_pretrained_cfg(name_or_path).has_weights:
+    elif (published := timm.get_pretrained_cfg(name_or_path)) is not None and published.has_weights:
         model = timm.create_model(name_or_path, pretrained=True)
-        origin = model.pretrained_cfg.get("hf_hub_id")
+        cfg: Any = model.pretrained_cfg
+        origin = cfg.get("hf_hub_id")
     else:
         raise HfkdError(
             f"The architecture {name_or_path} has no pretrained weights to teach with. Give teacher_checkpoint, or "
@@ -215,13 +217,23 @@ def load_pretrained(
     )
 
 
+@overload
+def as_teacher(given: Teacher | nn.Module, standardized: bool) -> Teacher: ...
+
+
+@overload
+def as_teacher(
+    given: Teacher | TeacherEnsemble | nn.Module | Sequence[Teacher | nn.Module] | None, standardized: bool
+) -> Teacher | TeacherEnsemble | None: ...
+
+
 def as_teacher(
     given: Teacher | TeacherEnsemble | nn.Module | Sequence[Teacher | nn.Module] | None, standardized: bool
 ) -> Teacher | TeacherEnsemble | None:
     """Return the trainer's `teacher` argument as one teacher: models are frozen, and several become an ensemble."""
     if isinstance(given, nn.Module):
         # The model's configuration holds the size and normalisation that it was trained with.
-        origin = hub_id(given.name_or_path) if isinstance(given, PreTrainedModel) else None
+        origin = hub_id(given.name_or_path or "") if isinstance(given, PreTrainedModel) else None
         return Teacher(given, input_spec=known_input_spec(given), hub_id=origin)
     if isinstance(given, Sequence):
         members = [as_teacher(member, standardized) for member in given]
@@ -261,20 +273,20 @@ def wrap_timm(
     Raises:
         HfkdError: if architecture, classes and `model_args` give a model of other shapes.
     """
+    timm_cfg: Any = model.pretrained_cfg
     pretrained_cfg = {
-        key: value
-        for key, value in model.pretrained_cfg.items()
-        if key not in WEIGHT_SOURCE_KEYS and value not in (None, "", ())
+        key: value for key, value in timm_cfg.items() if key not in WEIGHT_SOURCE_KEYS and value not in (None, "", ())
     }
-    config = TimmWrapperConfig(
-        architecture=pretrained_cfg["architecture"],
-        model_args=model_args or {},
-        pretrained_cfg=pretrained_cfg,
-        num_labels=len(class_names),
-        id2label=dict(enumerate(class_names)),
-        label2id={name: index for index, name in enumerate(class_names)},
-        num_features=model.num_features,  # timm's own config.json has it
-    )
+    settings: dict[str, Any] = {
+        "architecture": pretrained_cfg["architecture"],
+        "model_args": model_args or {},
+        "pretrained_cfg": pretrained_cfg,
+        "num_labels": len(class_names),
+        "id2label": dict(enumerate(class_names)),
+        "label2id": {name: index for index, name in enumerate(class_names)},
+        "num_features": model.num_features,  # timm's own config.json has it
+    }
+    config = TimmWrapperConfig(**settings)
     wrapper = TimmWrapperForImageClassification(config)
     expected = {name: value.shape for name, value in wrapper.timm_model.state_dict().items()}
     given = {name: value.shape for name, value in model.state_dict().items()}
@@ -306,7 +318,7 @@ def input_spec(model: nn.Module) -> InputSpec:
     return InputSpec(cfg["input_size"][-1], tuple(cfg["mean"]), tuple(cfg["std"]))
 
 
-def _processor_input_spec(processor, name_or_path: str) -> InputSpec:
+def _processor_input_spec(processor, name_or_path: str | None) -> InputSpec:
     # Processors differ in their attributes. One without an attribute does not take that step.
     crops = getattr(processor, "do_center_crop", False)
     size = (getattr(processor, "crop_size", None) if crops else None) or processor.size

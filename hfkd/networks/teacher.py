@@ -60,7 +60,7 @@ class Teacher:
         self.hub_id = hub_id
         self.model = model.requires_grad_(False).eval()
         for module in self.model.modules():
-            module.train = functools.partial(_refuse_train_mode, module)
+            module.train = functools.partial(_refuse_train_mode, module)  # type: ignore[method-assign]  # so frozen
         self.input_spec = input_spec
         self.class_indices = class_indices
         self._autocast_dtype: torch.dtype | None = None
@@ -150,7 +150,7 @@ class Teacher:
         classes = outputs.logits.shape[1]
         # The structure of a network does not tell whether its logits are one linear layer over the embedding, so it is
         # checked on a batch. Losses that reuse the classifier then find None.
-        if self._classifier is not None and not _is_linear(outputs):
+        if self._classifier is not None and not _is_linear(outputs, self._classifier):
             self._classifier = None
         indices = self.class_indices
         if indices is None:
@@ -211,12 +211,12 @@ class Teacher:
         return parameter_count(self.model)
 
 
-def _is_linear(outputs: Outputs) -> bool:
+def _is_linear(outputs: Outputs, classifier: nn.Linear) -> bool:
     """Return True if the logits are the classifier's output for the embedding.
 
     They are not if two heads are averaged, for example.
     """
-    logits = outputs.classifier(outputs.embedding.to(outputs.classifier.weight.dtype))
+    logits = classifier(outputs.embedding.to(classifier.weight.dtype))
     return bool((logits - outputs.logits).abs().max() <= 0.05 * outputs.logits.abs().max())  # bf16 is 0.01 off
 
 

@@ -196,8 +196,9 @@ class CachedTeacher:
         Raises:
             HfkdError: if the file is damaged.
         """
-        indexed = isinstance(dataset, IndexedImageSource)
-        different = differences(self.facts["evaluation"], dataset.identity()) if indexed else ["they are streamed"]
+        different = ["they are streamed"]
+        if isinstance(dataset, IndexedImageSource):
+            different = differences(self.facts["evaluation"], dataset.identity())
         if different:
             listed = "; ".join(different)
             logger.warning(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, ProgressCallback, Trainer, set_seed
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import has_length
+from transformers.trainer_utils import TrainOutput, has_length
 from transformers.utils import logging
 
 from ..data import StreamingImageDataset, collate_batch
@@ -92,6 +92,16 @@ class DistillationTrainer(Trainer):
         HfkdError: before training starts, if losses, networks and data do not fit one another.
     """
 
+    # What Trainer's own hints leave open or say otherwise.
+    args: DistillationConfig
+    model: nn.Module
+    model_init: Callable[..., nn.Module] | None  # type: ignore[assignment]  # Trainer's: only PreTrainedModel
+    train_dataset: Any
+    eval_dataset: Any
+    optimizer: torch.optim.Optimizer  # None before `create_optimizer`
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None  # type: ignore[assignment]  # Trainer's: only LambdaLR
+    hub_model_id: str | None  # type: ignore[assignment]  # Trainer's: only None
+
     # compute_loss returns a mean over its batch: Trainer divides it by the number of accumulated batches.
     loss_is_scaled_for_ga = False
 
@@ -101,11 +111,11 @@ class DistillationTrainer(Trainer):
         teacher: Teacher | TeacherEnsemble | CachedTeacher | nn.Module | Sequence[Teacher | nn.Module] | None = None,
         args: DistillationConfig | None = None,
         *,
-        train_dataset=None,
-        eval_dataset=None,
-        losses: Mapping[str, dict[str, Any] | DistillationLoss] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        losses: Mapping[str, Mapping[str, Any] | DistillationLoss | None] | None = None,
         model_init: Callable[..., nn.Module] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         # The order matters. Student, teacher and losses are checked first, because Trainer's constructor creates
         # repositories and folders. Trainer must get the final student, so SimKD rebuilds it before. Taps, the average
@@ -117,15 +127,18 @@ class DistillationTrainer(Trainer):
         self.model_init = model_init
         if (model is None) == (model_init is None):
             raise HfkdError("Give a model, or model_init, which makes one: one of the two.")
-        if model_init is not None:
+        if model is None:
             if losses is not None:
                 raise HfkdError("With model_init every training builds its own losses: give them as args.losses.")
             set_seed(args.seed)
             model = self.call_model_init()
-        losses = build_losses(args.losses if losses is None else losses, args.logit_standardization)
-        check_roles(model, teacher, losses, args)
-        self.teacher = as_teacher(teacher, args.logit_standardization)
-        model = fit_student(model, self.teacher, losses, args, train_dataset, eval_dataset)
+        given: Any = args.losses if losses is None else losses  # args.losses is a mapping once args is built
+        built = build_losses(given, args.logit_standardization)
+        check_roles(model, teacher, built, args)
+        self.teacher: Teacher | TeacherEnsemble | CachedTeacher | None = (
+            teacher if isinstance(teacher, CachedTeacher) else as_teacher(teacher, args.logit_standardization)
+        )
+        model = fit_student(model, self.teacher, built, args, train_dataset, eval_dataset)
         if isinstance(train_dataset, StreamingImageDataset):  # Trainer asks for its length at once
             train_dataset.shard(args.process_index, args.world_size, args.train_batch_size, args.dataloader_drop_last)
         self.results = ResultsWriter()
@@ -150,7 +163,7 @@ class DistillationTrainer(Trainer):
         self._whole_state: dict[str, Tensor] | None = None
         for callback in (self._continue_log, self.results, self.stop_on_sigterm, self.pushes, EndWhereDone()):
             self.add_callback(callback)
-        self._begin(losses)
+        self._begin(built)
 
     # ---- One run: the only one, or a trial of a search -------------------------------------------------------------
 
@@ -161,14 +174,15 @@ class DistillationTrainer(Trainer):
         if isinstance(self.model, PreTrainedModel):
             # Else transformers saves some of its own models under former parameter names, which `from_pretrained`
             # converts and Trainer, on resuming or loading the best, does not: it leaves the weights as they are.
-            self.model._weight_conversions = []
+            self.model._weight_conversions = []  # type: ignore[assignment]  # which transformers does not declare
         # Before the losses tap the student: a copy would carry their hooks along.
         self.average = None if args.ema_decay is None else ModelEmaV3(self.model, args.ema_decay)
         self.pop_callback(UpdateAverage)
         if self.average is not None:
             self.add_callback(UpdateAverage(self.average, self.model))
         if args.gradient_checkpointing:
-            use_gradient_checkpointing(self.model, args.gradient_checkpointing_kwargs or {})
+            settings: Any = args.gradient_checkpointing_kwargs  # a mapping or None once args is built
+            use_gradient_checkpointing(self.model, settings or {})
         if self.teacher is not None:
             images = batch_spec(self.train_dataset, self.eval_dataset, self.model)
             prepare_teacher(self.teacher, self.model, losses, args, images)
@@ -185,9 +199,9 @@ class DistillationTrainer(Trainer):
             self.teacher.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
 
     def _place_images(self, losses: nn.ModuleDict) -> None:
-        views = max([loss.views for loss in losses.values()], default=1)
+        views: list[Any] = [loss.views for loss in losses.values()]
         cache = self.teacher.files if isinstance(self.teacher, CachedTeacher) else None
-        images = place_images(self.train_dataset, self.eval_dataset, views, cache, self.args)
+        images = place_images(self.train_dataset, self.eval_dataset, max(views, default=1), cache, self.args)
         self.pop_callback(SetEpoch)
         self._set_epoch = None if images is None else SetEpoch(images)
         if self._set_epoch is not None:
@@ -220,7 +234,12 @@ class DistillationTrainer(Trainer):
 
     # ---- Training --------------------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, ignore_keys_for_eval=None):
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
         """Train as Trainer does, but resume only from checkpoints that are whole, and end at SIGTERM.
 
         Args:
@@ -471,7 +490,8 @@ class DistillationTrainer(Trainer):
             state_dict = exported_state_dict(self.model if self.average is None else self.average.module)
         super()._save(output_dir, state_dict)
         if self.args.should_save:  # Trainer's pickle of the arguments holds the Hub token
-            os.remove(os.path.join(output_dir or self.args.output_dir, TRAINING_ARGS_NAME))
+            folder: Any = output_dir or self.args.output_dir  # a path once args is built
+            os.remove(os.path.join(folder, TRAINING_ARGS_NAME))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.args.should_save:
@@ -496,7 +516,7 @@ class DistillationTrainer(Trainer):
     def _load_best_model(self) -> None:
         if self.stop_on_sigterm.stopped:  # the run goes on from its last step
             return
-        check_best(self.state.best_model_checkpoint)
+        check_best(self.state.best_model_checkpoint)  # type: ignore[arg-type]  # Trainer calls this where one is
         super()._load_best_model()
         if self.average is not None:
             self.average.module.load_state_dict(self.model.state_dict())
@@ -508,7 +528,7 @@ class DistillationTrainer(Trainer):
         """Folder of the exported model, `<output_dir>/student` by default."""
         return self.exports.folder
 
-    def export(self, repo_id: str | None = None, **metadata) -> Path:
+    def export(self, repo_id: str | None = None, **metadata: Any) -> Path:
         """Export the student: model, card, results, recipe and curves, whole or not at all.
 
         Args:
@@ -527,7 +547,17 @@ class DistillationTrainer(Trainer):
             raise self.checkpoints.unwritten(self.export_folder, error) from error
 
     def create_model_card(
-        self, language=None, license=None, tags=None, model_name=None, finetuned_from=None, dataset=None, **kwargs
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+        **kwargs: Any,
     ) -> None:
         """Export the student with its card; the run itself knows the other values that Trainer takes."""
         metadata = {"language": language, "license": license, "tags": tags, "model_name": model_name}
@@ -550,8 +580,8 @@ class DistillationTrainer(Trainer):
         token: str | None = None,
         revision: str | None = None,
         private: bool | None = None,
-        **metadata,
-    ):
+        **metadata: Any,
+    ) -> Any:
         """Export the student and upload that folder: model, card, results, recipe, curves, and nothing else.
 
         Args:
