@@ -254,11 +254,10 @@ class DistillationTrainer(Trainer):
         self._continue_log.checkpoint = checkpoint
         # A trial of a search leaves no checkpoint: SIGTERM ends it at once, and the search begins it again.
         listening = self.stop_on_sigterm.listening() if trial is None else contextlib.nullcontext()
-        # With a limit of 1 Trainer would remove the last checkpoint where another is the best: `_save_checkpoint` keeps
-        # to the limit.
-        self._save_total_limit = self.args.save_total_limit
+        # With a limit of 1 Trainer would in the end remove the last checkpoint where another is the best.
+        self._save_total_limit = limit = self.args.save_total_limit
         with listening, self.checkpoints.full_disk_explained(), lomo_looked_up_once(), self._compiling():
-            with changed_for_now(self.args, save_total_limit=None):
+            with changed_for_now(self.args, save_total_limit=None if limit == 1 else limit):
                 output = super().train(checkpoint, trial, ignore_keys_for_eval)
         if self.average is not None:  # the exported student is what was evaluated
             self.model.load_state_dict(self.average.module.state_dict())
@@ -467,8 +466,8 @@ class DistillationTrainer(Trainer):
     def _save_checkpoint(self, model, trial):
         run_dir = self._get_output_dir(trial=trial)
         folder = Path(run_dir, f"checkpoint-{self.state.global_step}")
-        # Trainer would push before the checkpoint is known to be whole: `Pushes` does it after.
-        changes = {"push_to_hub": False}
+        # Trainer would push and remove older checkpoints before this one is known to be whole.
+        changes = {"save_total_limit": None, "push_to_hub": False}
         if self.stop_on_sigterm.stopping:
             changes["save_only_model"] = False
         with self.checkpoints.writing(folder), changed_for_now(self.args, **changes):
