@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -233,7 +233,7 @@ class StreamingImageDataset(IterableDataset, ImageSource):
 
     # ---- Decoding ----------------------------------------------------------------------------------------------------
 
-    def _batch(self, samples, epoch):
+    def _batch(self, samples: Sequence[RowSample], epoch: int) -> dict[str, Tensor]:
         labels: list[int] = []
         images = self._images(samples, labels)
         batch = make_views(images, len(samples), self.transform, seed=self.seed, epoch=epoch, views=self.views)

@@ -559,7 +559,7 @@ class DistillationTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         """Export the student with its card; the run itself knows the other values that Trainer takes."""
-        metadata = {"language": language, "license": license, "tags": tags, "model_name": model_name}
+        metadata: dict[str, Any] = {"language": language, "license": license, "tags": tags, "model_name": model_name}
         self.export(**metadata, finetuned_from=finetuned_from, dataset=dataset)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
