@@ -1,4 +1,4 @@
-"""`python -m hfkd ...` and `accelerate launch -m hfkd ...`: the command `hfkd`."""
+"""Entry point of `python -m hfkd ...` and `accelerate launch -m hfkd ...`."""
 
 from .cli import main
 

@@ -1,4 +1,4 @@
-"""The command line: `hfkd COMMAND ...`, also as `python -m hfkd ...` and `accelerate launch -m hfkd ...`."""
+"""Command line `hfkd COMMAND ...`, also started as `python -m hfkd ...` and `accelerate launch -m hfkd ...`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from . import __version__
 from .commands.messages import hide_token
 from .errors import HfkdError, did_you_mean
 
-# name: the function, which takes the arguments behind it, and what it does; imported when it is called.
+# Name of each command: its function, which takes the other arguments, and its description. A function is imported only
+# when its command is called, so that `--help` and mistyped commands are answered at once.
 COMMANDS = {
     "distill": ("hfkd.commands.train:distill", "train the student of a recipe"),
     "train-teacher": ("hfkd.commands.train:train_teacher", "train the network of a recipe from the labels alone"),
@@ -20,9 +21,9 @@ COMMANDS = {
     "evaluate": ("hfkd.commands.evaluate:evaluate", "measure a trained model"),
     "reproduce": (
         "hfkd.commands.reproduce:reproduce",
-        "run cells of the published tables, a slice of time after the other",
+        "repeat runs of the published tables, in slices of time",
     ),
-    "compare": ("hfkd.commands.compare:compare", "set runs side by side: a table, a figure, what was gained"),
+    "compare": ("hfkd.commands.compare:compare", "compare runs: a table, a figure, the gain over the teacher"),
     "visualize": ("hfkd.commands.visualize:visualize", "draw a student beside its teacher"),
     "export": ("hfkd.commands.export:export", "write a trained model as one file, ONNX or torch.export"),
     "push": ("hfkd.commands.push:push", "upload a trained model, with its card, to the Hub"),
@@ -30,10 +31,10 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs one command. What hfkd itself finds wrong is printed as one message; any other error keeps its traceback.
+    """Run one command. An error of hfkd is printed as one message; any other error keeps its traceback.
 
     Raises:
-        SystemExit: with 2 for a wrong command line, recipe or file, 1 for what went wrong later, 130 after Ctrl-C.
+        SystemExit: with 2 for a wrong command line, recipe or file, 1 for a later failure, 130 after Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else argv
     hide_token(sys.argv)
@@ -57,19 +58,20 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(130) from None
     except HfkdError as error:
         if int(os.environ.get("LOCAL_RANK", 0)) > 0:
-            time.sleep(10)  # where the first process fails alike, the launcher ends this one before it says so again
+            time.sleep(10)  # if the first process has the same error, the launcher ends this one before it repeats it
         print(f"hfkd {name}: error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
 
 
 def help_text() -> str:
-    """Every command with what it does."""
+    """Return the help of `hfkd`: every command with its description."""
     width = max(map(len, COMMANDS))
     commands = "\n".join(f"  {name:{width}}  {description}" for name, (_, description) in COMMANDS.items())
     return (
         "usage: hfkd COMMAND ...\n\n"
-        "Teaches a small image classifier with a large one.\n\n"
+        "Train a small image classifier with a large one as its teacher.\n\n"
         f"commands:\n{commands}\n\n"
-        "`hfkd COMMAND --help` explains every key of a command with its default, `hfkd --version` prints the version.\n"
+        "`hfkd COMMAND --help` explains hfkd's keys with their defaults, `--help-all` transformers' as well.\n"
+        "`hfkd --version` prints the version.\n"
         "On several GPUs: `accelerate launch -m hfkd COMMAND ...`."
     )

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)  # hfkd of this checkout, whichever one is installed
+sys.path[0] = str(ROOT)  # import hfkd from this checkout, even if another one is installed
 
 TEACHER = "teacher"
 BASE = {
@@ -156,7 +156,7 @@ def _quietly(function: Callable, *arguments: Any) -> None:
 
 
 def call_hfkd(*words: str) -> None:
-    """Do what `hfkd WORDS` does."""
+    """Run `hfkd` with these arguments."""
     from hfkd.cli import main
 
     main(list(words))
@@ -184,7 +184,7 @@ def write_photos() -> None:
 
 
 def copy_up_to(run: str, step: int, target: str) -> None:
-    """Copy a run's folder as it was when the checkpoint at `step` was the last."""
+    """Copy the folder of a run, with its checkpoints up to `step`."""
     Path(target).mkdir()
     for path in Path(run).iterdir():
         if path.name in ("recipe.yaml", "results.json"):
@@ -194,7 +194,7 @@ def copy_up_to(run: str, step: int, target: str) -> None:
 
 
 def run_and_resume(name: str) -> dict[str, Any]:
-    """Train one student, then again from its first checkpoint on; return the fingerprints of both by name."""
+    """Train one student, resume it from its first checkpoint, and return the fingerprints of both runs by name."""
     settings, resumed = STUDENT | RUNS[name], f"{name}_resumed"
     write_recipe(name, settings)
     in_child(call_hfkd, "distill", f"{name}.yaml")
@@ -205,7 +205,7 @@ def run_and_resume(name: str) -> dict[str, Any]:
 
 
 def write_recipe(name: str, settings: dict[str, Any]) -> None:
-    """Write a recipe into the current folder; JSON is YAML, too."""
+    """Write a recipe into the current folder as JSON, which is valid YAML."""
     Path(f"{name}.yaml").write_text(json.dumps(settings))
 
 
@@ -227,7 +227,7 @@ def run_all(names: list[str]) -> dict[str, Any]:
 
 
 def fingerprint(run: Path, role: str) -> dict[str, Any]:
-    """Return the results of a run, without times and places."""
+    """Return the results of a run, without times, versions and the commit."""
     import yaml
 
     card = Path(run, role, "README.md").read_text().splitlines(keepends=True)
@@ -261,7 +261,7 @@ def timeless(value: Any) -> Any:
 
 
 def flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Yield every value with its path, as JSON: there NaN equals NaN, and 1 is not 1.0."""
+    """Yield every value with its path, as JSON, in which NaN equals NaN and 1 differs from 1.0."""
     if isinstance(value, (dict, list)) and value:
         for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
             yield from flat(entry, f"{path}/{key}" if path else str(key))
@@ -283,7 +283,7 @@ def differences(run: str, recorded: dict[str, Any], given: dict[str, Any]) -> li
 
 
 def compare(recorded: dict[str, Any], given: dict[str, Any]) -> None:
-    """Print every difference, or that all runs are equal.
+    """Print all differences between two sets of runs.
 
     Raises:
         SystemExit: with 1 if there is a difference.
@@ -299,7 +299,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("record", "compare"))
     parser.add_argument("file", type=Path, metavar="FILE")
-    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), metavar="NAME", help="of these runs")
+    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), metavar="NAME", help="names of runs")
     args = parser.parse_args()
     recorded = json.loads(args.file.read_text()) if args.action == "compare" else None
     given = run_all(args.only)

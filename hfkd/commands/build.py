@@ -1,4 +1,4 @@
-"""Objects that a recipe names: student, teachers, data sets."""
+"""Builders of the objects that a recipe names: student, teachers, data sets."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ..teacher_cache.teacher import CachedTeacher
 
 
 def build_student(model_args: ModelArguments, data_args: DataArguments, class_names: list[str]) -> PreTrainedModel:
-    """The student that the arguments name; see `load_student`."""
+    """Load the student that the arguments name; see `load_student`."""
     return load_student(
         model_args.student_name_or_path,
         class_names,
@@ -40,10 +40,10 @@ def build_student(model_args: ModelArguments, data_args: DataArguments, class_na
 
 
 def open_cache(model_args: ModelArguments) -> CachedTeacher:
-    """The cache that the arguments name, whose teacher is not loaded.
+    """Open the teacher cache that the arguments name, without loading the teacher.
 
     Raises:
-        ValueError: see `CachedTeacher`; also if they name another teacher, too.
+        HfkdError: if the cache cannot be used (see `CachedTeacher`), or if the arguments also name another teacher.
     """
     teacher = CachedTeacher(model_args.teacher_cache)
     names = model_args.teacher_name_or_path
@@ -53,15 +53,16 @@ def open_cache(model_args: ModelArguments) -> CachedTeacher:
 
 
 def load_teachers(model_args: ModelArguments) -> list[Teacher]:
-    """The teachers that the arguments name; several are an ensemble.
+    """Load the teachers that the arguments name; several form an ensemble.
 
     Raises:
-        ValueError: see `load_teacher`; also for teacher_class_indices without one teacher to go with.
+        HfkdError: if a teacher cannot be loaded (see `load_teacher`), or if teacher_class_indices is set for no teacher
+            or for several.
     """
     names = model_args.teacher_name_or_path or []
     indices = model_args.teacher_class_indices
     if indices is not None and len(names) != 1:
-        raise HfkdError(f"teacher_class_indices goes with one teacher, and teacher_name_or_path names {len(names)}.")
+        raise HfkdError(f"teacher_class_indices needs one teacher, and teacher_name_or_path names {len(names)}.")
     checkpoints = model_args.teacher_checkpoint or [None] * len(names)
     device_map = model_args.teacher_device_map
     return [
@@ -72,7 +73,7 @@ def load_teachers(model_args: ModelArguments) -> list[Teacher]:
 def load_splits(
     data_args: DataArguments, class_names: list[str] | None = None
 ) -> tuple[ImageSplit | StreamSplit | None, ImageSplit | StreamSplit]:
-    """The training and evaluation split that the arguments name, not decoded yet."""
+    """Load the training and evaluation splits that the arguments name, without decoding images."""
     load = open_streams if data_args.streaming else load_image_splits
     return load(
         data_args.dataset_name,
@@ -90,13 +91,13 @@ def image_sets(
     data_args: DataArguments,
     config: DistillationConfig,
 ) -> tuple[ImageSource, ImageSource]:
-    """What is trained on and what is evaluated."""
+    """Build the training and evaluation data sets."""
     seed = config.seed if config.data_seed is None else config.data_seed
     return training_set(splits[0], spec, data_args, seed), evaluation_set(splits[1], spec, data_args)
 
 
 def training_set(split: ImageSplit | StreamSplit, spec: InputSpec, data_args: DataArguments, seed: int) -> ImageSource:
-    """A split as the arguments say, augmented, for a student that expects `spec`."""
+    """Build the augmented training set from a split, for a student with the input `spec`."""
     if data_args.augmentation == "crop":
         transform = WeakAugmentation(flip=data_args.random_flip)
         return ImageDataset.from_split(
@@ -110,22 +111,22 @@ def training_set(split: ImageSplit | StreamSplit, spec: InputSpec, data_args: Da
         auto_augment=data_args.auto_augment,
         random_erasing=data_args.random_erasing,
     )
-    return _on_demand(split, transform, data_args, seed)
+    return _lazy_set(split, transform, data_args, seed)
 
 
 def evaluation_set(split: ImageSplit | StreamSplit, spec: InputSpec, data_args: DataArguments) -> ImageSource:
-    """A split as the arguments say, not augmented."""
+    """Build the evaluation set from a split, without augmentation, for a student with the input `spec`."""
     if data_args.augmentation == "crop":
         transform = NoAugmentation()
         return ImageDataset.from_split(
             split, transform=transform, skip_bad_images=data_args.skip_bad_images, **vars(spec)
         )
     transform = CenterCrop(**vars(spec), crop_pct=data_args.crop_pct, interpolation=data_args.interpolation)
-    return _on_demand(split, transform, data_args, seed=0)
+    return _lazy_set(split, transform, data_args, seed=0)
 
 
-def _on_demand(split, transform, data_args, seed):
-    """Images that are decoded when their batch is asked for."""
+def _lazy_set(split, transform, data_args, seed):
+    """Build a data set that decodes images when their batch is loaded."""
     if isinstance(split, StreamSplit):
         return StreamingImageDataset(
             split,

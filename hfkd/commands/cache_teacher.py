@@ -26,24 +26,24 @@ USAGE = "hfkd cache-teacher recipe.yaml [--epochs N] [--top_k K] [--key value ..
 
 @dataclass
 class CacheArguments:
-    """What to store of the teacher."""
+    """Settings of the teacher cache."""
 
     _argument_group_name = "cache"  # in `--help`
 
     epochs: int | None = field(
         default=None,
         metadata={
-            "help": "Epochs whose augmentation is stored; longer runs replay them. By default the recipe's "
-            "num_train_epochs."
+            "help": "Number of epochs to store, each with its own augmentation; longer runs replay them. By default "
+            "the recipe's num_train_epochs."
         },
     )
     top_k: int | None = field(
         default=None,
-        metadata={"help": "Store only so many largest logits, and what the others come to; by default all."},
+        metadata={"help": "Number of largest logits to store, with a summary of the others; by default all."},
     )
     temperatures: list[float] | None = field(
         default=None,
-        metadata={"help": "At which losses can read what top_k stores; by default those of the recipe's losses."},
+        metadata={"help": "Temperatures at which losses can read a top_k cache; by default the recipe's."},
     )
     cache_dir: str | None = field(
         default=None,
@@ -61,31 +61,31 @@ class CacheArguments:
 
 
 def cache_teacher(argv: list[str] | None = None) -> Path:
-    """Stores what the teacher of a recipe says of its images: `recipe.yaml --epochs 30 [--top_k 16] [--key value ...]`.
+    """Store the logits of a recipe's teacher: `recipe.yaml --epochs 30 [--top_k 16] [--key value ...]`.
 
-    Several processes (torchrun, `accelerate launch`) share the work. The same command goes on with a cache that was not
-    finished, and replaces what is damaged.
+    Several processes (torchrun, `accelerate launch`) share the work. The same command completes an unfinished cache and
+    replaces damaged files.
 
     Returns:
-        The folder, for `teacher_cache`.
+        The folder of the cache, for the key `teacher_cache`.
 
     Raises:
-        ValueError: if the recipe has no teacher, or asks for what cannot be cached, or the folder holds another cache.
-        RuntimeError: if there is no room for it.
+        HfkdError: if the recipe has no teacher or a setting that cannot be cached, or the folder holds another cache.
+        RunError: if writing fails, as on a full disk.
     """
     argv = sys.argv[1:] if argv is None else argv
     path, rest = split_subject(argv, ArgumentParser((CacheArguments, *ARGUMENT_CLASSES), USAGE), "a recipe")
     cache_args, rest = parse_known(rest, ArgumentParser((CacheArguments,), USAGE))
     model_args, data_args, config, _ = parse_recipe([path, *rest], command="hfkd cache-teacher")
     if any(token.partition("=")[0] == "--output_dir" for token in rest):
-        raise HfkdError("--output_dir is a run's: --cache_dir says where the cache goes.")
+        raise HfkdError("--output_dir is the folder of a run. --cache_dir says where the cache is written.")
     folder = Path(cache_args.cache_dir or Path("runs", "cache", recipe_name(path)))
     if not model_args.teacher_name_or_path:
         raise HfkdError(f"{path} names no teacher to cache: set teacher_name_or_path.")
     if config.shard_teacher:
-        raise HfkdError("Each process caches a part of the images with a teacher of its own: leave shard_teacher out.")
+        raise HfkdError("Each process loads the whole teacher and caches some of the images: leave shard_teacher out.")
     if data_args.streaming:
-        raise HfkdError("A teacher cache knows images by their row, and a stream does not: set streaming: false.")
+        raise HfkdError("A teacher cache finds images by their row, and a stream has no rows: set streaming: false.")
     files = _write_from_arguments(folder, cache_args, model_args, data_args, config)
     if files is not None:
         size = sum(files.bytes_of(shard) for _, shard in files.shards()) / 2**20
@@ -94,7 +94,7 @@ def cache_teacher(argv: list[str] | None = None) -> Path:
 
 
 def _write_from_arguments(folder, cache_args, model_args, data_args, config) -> CacheFiles | None:
-    """`write_cache` of what a recipe names."""
+    """Build what a recipe names, and write its cache."""
     losses = build_losses(config.losses, config.logit_standardization)
     check_supported(losses, config)
     temperatures = temperatures_of(losses, cache_args)
@@ -104,7 +104,8 @@ def _write_from_arguments(folder, cache_args, model_args, data_args, config) -> 
         raise HfkdError(f"top_k must be 1 ... {classes}, the number of classes, got {cache_args.top_k}.")
     names, checkpoints = model_args.teacher_name_or_path, model_args.teacher_checkpoint
     teacher = as_teacher(load_teachers(model_args), config.logit_standardization)
-    spec = input_spec(build_student(model_args, data_args, splits[0].class_names))  # whose images they are
+    # The student's input, because the teacher sees the student's images.
+    spec = input_spec(build_student(model_args, data_args, splits[0].class_names))
     return write_cache(
         folder,
         teacher,
@@ -117,10 +118,10 @@ def _write_from_arguments(folder, cache_args, model_args, data_args, config) -> 
 
 
 def temperatures_of(losses: Mapping[str, DistillationLoss], cache_args: CacheArguments) -> tuple[float, ...]:
-    """At which the largest logits are to be read; none where all are stored.
+    """Return the temperatures at which losses can read the largest logits; none if all logits are stored.
 
     Raises:
-        ValueError: if neither the arguments nor the losses tell.
+        HfkdError: if neither the arguments nor the losses give the temperatures.
     """
     if cache_args.top_k is None:
         return ()

@@ -1,4 +1,4 @@
-"""Secrets in a command line."""
+"""Removal of secrets from a command line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 
 def hide_token(words: list[str]) -> None:
-    """Replace the Hub token among the words of a command line: W&B shows `sys.argv` to all who see a run."""
+    """Replace the Hub token among the words of a command line, since W&B shows `sys.argv` to all who see a run."""
     for position, word in enumerate(words):
         if re.match("--hub[_-]token=", word):
             words[position] = "--hub_token=<HUB_TOKEN>"

@@ -1,4 +1,4 @@
-"""`hfkd reproduce`: cells of the published tables on one machine, a slice of time after the other."""
+"""`hfkd reproduce`: runs of the published tables on one machine, in slices of time."""
 
 from __future__ import annotations
 
@@ -24,62 +24,62 @@ from .train import train
 
 USAGE = "hfkd reproduce PAIR [--methods a,b] [--seeds N] [--epochs_scale S] [--time_limit SECONDS] [--key value ...]"
 DESCRIPTION = (
-    "Runs cells of a published table: PAIR is a folder of recipes such as resnet32x4-resnet8x4. Its teacher is\n"
-    "trained first, then every method with every seed; what was stopped goes on, what is done is not run again. Any\n"
-    "other `--key value` of `hfkd distill` goes to every run. Prints measured beside published, and writes it as\n"
-    "reproduce.md and reproduce.csv into the pair's folder.\n\n"
-    "Ends with exit code 0 when all is done, 75 when the time is up before, 1 when a run failed."
+    "Repeat the runs of a published table. PAIR is a folder of recipes such as resnet32x4-resnet8x4. Its teacher is\n"
+    "trained first, then every method with every seed. Stopped runs are resumed and finished runs are skipped. Any\n"
+    "other `--key value` of `hfkd distill` is passed to every run. The measured values are printed beside the\n"
+    "published ones, and written to the pair's folder as reproduce.md and reproduce.csv.\n\n"
+    "The exit code is 0 when all runs are finished, 75 when the time was up before, and 1 when a run failed."
 )
-WORK_IS_LEFT = 75  # what sysexits.h calls a temporary failure: try again
-SHORTEST_SLICE = 30.0  # seconds; the networks and images of a run take about ten to load
-SETTLED = {  # keys that `reproduce` sets or keeps, with the reason
+UNFINISHED_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: a temporary failure, try again
+SHORTEST_TIME_LIMIT = 30.0  # seconds; the networks and images of a run take about ten to load
+RESERVED_KEYS = {  # keys that cannot be given to `reproduce`, with the reason
     **dict.fromkeys(SEEDS, "--seeds N takes the recipe's own seed and the N - 1 after it"),
-    **dict.fromkeys(SCHEDULE_KEYS, "--epochs_scale shortens all that is counted in epochs alike"),
-    "resume_from_checkpoint": "every run goes on where it was stopped",
+    **dict.fromkeys(SCHEDULE_KEYS, "--epochs_scale shortens all settings that are counted in epochs"),
+    "resume_from_checkpoint": "every stopped run is resumed",
     **dict.fromkeys(
         ("student_name_or_path", "losses", "logit_standardization", "ce_weight"),
-        "it is what makes the recipe, and `hfkd distill` changes one",
+        "it defines the recipe; to change it, use `hfkd distill`",
     ),
 }
 
 
 @dataclass
 class ReproductionArguments:
-    """Which cells, and for how long."""
+    """Settings of the reproduction."""
 
     _argument_group_name = "reproduction"  # in `--help`
 
     methods: str | None = field(
         default=None,
-        metadata={"help": "Recipes of the pair, such as kd,kd_zscore; by default all of which a top-1 was published."},
+        metadata={"help": "Recipes of the pair, such as kd,kd_zscore; by default all with a published top-1."},
     )
-    seeds: int = field(default=1, metadata={"help": "How many: the recipe's own and those that follow it."})
+    seeds: int = field(default=1, metadata={"help": "Number of seeds: the recipe's own and the ones after it."})
     epochs_scale: float = field(
         default=1.0,
         metadata={
-            "help": "Share of the published epochs, teacher included; learning rate, warm-ups and curricula follow. "
-            "What is run so lies in a folder of its own, and says so."
+            "help": "Share of the published epochs, also for the teacher; learning rate drops, warm-ups and curricula "
+            "are scaled with it. Shortened runs are written to their own folder, and their tables say so."
         },
     )
     time_limit: float | None = field(
         default=None,
         metadata={
-            "help": "Seconds after which to end with a checkpoint, a twentieth of them kept for that; the same command "
-            "goes on. An evaluation under way is waited for, and starting Python comes on top."
+            "help": "Seconds after which to stop, of which a twentieth is kept for writing a checkpoint; the same "
+            "command resumes. A running evaluation is finished first, and the start of Python is not counted."
         },
     )
     output_dir: str = field(
         default=str(RUNS),
-        metadata={"help": "Folder of all that is kept: runs below it as `hfkd distill` places them below runs."},
+        metadata={"help": "Folder of all results; runs lie below it as `hfkd distill` places them below runs."},
     )
 
 
-class Slice:
-    """A share of time, from now on.
+class TimeLimit:
+    """Time limit of one call, counted from the creation of the object.
 
     Attributes:
-        seconds: how long; None: without end.
-        ended: was it found to be over?
+        seconds: the limit in seconds; None for no limit.
+        ended: whether `is_over` found the time to be over.
     """
 
     def __init__(self, seconds: float | None):
@@ -89,30 +89,30 @@ class Slice:
 
     @property
     def elapsed(self) -> float:
-        """Seconds since it began."""
+        """Seconds since the start."""
         return time.monotonic() - self._started
 
     def is_over(self) -> bool:
-        """Is there no more time than a checkpoint takes?"""
+        """Return whether the time left is only enough for a checkpoint."""
         if self.seconds is not None:
             self.ended = self.elapsed > self.seconds - max(5.0, 0.05 * self.seconds)
         return self.ended
 
 
 def reproduce(argv: list[str] | None = None) -> list[Row]:
-    """Runs cells of the published tables: `PAIR [--methods ...] [--seeds N] [--epochs_scale S] [--time_limit SECONDS]`.
+    """Repeat published runs: `PAIR [--methods ...] [--seeds N] [--epochs_scale S] [--time_limit SECONDS]`.
 
     Returns:
         The rows of the table.
 
     Raises:
-        FileNotFoundError: if the recipes are not there.
-        ValueError: for an unknown pair, method or key, a number out of range, or a folder that holds other runs.
-        SystemExit: with 75 when the time is up and work is left, 1 when a run failed.
+        NotFoundError: if the recipes do not exist.
+        HfkdError: for an unknown pair, method or key, a number out of range, or a folder that holds other runs.
+        SystemExit: with 75 if the time was up before all runs were finished, 1 if a run failed.
     """
     argv = sys.argv[1:] if argv is None else argv
     pair, args, overrides = parse(argv)
-    clock = Slice(args.time_limit)
+    limit = TimeLimit(args.time_limit)
     folder = recipe_folder(pair)
     recipes = recipes_of(folder, [name.strip() for name in args.methods.split(",")] if args.methods else [])
     root = Path(args.output_dir)
@@ -121,27 +121,27 @@ def reproduce(argv: list[str] | None = None) -> list[Row]:
     cells = planned_cells(recipes, args.seeds, args.epochs_scale, root, overrides)
     for cell in cells:
         cell.check_folder()
-    failures = run_cells(cells, clock)
+    failures = run_cells(cells, limit)
     name = f"{folder.parent.name}/{folder.name}"
     rows = report(name, cells, failures, args.epochs_scale, root / name)
     left = sum(not cell.is_done() for cell in cells)
-    print(f"\n{len(cells) - left} of {len(cells)} trainings are done, in {clock.elapsed:,.0f} s of this call.", end=" ")
-    print(f"The same command goes on with the other{'s' * (left > 1)}." if left else "Nothing is left to run.")
-    if clock.seconds is not None and clock.elapsed > clock.seconds:
+    print(f"\n{len(cells) - left} of {len(cells)} trainings are done, in {limit.elapsed:,.0f} s of this call.", end=" ")
+    print("Run the same command again to continue." if left else "Nothing is left to run.")
+    if limit.seconds is not None and limit.elapsed > limit.seconds:
         print(
-            f"That is more than --time_limit {clock.seconds:g}: networks and images are loaded, and a step, an "
-            "evaluation and a checkpoint ended, however long it takes. Where calls do little else, give more."
+            f"That is more than --time_limit {limit.seconds:g}: loading networks and images, a step, an evaluation "
+            "and a checkpoint are not cut short. If calls do little else, give more time."
         )
     if left:
-        raise SystemExit(1 if failures else WORK_IS_LEFT)
+        raise SystemExit(1 if failures else UNFINISHED_EXIT_CODE)
     return rows
 
 
 def parse(argv: list[str]) -> tuple[str, ReproductionArguments, list[str]]:
-    """The pair, how to run it, and what goes to every run.
+    """Return the pair, the settings of the reproduction and the keys for every run.
 
     Raises:
-        ValueError: without a pair, for a number out of range, or a key that is settled already.
+        HfkdError: if the pair is missing, for a number out of range, or for a key in `RESERVED_KEYS`.
     """
     parser = ArgumentParser((ReproductionArguments,), USAGE, DESCRIPTION)
     pair, rest = split_subject(argv, parser, "a pair")
@@ -150,53 +150,53 @@ def parse(argv: list[str]) -> tuple[str, ReproductionArguments, list[str]]:
         raise HfkdError(f"seeds is {args.seeds}: give 1 or more.")
     if not 0 < args.epochs_scale <= 1:
         raise HfkdError(f"epochs_scale is {args.epochs_scale:g}: give a share above 0 and at most 1.")
-    if args.time_limit is not None and not args.time_limit >= SHORTEST_SLICE:
+    if args.time_limit is not None and not args.time_limit >= SHORTEST_TIME_LIMIT:
         raise HfkdError(
-            f"time_limit is {args.time_limit:g} s, in which nothing is done but to load networks and images: give "
-            f"{SHORTEST_SLICE:g} or more."
+            f"time_limit is {args.time_limit:g} s, which is only enough to load networks and images: give "
+            f"{SHORTEST_TIME_LIMIT:g} or more."
         )
     for token in overrides:
         key = token.lstrip("-").partition("=")[0].partition(".")[0].replace("-", "_")
-        if token.startswith("--") and key in SETTLED:
-            raise HfkdError(f"{token.partition('=')[0]} cannot be given here: {SETTLED[key]}.")
+        if token.startswith("--") and key in RESERVED_KEYS:
+            raise HfkdError(f"{token.partition('=')[0]} cannot be given here: {RESERVED_KEYS[key]}.")
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if processes > 1:
         raise HfkdError(
-            f"reproduce runs in one process, and these are {processes}. On several GPUs start it on each "
-            "(CUDA_VISIBLE_DEVICES) with other --methods, once the teacher is trained; for one run on all of them "
-            "`accelerate launch -m hfkd distill`."
+            f"reproduce runs in one process, and these are {processes}. On several GPUs, train the teacher first, and "
+            "then start one command for each GPU (CUDA_VISIBLE_DEVICES) with other --methods. For one run on all GPUs, "
+            "use `accelerate launch -m hfkd distill`."
         )
     return pair, args, overrides
 
 
-def run_cells(cells: Sequence[Cell], clock: Slice) -> dict[Path, str]:
-    """Trains what is not done until all is or the time is up.
+def run_cells(cells: Sequence[Cell], limit: TimeLimit) -> dict[Path, str]:
+    """Train all unfinished runs until the time is up.
 
     Returns:
-        What went wrong, by the folder of the run.
+        The error messages of failed runs, by the folder of the run.
     """
     failures: dict[Path, str] = {}
     for number, cell in enumerate(cells, 1):
         if cell.is_done():
             continue
-        if clock.is_over():
+        if limit.is_over():
             break
         print(f"\n[{number}/{len(cells)}] {cell.title}: {cell.state()}", flush=True)
-        failure = attempt(cell, clock)
-        gc.collect()  # a trainer is full of cycles, and holds its networks and images on the device
+        failure = attempt(cell, limit)
+        gc.collect()  # a trainer has reference cycles, which would keep its networks and images on the device
         if failure is not None:
             failures[cell.folder] = failure
         if cell.role == "teacher" and not cell.is_done():
-            break  # nobody teaches the others
+            break  # the students need it
     return failures
 
 
-def attempt(cell: Cell, clock: Slice) -> str | None:
-    """Trains as far as the time allows; what went wrong, so that other cells are run all the same."""
+def attempt(cell: Cell, limit: TimeLimit) -> str | None:
+    """Train one run until the time is up; return its error message, if it fails, so that the others still run."""
     try:
-        train(*cell.settings, role=cell.role, name=cell.name, time_is_up=clock.is_over)
+        train(*cell.settings, role=cell.role, name=cell.name, time_is_up=limit.is_over)
     except SystemExit as end:
-        if end.code != EXIT_CODE or not clock.ended:
+        if end.code != EXIT_CODE or not limit.ended:
             raise
     except Exception as error:
         if isinstance(error, HfkdError):
@@ -208,13 +208,13 @@ def attempt(cell: Cell, clock: Slice) -> str | None:
 
 
 def report(name: str, cells: Sequence[Cell], failures: Mapping[Path, str], scale: float, folder: Path) -> list[Row]:
-    """Prints measured beside published, writes it into a folder as markdown and csv, and returns the rows."""
+    """Print the measured beside the published values, write them as Markdown and CSV, and return the rows."""
     runs = [run for run in (cell.run() for cell in cells) if run is not None]
     rows, gaps = compared(runs), _gaps(cells)
     schedule = "" if scale == 1 else f", {scale:g} of the published epochs"
     parts = [f"# {name}{schedule}: measured beside published", text_table(rows, gaps), LEGEND]
     if scale != 1:
-        parts.append("Shortened runs, the teacher's too where it is among them, are not the published protocol.")
+        parts.append("Shortened runs, including a shortened teacher, are not the published protocol.")
     unfinished = [cell for cell in cells if not cell.is_done()]
     if unfinished:
         states = [failures.get(cell.folder) or cell.state() for cell in unfinished]
@@ -229,7 +229,7 @@ def report(name: str, cells: Sequence[Cell], failures: Mapping[Path, str], scale
 
 
 def _gaps(cells: Sequence[Cell]) -> list[Gap]:
-    """A row for every recipe with seeds of which nothing is measured yet."""
+    """Return a row for every recipe with seeds that are not measured yet."""
     seeds: dict[str, list[int]] = {}
     published = {}
     for cell in cells:

@@ -1,4 +1,4 @@
-"""`hfkd search`: which temperature, weights and learning rate a pair of networks wants."""
+"""`hfkd search`: search of the temperature, weights and learning rate for a pair of networks."""
 
 from __future__ import annotations
 
@@ -31,25 +31,25 @@ from .arguments import parse_known, split_subject
 from .build import build_student, image_sets, load_splits, load_teachers, open_cache
 from .messages import hide_token
 
-SETTINGS_NAME, BEST_NAME = "search.yaml", "best.yaml"  # what was searched, and what was found
+SETTINGS_NAME, BEST_NAME = "search.yaml", "best.yaml"  # settings of the search, best recipe
 USAGE = "hfkd search recipe.yaml [--n_trials N] [--held_out SHARE] [--key value ...]"
 
 
 @dataclass
 class SearchArguments:
-    """How to search."""
+    """Settings of the search."""
 
     _argument_group_name = "search"  # in `--help`
 
     n_trials: int = field(
         default=20,
-        metadata={"help": "Trials in all, those of earlier calls and of other processes of the same search included."},
+        metadata={"help": "Total number of trials, including those of earlier calls and of other processes."},
     )
     held_out: float = field(
         default=0.1,
         metadata={
-            "help": "Share of the training images on which trials are compared, and none of them trains; 0: they are "
-            "compared on the evaluation split, whose accuracy then says less of the values that are found."
+            "help": "Share of the training images that is not trained on and on which trials are compared; 0: compare "
+            "on the evaluation split, whose accuracy is then too optimistic for the best trial."
         },
     )
     search_dir: str | None = field(
@@ -67,21 +67,21 @@ class SearchArguments:
 
 
 def search(argv: list[str] | None = None) -> list[SearchedTrial]:
-    """Trains the student of a recipe with many values of what its `search` section names: `recipe.yaml [--n_trials 20
-    --key value ...]`.
+    """Search for the best values of a recipe's keys: `recipe.yaml [--n_trials 20 --key value ...]`.
 
-    The same command goes on with a search that was interrupted, and shares its trials with others that run.
+    Each trial trains the student with other values of the keys in the recipe's `search` section. The same command
+    resumes an interrupted search. If several processes run it, they share the trials.
 
     Returns:
         The trials.
 
     Raises:
-        ImportError: without Optuna or matplotlib.
-        ValueError: for a space that cannot be searched (see `search_space`), several processes a trial, a stream with
+        MissingLibraryError: if Optuna or matplotlib is not installed.
+        HfkdError: for a space that cannot be searched (see `search_space`), several processes a trial, a stream with
             `held_out`, or a folder that holds another search.
     """
     argv = sys.argv[1:] if argv is None else argv
-    search_args, model_args, data_args, config, recipe = _parsed(argv)
+    search_args, model_args, data_args, config, recipe = _parse(argv)
     for module in ("optuna", "matplotlib"):
         require(module, "search")
     written = load_recipe(argv[0])
@@ -93,10 +93,10 @@ def search(argv: list[str] | None = None) -> list[SearchedTrial]:
     lock = FileLock(folder / "study.lock")  # several processes may share the search
     with lock:
         searched = {each.key: each.entry() for each in space}
-        _claim(folder, recipe | {"held_out": search_args.held_out, "search": searched})
+        _claim_folder(folder, recipe | {"held_out": search_args.held_out, "search": searched})
 
     losses = config.losses  # before trials change them
-    trainer = searching_trainer(model_args, data_args, config, search_args.held_out)
+    trainer = build_search_trainer(model_args, data_args, config, search_args.held_out)
     from ..search.study import run_trials  # Optuna takes a second to import
 
     trials = run_trials(trainer, space, folder, lock, search_args.n_trials)
@@ -114,14 +114,14 @@ def search(argv: list[str] | None = None) -> list[SearchedTrial]:
     return trials
 
 
-def _parsed(argv: list[str]) -> tuple[SearchArguments, ModelArguments, DataArguments, DistillationConfig, dict]:
-    """How to search, and what `parse_recipe` makes of the other arguments."""
+def _parse(argv: list[str]) -> tuple[SearchArguments, ModelArguments, DataArguments, DistillationConfig, dict]:
+    """Return the settings of the search, and the results of `parse_recipe` for the other arguments."""
     path, rest = split_subject(argv, ArgumentParser((SearchArguments, *ARGUMENT_CLASSES), USAGE), "a recipe")
     search_args, rest = parse_known(rest, ArgumentParser((SearchArguments,), USAGE))
     if any(word.partition("=")[0] in ("--output_dir", "--output-dir") for word in rest):
         raise HfkdError("output_dir is the folder of a run, and a search has many: give --search_dir.")
-    of_a_trial = [f"--{key}={value}" for key, value in TRIAL_SETTINGS.items()]
-    return search_args, *parse_recipe([path, *rest, *of_a_trial], command="hfkd search")
+    trial_settings = [f"--{key}={value}" for key, value in TRIAL_SETTINGS.items()]
+    return search_args, *parse_recipe([path, *rest, *trial_settings], command="hfkd search")
 
 
 def _check(
@@ -131,14 +131,18 @@ def _check(
     config: DistillationConfig,
     space: list[Parameter],
 ) -> None:
-    """Raises ValueError for what cannot go with a search, before anything is loaded."""
+    """Check, before anything is loaded, that the settings can be used in a search.
+
+    Raises:
+        HfkdError: if they cannot.
+    """
     if config.world_size > 1:
         raise HfkdError(
-            f"A trial is trained by one process, and {config.world_size} were started: start `hfkd search` itself, as "
-            "often as there are GPUs (CUDA_VISIBLE_DEVICES=0 hfkd search ...); they share the trials."
+            f"A trial is trained by one process, and {config.world_size} were started. Start one command for each GPU "
+            "(CUDA_VISIBLE_DEVICES=0 hfkd search ...); they share the trials."
         )
     if data_args.streaming and search_args.held_out:
-        raise HfkdError("Of a stream no images can be held out: set streaming: false, or --held_out 0.")
+        raise HfkdError("No images of a stream can be held out: set streaming: false, or --held_out 0.")
     if model_args.teacher_cache is None:
         return
     top_k = read_facts(Path(model_args.teacher_cache))["row"]["top_k"]
@@ -150,31 +154,32 @@ def _check(
             )
 
 
-def _claim(folder: Path, settings: dict[str, Any]) -> None:
-    """Makes sure that the trials in a folder are of these settings, or that there are none yet.
+def _claim_folder(folder: Path, settings: dict[str, Any]) -> None:
+    """Check that a folder holds no trials with other settings, and write the settings into it.
 
     Raises:
-        ValueError: if they are of others, naming what differs.
+        HfkdError: if it holds trials with other settings; the message lists the differences.
     """
     different = recipe_differences(folder / SETTINGS_NAME, settings)
     if different:
         raise HfkdError(
-            f"{folder} holds another search, whose trials do not compare with these:\n  " + "\n  ".join(different) + ""
-            "\nGive another --search_dir, or remove the folder."
+            f"{folder} holds another search, whose trials cannot be compared with these:\n  "
+            + "\n  ".join(different)
+            + "\nGive another --search_dir, or remove the folder."
         )
     write_whole(folder / SETTINGS_NAME, yaml.safe_dump(settings, sort_keys=False))
 
 
-def searching_trainer(
+def build_search_trainer(
     model_args: ModelArguments, data_args: DataArguments, config: DistillationConfig, held_out: float
 ) -> DistillationTrainer:
-    """A trainer that makes a student, as a recipe says, for each of its trainings.
+    """Build the trainer of a search, which makes a new student of the recipe for each trial.
 
     Args:
-        held_out: share of the training images, by chance, that is evaluated and not trained on; 0: the evaluation split
-            is evaluated.
+        held_out: share of the training images, drawn at random, that is evaluated and not trained on; 0 evaluates the
+            evaluation split.
     """
-    logging.disable_progress_bar()  # of loading weights, again and again
+    logging.disable_progress_bar()  # every trial loads weights
     splits = load_splits(data_args)
     teacher = open_cache(model_args) if model_args.teacher_cache else load_teachers(model_args) or None
 
@@ -184,9 +189,9 @@ def searching_trainer(
     set_seed(config.seed)
     spec = input_spec(make_student())
     if held_out:
-        # Of the whole split each, so that a row's number is that of a teacher cache.
+        # Both sets contain the whole split, so that their row numbers are the row numbers in a teacher cache.
         train_set, eval_set = image_sets((splits[0], splits[0]), spec, data_args, config)
-        kept, chosen = _divided(train_set.num_rows, held_out, config.seed)
+        kept, chosen = _split_rows(train_set.num_rows, held_out, config.seed)
         train_set, eval_set = Subset(train_set, kept), Subset(eval_set, chosen)
     else:
         train_set, eval_set = image_sets(splits, spec, data_args, config)
@@ -195,11 +200,11 @@ def searching_trainer(
     )
 
 
-def _divided(rows: int, share: float, seed: int) -> tuple[list[int], list[int]]:
-    """The numbers of all rows but a share, and of that share, each ascending.
+def _split_rows(rows: int, share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Draw a share of the rows at random; return the other row numbers and the drawn ones, each ascending.
 
     Raises:
-        ValueError: if one of them is empty.
+        HfkdError: if one of them is empty.
     """
     count = round(share * rows)
     if not 0 < count < rows:
@@ -211,9 +216,9 @@ def _divided(rows: int, share: float, seed: int) -> tuple[list[int], list[int]]:
 
 
 def _header(argv: list[str], found: str, folder: Path) -> str:
-    """What stands above the best recipe: how it was found, and how to train it."""
+    """Return the comment above the best recipe: the command that found it, and the command that trains it."""
     words = ["hfkd", "search", *argv]
     hide_token(words)
     lines = [f"Found by `{shlex.join(words)}`:", *found.splitlines()]
-    lines += ["What made the trials short is not in this recipe.", f"  hfkd distill {folder / BEST_NAME}"]
+    lines += ["Settings that shortened the trials are not in this recipe.", f"  hfkd distill {folder / BEST_NAME}"]
     return "".join(f"# {line}\n" for line in lines)

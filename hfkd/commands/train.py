@@ -1,4 +1,4 @@
-"""A run from its recipe: what the scripts call."""
+"""`hfkd distill` and `hfkd train-teacher`: training runs from recipes."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ logger = logging.get_logger(__name__)
 
 
 def distill(argv: list[str] | None = None) -> DistillationTrainer:
-    """Trains the student of a recipe; `<output_dir>/student` holds it afterwards."""
+    """Train the student of a recipe and export it to `<output_dir>/student`."""
     argv = sys.argv[1:] if argv is None else argv
     return train(*parse_recipe(argv), role="student", name=recipe_name(argv[0]))
 
 
 def train_teacher(argv: list[str] | None = None) -> DistillationTrainer:
-    """Trains the network that a recipe names as its student, from the labels alone; into `<output_dir>/teacher`.
+    """Train the student network of a recipe from the labels alone and export it to `<output_dir>/teacher`.
 
     Raises:
-        ValueError: if the recipe names a teacher or losses.
+        HfkdError: if the recipe names a teacher or losses.
     """
     argv = sys.argv[1:] if argv is None else argv
     model_args, data_args, config, recipe = parse_recipe(argv, command="hfkd train-teacher")
@@ -52,13 +52,18 @@ def train(
     name: str,
     time_is_up: Callable[[], bool] = lambda: False,
 ) -> DistillationTrainer:
-    """Builds everything, trains, and leaves in `output_dir` the trained model (in a folder named by its role), the
-    resolved recipe, `results.json` (which calls it by `name`), the trainer's state and the best and last checkpoint.
+    """Train the network of a recipe, and write the run into `output_dir`.
 
-    Once `time_is_up`, which is asked after every step, it ends as at SIGTERM.
+    The folder then holds the exported model, the resolved recipe, `results.json`, the trainer's state and the best and
+    the last checkpoint.
+
+    Args:
+        role: name of the folder of the exported model, "student" or "teacher".
+        name: name of the recipe in `results.json`.
+        time_is_up: called after every step; when it returns True, the run ends as it does after SIGTERM.
     """
     checkpoint = claim_output_dir(config, recipe)
-    logging.disable_progress_bar()  # of loading and saving weights: they break the training's own bar
+    logging.disable_progress_bar()  # loading and saving weights would break the bar of the training
     trainer = build_trainer(model_args, data_args, config)
     trainer.exports.name, trainer.exports.recipe = role, recipe
     trainer.stop_on_sigterm.time_is_up = time_is_up
@@ -82,12 +87,12 @@ def train(
 def build_trainer(
     model_args: ModelArguments, data_args: DataArguments, config: DistillationConfig
 ) -> DistillationTrainer:
-    """Networks, data and trainer of a recipe, checked against one another.
+    """Build the networks, the data sets and the trainer of a recipe, and check that they fit.
 
     Raises:
-        ValueError: if they do not fit.
+        HfkdError: if they do not fit.
     """
-    # Here and not above: these import timm, datasets and transformers' models, which takes seconds. `--help` and
+    # Imported here, because these import timm, datasets and transformers' models, which takes seconds. `--help` and
     # mistakes in a recipe are answered without them.
     from transformers import AutoImageProcessor, set_seed
     from transformers.models.timm_wrapper import TimmWrapperForImageClassification
@@ -101,7 +106,7 @@ def build_trainer(
     student = build_student(model_args, data_args, splits[0].class_names)
     teacher = open_cache(model_args) if model_args.teacher_cache else load_teachers(model_args) or None
     train_set, eval_set = image_sets(splits, input_spec(student), data_args, config)
-    wrapped = isinstance(student, TimmWrapperForImageClassification)  # timm's config.json says how to prepare images
+    wrapped = isinstance(student, TimmWrapperForImageClassification)  # timm's config.json holds the preprocessing
     processor = None if wrapped else AutoImageProcessor.from_pretrained(student.name_or_path)
     trainer = DistillationTrainer(
         student, teacher, config, train_dataset=train_set, eval_dataset=eval_set, processing_class=processor
@@ -117,22 +122,23 @@ def build_trainer(
 
 
 def claim_output_dir(config: DistillationConfig, recipe: dict[str, Any]) -> str | None:
-    """Makes sure that the output folder is this run's, and finds the checkpoint to go on from.
+    """Check that the output folder belongs to this run, and return the checkpoint to resume from.
 
     Returns:
-        The last whole checkpoint for `resume_from_checkpoint: true`, the folder that it names, or None to start: also
-        where a run ended before its first checkpoint.
+        The last complete checkpoint if `resume_from_checkpoint` is true, or the folder that it names. None starts a new
+        run, also if an earlier run ended before its first checkpoint.
 
     Raises:
-        ValueError: if the folder, or the checkpoint's, holds the run of another recipe and `allow_recipe_change` is not
-            set, or if it holds this one's and that is not to be resumed. It names what differs, and the way out.
+        HfkdError: if the output folder or the checkpoint's folder holds the run of another recipe and
+            `allow_recipe_change` is not set, or if the output folder holds a run of this recipe that is not resumed.
+            The message lists the differences and the possible actions.
     """
     output_dir, resume = Path(config.output_dir), str(config.resume_from_checkpoint).lower()
     checkpoint = None
     if resume == "true":
         checkpoint = last_checkpoint(output_dir)
         if checkpoint is None:
-            logger.warning(f"There is no whole checkpoint in {output_dir}: training begins anew.")
+            logger.warning(f"There is no complete checkpoint in {output_dir}: training starts from the beginning.")
     elif resume not in ("false", "none"):
         checkpoint = config.resume_from_checkpoint
     for folder in dict.fromkeys([output_dir, Path(checkpoint).parent] if checkpoint else [output_dir]):
@@ -143,8 +149,8 @@ def claim_output_dir(config: DistillationConfig, recipe: dict[str, Any]) -> str 
         if not checkpoint:
             raise HfkdError(f"{text}\nGive another --output_dir, or remove the folder.")
         if not config.allow_recipe_change:
-            raise HfkdError(f"{text}\nGo on with the recipe given here by --allow_recipe_change true.")
-        logger.warning(f"{text}\nTraining goes on from {checkpoint} with the recipe given here.")
+            raise HfkdError(f"{text}\nTo resume with the recipe given here, set --allow_recipe_change true.")
+        logger.warning(f"{text}\nTraining resumes from {checkpoint} with the recipe given here.")
     done = checkpoints(output_dir) or (output_dir / RESULTS_NAME).is_file()
     if done and resume in ("false", "none") and (output_dir / RECIPE_NAME).is_file():
         raise HfkdError(

@@ -1,5 +1,6 @@
-"""Recipes: the three argument classes, what each key is, reading YAML over its parent, and the command-line parser.
+"""Recipes: the argument classes, the table of keys, the reading of recipe files and the command-line parser.
 
-A recipe becomes `ModelArguments`, `DataArguments` and `DistillationConfig`, checked before anything large is loaded.
+A recipe becomes `ModelArguments`, `DataArguments` and `DistillationConfig`. Their values are checked before
+anything large is loaded.
 The room imports only errors, names, losses and data; it never imports networks or training.
 """

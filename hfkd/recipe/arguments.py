@@ -32,8 +32,8 @@ class ModelArguments:
     teacher_name_or_path: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Like student_name_or_path; several are an ensemble. Without a teacher the student learns from the "
-            "labels alone."
+            "help": "Like student_name_or_path; several names form an ensemble. Without a teacher the student learns "
+            "from the labels alone."
         },
     )
     teacher_checkpoint: list[str] | None = field(
@@ -46,35 +46,37 @@ class ModelArguments:
     teacher_class_indices: list[int] | None = field(
         default=None,
         metadata={
-            "help": "For each of the student's classes the teacher's class, where the teacher has more or other ones; "
-            "by default they are matched by name."
+            "help": "Index of the teacher's class for each class of the student, if the teacher has more classes or "
+            "another order; by default they are matched by name."
         },
     )
     teacher_device_map: str | None = field(
         default=None,
         metadata={
-            "help": "transformers' device_map, for a teacher that one device does not hold: 'auto', or a mapping from "
-            "module to device. For a folder or a Hub id, and one process."
+            "help": "transformers' device_map, for a teacher that does not fit on one device: 'auto', or a mapping "
+            "from module to device. Only for a teacher from a folder or the Hub, and one process."
         },
     )
     teacher_cache: str | None = field(
         default=None,
         metadata={
-            "help": "Folder that `hfkd cache-teacher` wrote: the teacher's logits are read there, and no teacher is "
-            "loaded; one that teacher_name_or_path names must be that of the cache."
+            "help": "Folder written by `hfkd cache-teacher`. The logits are read from it, and no teacher is loaded; "
+            "teacher_name_or_path, if set, must name the teacher of the cache."
         },
     )
     drop_path_rate: float | None = field(
-        default=None, metadata={"help": "Stochastic depth of the student, for a timm architecture that has it."}
+        default=None,
+        metadata={"help": "Stochastic depth of the student, for a timm architecture that supports it."},
     )
     patch_size: int | None = field(
-        default=None, metadata={"help": "Side of the student's patches in pixels, for a timm ViT; by default its own."}
+        default=None,
+        metadata={"help": "Side of the student's patches in pixels, for a timm ViT; by default its own."},
     )
 
     def __post_init__(self):
         if isinstance(self.teacher_device_map, str) and self.teacher_device_map.startswith("{"):
             self.teacher_device_map = json.loads(self.teacher_device_map)
-        # From code, one name needs no list.
+        # Callers from code may pass one name without a list.
         if isinstance(self.teacher_name_or_path, str):
             self.teacher_name_or_path = [self.teacher_name_or_path]
         if isinstance(self.teacher_checkpoint, str):
@@ -89,7 +91,7 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """Keys of the images and their preparation."""
+    """Keys of the images and their preprocessing."""
 
     _argument_group_name = "data"
 
@@ -99,64 +101,69 @@ class DataArguments:
     train_split: str = field(default="train", metadata={"help": "Name of the training split."})
     eval_split: str | None = field(
         default=None,
-        metadata={"help": "Name of the evaluation split; by default test, validation, val or valid, the first found."},
+        metadata={"help": "Name of the evaluation split; by default the first of test, validation, val and valid."},
     )
     image_column: str | None = field(
-        default=None, metadata={"help": "Column of the images; by default found from the features."}
+        default=None, metadata={"help": "Column of the images; by default inferred from the features."}
     )
     label_column: str | None = field(
-        default=None, metadata={"help": "Column of the labels; by default found from the features."}
+        default=None, metadata={"help": "Column of the labels; by default inferred from the features."}
     )
     image_size: int | None = field(
         default=None, metadata={"help": "Side of the square input in pixels; by default the student's own."}
     )
     random_flip: bool = field(
-        default=True, metadata={"help": "Mirror half of the training images; wrong for digits and letters."}
+        default=True,
+        metadata={"help": "Mirror half of the training images; unsuitable for digits and letters."},
     )
     augmentation: str = field(
         default="crop",
         metadata={
-            "help": "'crop': decoded once into memory, zero-padded by 4 pixels and cropped, for small images. "
-            "'random_resized_crop': decoded anew each time in the DataLoader workers, a random part resized.",
+            "help": "'crop' is for small images: decode once into memory, zero-pad by 4 pixels and crop. "
+            "'random_resized_crop': decode each time in the DataLoader workers, and resize a random crop.",
             "choices": ["crop", "random_resized_crop"],
         },
     )
     interpolation: str = field(
         default="bicubic",
-        metadata={"help": "Of random_resized_crop and its evaluation.", "choices": ["bicubic", "bilinear"]},
+        metadata={
+            "help": "Interpolation for random_resized_crop and evaluation.",
+            "choices": ["bicubic", "bilinear"],
+        },
     )
     crop_pct: float = field(
         default=1.0,
-        metadata={"help": "Share of the resized image's side that evaluation crops (0.875: the middle 224 of 256)."},
+        metadata={"help": "Share of the resized image's side that evaluation keeps (0.875: the central 224 of 256)."},
     )
     auto_augment: str | None = field(
         default=None, metadata={"help": "timm's policy string, e.g. rand-m9-mstd0.5-inc1, for random_resized_crop."}
     )
     color_jitter: float = field(
         default=0.0,
-        metadata={"help": "timm's colour jitter, for random_resized_crop; without effect beside auto_augment."},
+        metadata={"help": "timm's colour jitter, for random_resized_crop; auto_augment replaces it."},
     )
     random_erasing: float = field(
         default=0.0, metadata={"help": "Probability of timm's random erasing with noise, for random_resized_crop."}
     )
     streaming: bool = field(
         default=False,
-        metadata={"help": "Read the data while training, in place of downloading it; needs random_resized_crop."},
+        metadata={"help": "Read the data while training instead of downloading it; needs random_resized_crop."},
     )
     shuffle_buffer_size: int = field(
-        default=8192, metadata={"help": "Images among which a worker draws the next one, for streaming."}
+        default=8192, metadata={"help": "Images from which a worker draws the next one, for streaming."}
     )
     skip_bad_images: bool = field(
-        default=False, metadata={"help": "Leave out images that cannot be decoded, and count them; otherwise an error."}
+        default=False,
+        metadata={"help": "Skip and count images that cannot be decoded; otherwise they raise an error."},
     )
 
     def __post_init__(self):
         if self.image_size is not None and self.image_size < 1:
-            raise HfkdError(f"image_size must be a number of pixels, got {self.image_size}.")
+            raise HfkdError(f"image_size must be 1 pixel or more, got {self.image_size}.")
         if not 0 < self.crop_pct <= 1:
             raise HfkdError(f"crop_pct must be above 0 and at most 1, got {self.crop_pct}.")
         if not 0 <= self.random_erasing <= 1:
-            raise HfkdError(f"random_erasing is a probability, got {self.random_erasing}.")
+            raise HfkdError(f"random_erasing is a probability, got {self.random_erasing}: give 0 to 1.")
         if self.color_jitter < 0:
             raise HfkdError(f"color_jitter must not be negative, got {self.color_jitter}.")
         if self.shuffle_buffer_size < 1:
@@ -164,20 +171,20 @@ class DataArguments:
         for each in dataclasses.fields(DataArguments):
             needed = RECIPE_KEYS[each.name].augmentation
             if needed not in (None, self.augmentation) and getattr(self, each.name) != each.default:
-                raise HfkdError(f"{each.name} goes with augmentation: {needed}; this recipe's is {self.augmentation}.")
+                raise HfkdError(f"{each.name} needs augmentation: {needed}; this recipe's is {self.augmentation}.")
 
 
 @dataclass
 class DistillationConfig(TrainingArguments):
-    """`TrainingArguments` plus what distillation needs; defaults that cost speed or fidelity are changed.
+    """`TrainingArguments` with the keys of distillation, and other defaults where those of transformers cost speed.
 
     Changed defaults: no gradient clipping (`max_grad_norm` 0), no NaN filter (it waits for the device at every
-    step), no column removal (it would drop a second view), no search for unused parameters under DDP, and the
-    best checkpoint is the one with the highest top-1.
+    step), no removal of columns (it would drop a second view), and no search for unused parameters under DDP. The best
+    checkpoint is the one with the highest top-1.
 
     Raises:
-        ValueError: for a setting that hfkd does not support.
-        TimeoutError: if other processes of the run do not come within `ddp_timeout`.
+        HfkdError: for a setting that hfkd does not support.
+        RendezvousError: if other processes of the run do not join within `ddp_timeout`.
     """
 
     _argument_group_name = "distillation"
@@ -186,18 +193,19 @@ class DistillationConfig(TrainingArguments):
     losses: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "Distillation losses: a mapping from method to its parameters, each of which may hold 'weight'. "
-            "On the command line --losses.METHOD.PARAMETER VALUE."
+            "help": "Distillation losses: a mapping from each method to its parameters, which may include 'weight'. "
+            "On the command line: --losses.METHOD.PARAMETER VALUE."
         },
     )
     logit_standardization: bool = field(
-        default=False, metadata={"help": "Z-score the logits of teacher and student before every logit loss."}
+        default=False,
+        metadata={"help": "Z-score the logits of teacher and student before every logit loss."},
     )
     ce_weight: float = field(default=1.0, metadata={"help": "Weight of the cross-entropy with the labels."})
     decay_all_parameters: bool = field(
         default=False,
         metadata={
-            "help": "Weight decay on every parameter, as the CIFAR protocols do; otherwise only on matrices and "
+            "help": "Apply weight decay to every parameter, as the CIFAR protocols do; otherwise only to matrices and "
             "convolution kernels that the model does not exempt."
         },
     )
@@ -205,24 +213,25 @@ class DistillationConfig(TrainingArguments):
         default=None,
         metadata={"help": "Epochs after which lr_gamma multiplies the learning rate; replaces lr_scheduler_type."},
     )
-    lr_gamma: float = field(default=0.1, metadata={"help": "Factor of lr_milestones."})
+    lr_gamma: float = field(default=0.1, metadata={"help": "Factor of the learning rate at lr_milestones."})
     mixup: float = field(
-        default=0.0, metadata={"help": "Alpha of mixup (Zhang et al., 2018); 0: off. Beside cutmix, half the batches."}
+        default=0.0,
+        metadata={"help": "Alpha of mixup (Zhang et al., 2018); 0: off. With cutmix, for half the batches."},
     )
     cutmix: float = field(default=0.0, metadata={"help": "Alpha of CutMix (Yun et al., 2019); 0: off."})
     ema_decay: float | None = field(
         default=None,
-        metadata={"help": "Decay a step of the student's moving average, which is then evaluated and exported."},
+        metadata={"help": "Decay per step of the moving average of the student, which is then evaluated and exported."},
     )
     shard_teacher: bool = field(
-        default=False, metadata={"help": "With FSDP: share out the teacher among the processes, as the student is."}
+        default=False, metadata={"help": "With FSDP: shard the teacher over the processes, like the student."}
     )
     channels_last: bool = field(
         default=True, metadata={"help": "Keep student and teacher in the channels_last memory format."}
     )
     allow_recipe_change: bool = field(
         default=False,
-        metadata={"help": "Resume although the recipe has changed since the checkpoint; the difference is printed."},
+        metadata={"help": "Resume even if the recipe has changed since the checkpoint; the differences are printed."},
     )
     published_top1: float | None = field(
         default=None,
@@ -233,7 +242,7 @@ class DistillationConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Folder of the run. By default runs/ and the recipe's path below its recipes folder, or its name; "
-            "without a recipe trainer_output."
+            "trainer_output without a recipe."
         },
     )
     report_to: list[str] | str = field(
@@ -244,11 +253,12 @@ class DistillationConfig(TrainingArguments):
         },
     )
     resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "true: go on from the run's last checkpoint; or the folder of one."}
+        default=None,
+        metadata={"help": "true: resume from the last checkpoint of the run; or a checkpoint's folder."},
     )
     max_grad_norm: float = field(default=0.0, metadata={"help": "Clip the gradient norm to this; 0: no clipping."})
     logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Leave NaN losses out of the log; waits for the device at every step."}
+        default=False, metadata={"help": "Leave NaN losses out of the log; makes every step wait for the device."}
     )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Drop batch entries that the student's forward does not take."}
@@ -257,21 +267,21 @@ class DistillationConfig(TrainingArguments):
         default=False, metadata={"help": "Passed to DistributedDataParallel."}
     )
     metric_for_best_model: str | None = field(
-        default="top1", metadata={"help": "Evaluation metric that says which checkpoint is the best."}
+        default="top1", metadata={"help": "Evaluation metric that decides which checkpoint is the best."}
     )
 
     def __post_init__(self):
         if not torch.accelerator.is_available():
-            self.use_cpu = True  # else TrainingArguments refuses bf16, which CPUs have too
+            self.use_cpu = True  # otherwise TrainingArguments refuses bf16, which CPUs support
         elif self.accelerator_config is None:
-            self.accelerator_config = {"non_blocking": True}  # else every batch that is sent waits for the device
+            self.accelerator_config = {"non_blocking": True}  # otherwise the copy of every batch waits for the device
         for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
-            # transformers 5.24 renamed both, warns of the old names and then gives them the new ones' values. A recipe
-            # that is to run with earlier versions as well can only say the old ones.
+            # transformers 5.24 renamed both keys. It warns of the old names, and overwrites them with the values of the
+            # new ones. A recipe for earlier versions as well can only use the old names.
             renamed = name.replace("gradient", "activation")
             if hasattr(self, renamed) and getattr(self, renamed) is None:
                 setattr(self, renamed, getattr(self, name))
-        with meeting(self):
+        with joining_processes(self):
             super().__post_init__()
         check_trackers(self.report_to)
         self.losses = self.losses or {}
@@ -281,13 +291,13 @@ class DistillationConfig(TrainingArguments):
                 f"got {self.losses!r}."
             )
         if self.fp16 and self.use_cpu:
-            raise HfkdError("fp16 needs an accelerator; on a CPU set bf16 instead, or neither.")
+            raise HfkdError("fp16 needs an accelerator. On a CPU, set bf16 or neither.")
         if self.ce_weight < 0:
             raise HfkdError(f"ce_weight must not be negative, got {self.ce_weight}.")
         if self.label_smoothing_factor:
             raise HfkdError(
-                f"label_smoothing_factor={self.label_smoothing_factor} is not supported: the teacher's distribution "
-                "takes its place. Leave it at 0."
+                f"label_smoothing_factor={self.label_smoothing_factor} is not supported, because the teacher's "
+                "distribution replaces it: leave it at 0."
             )
         if self.mixup < 0 or self.cutmix < 0:
             raise HfkdError(f"mixup and cutmix must not be negative, got {self.mixup} and {self.cutmix}.")
@@ -303,19 +313,19 @@ class DistillationConfig(TrainingArguments):
 
     @property
     def mixes(self) -> bool:
-        """Whether the images of a batch are mixed."""
+        """Whether mixup or CutMix is on."""
         return self.mixup > 0 or self.cutmix > 0
 
 
 def check_trackers(names: list[str]) -> None:
-    """Check that every tracker can be used here; Trainer does so, too, but after loading all networks and images.
+    """Check that every tracker can be used, before networks and images are loaded. Trainer checks it only afterwards.
 
     Raises:
-        ValueError: for one that transformers does not know, or whose package is not installed.
+        HfkdError: for a tracker that transformers does not know, or whose package is not installed.
     """
     if not names:
         return
-    # Here and not above, because it imports transformers' modelling code, which takes seconds.
+    # Imported here, because this imports transformers' modelling code, which takes seconds.
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
     for name in names:
@@ -327,25 +337,25 @@ def check_trackers(names: list[str]) -> None:
         except (ImportError, RuntimeError) as error:
             package = name.replace("_", "-")
             raise HfkdError(
-                f"report_to: '{name}' cannot be used here; `pip install {package}` may be all it needs ({error})"
+                f"report_to: '{name}' cannot be used here; `pip install {package}` may help ({error})"
             ) from error
 
 
 @contextlib.contextmanager
-def meeting(args: DistillationConfig) -> Iterator[None]:
-    """Turn the error for processes that do not join, as `TrainingArguments` makes them do, into one for people.
+def joining_processes(args: DistillationConfig) -> Iterator[None]:
+    """Raise a readable error if processes do not join while `TrainingArguments` waits for them.
 
     Raises:
-        TimeoutError: if some are missing after `ddp_timeout` seconds.
+        RendezvousError: if some are missing after `ddp_timeout` seconds.
     """
     try:
-        if args.use_cpu:  # where TrainingArguments drops the time-out
+        if args.use_cpu:  # on CPUs TrainingArguments ignores the time-out
             PartialState(cpu=True, backend=args.ddp_backend, timeout=timedelta(seconds=args.ddp_timeout))
         yield
     except (DistNetworkError, DistStoreError) as error:
         here = {name: os.environ.get(name, "not set") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
         raise RendezvousError(
             f"Process {here['RANK']} of {here['WORLD_SIZE']} waited for the others at {here['MASTER_ADDR']}:"
-            f"{here['MASTER_PORT']} for {args.ddp_timeout} s ({error}). Does each machine run its part, with the same "
-            "number of processes, and can it reach that address? --ddp_timeout SECONDS waits longer."
+            f"{here['MASTER_PORT']} for {args.ddp_timeout} s ({error}). Check that each machine runs the command "
+            "with the same number of processes and can reach that address. Wait longer with --ddp_timeout SECONDS."
         ) from error

@@ -1,4 +1,4 @@
-"""Recipe keys: one table of what each key is, the sets that follow from it, and recipes compared and made public."""
+"""Recipe keys: a table of their properties, sets of keys derived from it, comparison and publication of recipes."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import yaml
 
 from ..names import DIGITS, is_local, last_part
 
-SECTIONS = ("extends", "search")  # parts of a recipe file that are no keys: its parent, the space of `hfkd search`
+SECTIONS = ("extends", "search")  # parts of a recipe file that are not keys: its parent, the space of `hfkd search`
 
 
 class Effect(Enum):
     """Effect of a key on a run."""
 
-    RESULT = "changes the student or what is measured of it"
+    RESULT = "changes the student or its measurements"
     SPEED = "changes only speed and memory"
-    OUTPUT = "changes only what is written and reported, and where"
-    CONTROL = "says whether and how a run is resumed, and is not recorded"
+    OUTPUT = "changes only files, logs and reports"
+    CONTROL = "controls how a run is resumed, and is not recorded"
 
 
 RESULT, SPEED, OUTPUT, CONTROL = Effect
@@ -34,15 +34,15 @@ class Key:
 
     Attributes:
         effect: effect of the key on a run.
-        fixed: a run is resumed, and shares a row of a comparison, only with the same value, although the key does not
-            change the student. Keys with the effect RESULT are fixed anyway.
-        private: left out of the recipe that is published.
-        secret: never written to a file.
-        path: a local path may stand in place of a public name; a published recipe shows `path/to/<name>`.
-        seed: changes the result only by chance, so that a comparison takes the mean over it.
-        schedule: counted in epochs or steps, so that a shortened run has another value.
-        searchable: a number, not negative, that `hfkd search` may vary.
-        augmentation: the only `augmentation` with which the key may be set.
+        fixed: whether a run can be resumed, and share a row of a comparison, only with the same value, although the key
+            does not change the student. Keys with the effect RESULT are always fixed.
+        private: whether the published recipe leaves the key out.
+        secret: whether the value is never written to a file.
+        path: whether the value may be a local path. A published recipe replaces it by `path/to/<name>`.
+        seed: whether the key changes the result only at random. A comparison averages over it.
+        schedule: whether the value is counted in epochs or steps. A shortened run has another value.
+        searchable: whether the value is a non-negative number that `hfkd search` may vary.
+        augmentation: the only `augmentation` that allows the key, or None for all.
     """
 
     effect: Effect
@@ -71,7 +71,7 @@ _TRANSFORMERS = {
         ),
         Key(RESULT),
     ),
-    # Arithmetic: other kernels round differently
+    # Arithmetic, because other kernels round differently
     **dict.fromkeys(
         (
             *("bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32", "use_cpu", "full_determinism"),
@@ -89,7 +89,7 @@ _TRANSFORMERS = {
         ),
         Key(RESULT),
     ),
-    # Evaluation and checkpoints, as far as they decide which epoch is the best and where a run goes on
+    # Evaluation and checkpoints, which decide which epoch is the best and where a run resumes
     **dict.fromkeys(
         (
             *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "prediction_loss_only"),
@@ -99,7 +99,7 @@ _TRANSFORMERS = {
         ),
         Key(RESULT),
     ),
-    # Of no use to hfkd, and on the safe side
+    # Not used by hfkd; RESULT is the safe choice
     **dict.fromkeys(("do_train", "do_eval", "do_predict", "local_rank", "use_cache"), Key(RESULT)),
     # Speed and memory
     **dict.fromkeys(("dataloader_num_workers", "per_device_eval_batch_size"), Key(SPEED)),
@@ -159,7 +159,7 @@ _DISTILLATION = {
     **dict.fromkeys(
         (
             *("losses", "logit_standardization", "decay_all_parameters", "lr_gamma", "mixup", "cutmix", "ema_decay"),
-            "channels_last",  # which kernels run, and so how they round
+            "channels_last",  # selects kernels, which round differently
         ),
         Key(RESULT),
     ),
@@ -180,8 +180,8 @@ def keys_that(condition: Callable[[Key], bool]) -> tuple[str, ...]:
 NOT_RECORDED = frozenset(keys_that(lambda key: key.secret or key.effect is CONTROL))
 PRIVATE_KEYS = frozenset(keys_that(lambda key: key.private))
 PATH_KEYS = frozenset(keys_that(lambda key: key.path))
-# Keys that may differ between a run and its resumption, and between the runs of one row of a comparison. Those that are
-# not recorded are in no recipe that could be compared.
+# Keys that may differ between a run and its resumption, and between the runs of one row of a comparison. Keys in
+# NOT_RECORDED need no entry, because no recorded recipe contains them.
 WITHOUT_EFFECT = frozenset(keys_that(lambda key: key.effect in (SPEED, OUTPUT) and not (key.fixed or key.secret)))
 SEEDS = keys_that(lambda key: key.seed)
 SCHEDULE_KEYS = keys_that(lambda key: key.schedule)
@@ -189,16 +189,16 @@ SEARCHABLE_KEYS = keys_that(lambda key: key.searchable)
 
 
 def recipe_differences(path: Path, recipe: dict[str, Any]) -> list[str]:
-    """Return the keys on which the recipe of an earlier run, if there is one, has another value, with both values."""
+    """Return the keys that differ from the recipe of an earlier run, with both values; none without an earlier run."""
     if not path.is_file():
         return []
     there = yaml.safe_load(path.read_text())
-    # The workers of a stream share out its rows, so that another number of them trains on another order.
+    # The workers of a stream divide its rows, so another number of workers changes the order of the images.
     without_effect = WITHOUT_EFFECT - ({"dataloader_num_workers"} if recipe.get("streaming") else set())
     return [
         f"{key}: {there.get(key)!r} there, {recipe.get(key)!r} here"
         for key in sorted({*there, *recipe} - without_effect)
-        # Beside a checkpoint from the Hub lies the public recipe.
+        # A checkpoint from the Hub comes with the public recipe.
         if there.get(key) not in (recipe.get(key), public_value(key, recipe.get(key)))
     ]
 
@@ -221,10 +221,10 @@ def public_value(key: str, value: Any) -> Any:
 
 
 def _is_bare_path(name: str) -> bool:
-    """Return whether a name without a slash is a file or folder here, and neither an architecture nor a data set."""
+    """Return whether a name is an existing file or folder and neither an architecture nor the digits data set."""
     if name == DIGITS or not os.path.exists(name):
         return False
-    # timm takes seconds to import: `--help` and mistakes in a recipe are answered without it.
+    # Imported here, because timm takes seconds. `--help` and mistakes in a recipe are answered without it.
     import timm
 
     return not timm.is_model(name)

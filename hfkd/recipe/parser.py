@@ -1,8 +1,8 @@
-"""Command-line parser behind every command: argument classes in, checked objects out.
+"""Command-line parser of every command, which turns a command line into objects of the argument classes.
 
-Internals of other libraries that it uses: `ArgumentParser._actions` of argparse, which TRL's parser reads, too. Of
-transformers' HfArgumentParser it uses two documented attributes: `_argument_group_name`, the title of a class's group
-in the help, and `dataclass_types`, the classes that are filled.
+It uses one internal of argparse, `ArgumentParser._actions`, which TRL's parser uses as well. It uses two documented
+attributes of transformers' HfArgumentParser: `_argument_group_name`, the title of a class's group in the help, and
+`dataclass_types`, the classes to fill.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from ..errors import HfkdError, unknown_key_error
 HELP_WORDS = ("-h", "--help", "--help-all")
 MORE_HELP = (
     "The keys of transformers' TrainingArguments, such as learning_rate, num_train_epochs and\n"
-    "per_device_train_batch_size, can be set as well: `--help-all` explains them, too."
+    "per_device_train_batch_size, can be set as well. `--help-all` explains them."
 )
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Help with the default of every key, and description and epilog as they are written."""
+    """Help formatter that shows the default of every key and keeps the line breaks of description and epilog."""
 
 
 class HelpAll(argparse.Action):
@@ -43,10 +43,10 @@ class ArgumentParser(HfArgumentParser):
     """Parser that fills argument classes and raises HfkdError where argparse would print and exit.
 
     `--help` explains each of hfkd's keys once. Keys that a class inherits unchanged from transformers'
-    TrainingArguments stand in a group of their own, which only `--help-all` shows.
+    TrainingArguments form their own group, which only `--help-all` shows.
 
     Attributes:
-        options: the option of every word that names one, such as `--seed` and `--no_bf16`.
+        options: the option of every option string, such as `--seed` and `--no_bf16`.
     """
 
     def __init__(
@@ -65,19 +65,19 @@ class ArgumentParser(HfArgumentParser):
         inherited = {
             field.name for group in groups if issubclass(group, Inherited) for field in dataclasses.fields(group)
         }
-        self._left_out = {}
+        self._hidden_help = {}
         for option in self._actions:
             if option.dest == "help":
                 continue
-            if option.option_strings[0] != f"--{option.dest}":  # `--no_random_flip`: the same as `--random_flip false`
+            if option.option_strings[0] != f"--{option.dest}":  # `--no_random_flip` means `--random_flip false`
                 option.help = argparse.SUPPRESS
-            del option.option_strings[1:]  # `--batch-size` is understood, too
+            del option.option_strings[1:]  # `--batch-size` is still accepted
             if option.choices is None:
                 option.metavar = "VALUE"
             if option.required:
                 option.help, option.default = f"{option.help} (required)", argparse.SUPPRESS
             if option.dest in inherited:
-                self._left_out[option], option.help = option.help, argparse.SUPPRESS
+                self._hidden_help[option], option.help = option.help, argparse.SUPPRESS
         self.epilog = self._whole_epilog = epilog
         if inherited:
             self.epilog = f"{epilog}\n\n{MORE_HELP}" if epilog else MORE_HELP
@@ -85,31 +85,32 @@ class ArgumentParser(HfArgumentParser):
             self.add_argument("--help-all", action=HelpAll, nargs=0, default=argparse.SUPPRESS, help=text)
 
     def show_inherited(self) -> None:
-        """Let the help explain the keys that it leaves out."""
+        """Add the keys of transformers to the help."""
         self.epilog = self._whole_epilog
-        for option, text in self._left_out.items():
+        for option, text in self._hidden_help.items():
             option.help = text
 
     def answer_help(self, argv: Sequence[str]) -> None:
-        """Print the help and exit if there is a word such as `--help` among the arguments, also behind wrong ones."""
+        """Print the help and exit if the arguments contain `-h`, `--help` or `--help-all`, even after wrong ones."""
         asked = [word for word in argv if word in HELP_WORDS]
         if asked:
-            self.parse_args(["--help-all" if "--help-all" in asked and self._left_out else "--help"])
+            self.parse_args(["--help-all" if "--help-all" in asked and self._hidden_help else "--help"])
 
     def error(self, message: str):
         raise HfkdError(message)
 
     def option(self, token: str) -> argparse.Action | None:
-        """Return the option that a command-line token such as `--seed=3` or `--no_bf16` names, if it names one."""
+        """Return the option that a token such as `--seed=3` or `--no_bf16` sets, or None."""
         return self.options.get(token.partition("=")[0])
 
     def parse(self, argv: list[str]) -> list:
-        """Return one object of each class.
+        """Parse a command line into one object of each class.
 
         Raises:
-            ValueError: for an unknown key, with the nearest valid one, or a value of the wrong type.
+            HfkdError: for an unknown key, with the nearest valid one, or a value of the wrong type.
         """
-        _, unknown = self.parse_known_args(argv)  # first, because TrainingArguments takes seconds to find its device
+        # Before the objects are made, because TrainingArguments takes seconds to find its device.
+        _, unknown = self.parse_known_args(argv)
         if unknown:
             keys = [field.name for cls in self.dataclass_types for field in dataclasses.fields(cls) if field.init]
             raise unknown_key_error(unknown[0].lstrip("-").partition("=")[0], keys, "the command line")
@@ -117,15 +118,15 @@ class ArgumentParser(HfArgumentParser):
 
 
 class Inherited:
-    """Base of the classes made for keys that are inherited unchanged from transformers' TrainingArguments."""
+    """Base class for the help group of keys that are inherited unchanged from transformers' TrainingArguments."""
 
     _argument_group_name = "training (transformers' TrainingArguments)"
 
 
 def _help_groups(argument_class: type) -> list[type]:
-    """Return the classes that stand for an argument class in the help, each with a group of its own.
+    """Return the classes that represent an argument class in the help, each with its own group.
 
-    They differ from it for TrainingArguments: a class for what its subclass declares, and one for what it inherits.
+    A subclass of TrainingArguments is split into two: the keys that it declares and the keys that it inherits.
     """
     if not issubclass(argument_class, TrainingArguments):
         return [argument_class]
@@ -135,7 +136,8 @@ def _help_groups(argument_class: type) -> list[type]:
     inherited = [name for name in fields if name not in declared]
 
     def part(names: list[str], base: type) -> type:
-        # Copies, since a field belongs to one class; keyword-only, since some without a default follow others.
+        # Copy the fields, because a field belongs to one class. The classes are keyword-only, because fields without a
+        # default may follow fields with one.
         entries = [(name, types[name], copy.copy(fields[name])) for name in names]
         return dataclasses.make_dataclass(base.__name__, entries, bases=(base,), kw_only=True)
 
@@ -146,7 +148,7 @@ def _help_groups(argument_class: type) -> list[type]:
 
 
 def to_argv(recipe: dict[str, Any], parser: ArgumentParser) -> list[str]:
-    """Return the recipe as command-line tokens, so that one parser converts and checks the types of both."""
+    """Return the recipe as command-line tokens, so that the same parser checks recipe and command line."""
     tokens = []
     for key, value in recipe.items():
         if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Reading of recipes: a YAML file, its parent and the command line become objects of the three argument classes."""
+"""Reading of recipes: from a YAML file, its parent and the command line to objects of the argument classes."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ ARGUMENT_CLASSES = (ModelArguments, DataArguments, DistillationConfig)
 KEYS = [field.name for cls in ARGUMENT_CLASSES for field in dataclasses.fields(cls) if field.init]
 
 RECIPE_HELP = (
-    "A recipe is a YAML file of the keys below, laid over the one that it `extends`.\n"
-    "What is set behind it on the command line wins."
+    "A recipe is a YAML file of the keys below. Its keys override the recipe that it `extends`,\n"
+    "and keys on the command line override both."
 )
 
 
 def load_recipe(path: str | Path) -> dict[str, Any]:
-    """Read a recipe and, if it `extends` another one (relative to itself), lay it over its parent.
+    """Read a recipe, including the keys of the recipe that it `extends`, whose path is relative to it.
 
-    Mappings such as `losses` are replaced whole, not merged: the losses of a recipe stand in one place.
+    Mappings such as `losses` are replaced and not merged, so that all losses of a recipe are in one place.
 
     Raises:
-        FileNotFoundError: if the recipe or its parent does not exist.
-        ValueError: for invalid YAML, an unknown key, or a parent that extends a third recipe.
+        NotFoundError: if the recipe or its parent does not exist.
+        HfkdError: for invalid YAML, an unknown key, or a parent that extends a third recipe.
     """
     path = Path(path)
     recipe = _read_yaml(path)
@@ -43,7 +43,7 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
     parent_path = path.parent / parent_name
     parent = _read_yaml(parent_path)
     if "extends" in parent:
-        raise HfkdError(f"{parent_path} is extended by {path} and extends a recipe itself: only one level is allowed.")
+        raise HfkdError(f"{parent_path} is extended by {path} and itself extends a recipe: only one level is allowed.")
     return parent | recipe
 
 
@@ -67,17 +67,17 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def parse_recipe(
     argv: list[str] | None = None, command: str = "hfkd distill"
 ) -> tuple[ModelArguments, DataArguments, DistillationConfig, dict]:
-    """Parse `recipe.yaml [--key value ...]`; the command line wins over the recipe, the recipe over the defaults.
+    """Parse `recipe.yaml [--key value ...]`; the command line overrides the recipe, the recipe the defaults.
 
-    A loss parameter is set by its path (`--losses.dkd.beta 2`). Without `output_dir` a run goes to `runs/` under the
-    recipe's own path below the `recipes` folder.
+    A loss parameter is set by its path (`--losses.dkd.beta 2`). The default of `output_dir` is `runs/` followed by the
+    recipe's path below the `recipes` folder.
 
     Returns:
-        The three argument objects and the resolved recipe: one flat mapping of every key that was set.
+        The three argument objects and the resolved recipe, a flat mapping of every key that was set.
 
     Raises:
-        FileNotFoundError: if there is no such recipe.
-        ValueError: without a recipe; for an unknown key or a value of the wrong type, naming both.
+        NotFoundError: if the recipe does not exist.
+        HfkdError: if no recipe is given, for an unknown key, or for a value of the wrong type.
     """
     argv = sys.argv[1:] if argv is None else argv
     usage = f"{command} recipe.yaml [--key value ...]"
@@ -96,7 +96,7 @@ def parse_recipe(
 
 
 def methods_help() -> str:
-    """Return the methods with their parameters and defaults, one method a line."""
+    """Return the methods with their parameters and defaults, one method per line."""
     lines = ["methods, whose parameters are set by --losses.METHOD.PARAMETER VALUE:"]
     for name, loss in LOSSES.items():
         parameters = inspect.signature(loss).parameters.values()
@@ -105,7 +105,7 @@ def methods_help() -> str:
 
 
 def _resolve(parser: ArgumentParser, argv: list[str]) -> dict[str, Any]:
-    """Return every key that `argv` sets with its value as typed, before the argument classes change it."""
+    """Return every key that `argv` sets, with its value before the argument classes change it."""
     values = vars(parser.parse_known_args(argv)[0])
     options = [parser.option(token) for token in argv]
     resolved = {option.dest: values[option.dest] for option in options if option is not None}
@@ -116,7 +116,7 @@ def _resolve(parser: ArgumentParser, argv: list[str]) -> dict[str, Any]:
 
 
 def recipe_name(path: str | Path) -> str:
-    """Return `cifar100/a-b/kd` for `recipes/cifar100/a-b/kd.yaml`, for a recipe from elsewhere its file's name."""
+    """Return the path below the `recipes` folder without its suffix, or the file's name for a recipe from elsewhere."""
     parts = Path(path).resolve().with_suffix("").parts
     if "recipes" in parts:
         return str(Path(*parts[len(parts) - parts[::-1].index("recipes") :]))
@@ -124,12 +124,12 @@ def recipe_name(path: str | Path) -> str:
 
 
 def default_output_dir(path: str | Path) -> str:
-    """Return `runs/cifar100/a-b/kd` for `recipes/cifar100/a-b/kd.yaml`, for one from elsewhere `runs/<its name>`."""
+    """Return the default folder of a run: `runs/cifar100/a-b/kd` for `recipes/cifar100/a-b/kd.yaml`."""
     return str(Path("runs", recipe_name(path)))
 
 
 def _split_loss_overrides(losses: dict, argv: list[str]) -> tuple[dict, list[str]]:
-    """Move each `--losses.method.parameter value` from `argv` into a copy of `losses`, and return both."""
+    """Return a copy of `losses` with each `--losses.method.parameter value` of `argv` set, and the rest of `argv`."""
     if not isinstance(losses, dict):
         raise HfkdError(f"losses must map method names to their parameters, got {losses!r}.")
     losses = {method: dict(parameters or {}) for method, parameters in losses.items()}
@@ -142,8 +142,8 @@ def _split_loss_overrides(losses: dict, argv: list[str]) -> tuple[dict, list[str
         path = name[len("--losses.") :].split(".")
         value = value if has_value else next(tokens, None)
         if len(path) != 2 or not value:
-            raise HfkdError(f"'{token}' must read --losses.METHOD.PARAMETER VALUE.")
+            raise HfkdError(f"'{token}' must have the form --losses.METHOD.PARAMETER VALUE.")
         if any(other.partition("=")[0] == "--losses" for other in argv):
-            raise HfkdError(f"--losses replaces all losses: give it, or '{token}', but not both.")
+            raise HfkdError(f"--losses replaces all losses: give it or '{token}', not both.")
         losses.setdefault(path[0], {})[path[1]] = yaml.safe_load(value)
     return losses, rest

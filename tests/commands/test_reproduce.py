@@ -17,7 +17,7 @@ from interrupting import differences, left_in
 import hfkd.commands.reproduce
 import hfkd.data.datasets
 from hfkd.cli import main
-from hfkd.commands.reproduce import Slice
+from hfkd.commands.reproduce import TimeLimit
 from hfkd.commands.train import distill, train_teacher
 from hfkd.recipe.reading import parse_recipe
 from hfkd.runs.checkpoints import checkpoints
@@ -159,7 +159,7 @@ def test_slices_come_to_the_same(recipes, trained, monkeypatch, capsys):
         clock.ended = clock.asked > 3
         return clock.ended
 
-    monkeypatch.setattr(Slice, "is_over", is_over)
+    monkeypatch.setattr(TimeLimit, "is_over", is_over)
     trained.clear()
     codes, reports = [], []
     while not codes or codes[-1] == 75:
@@ -189,7 +189,7 @@ def test_sigterm_is_no_slice(recipes, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
         return False
 
-    monkeypatch.setattr(Slice, "is_over", is_over)
+    monkeypatch.setattr(TimeLimit, "is_over", is_over)
     assert reproduce("--methods", "kd") == 143
     assert not (PAIR / "reproduce.md").exists()
 
@@ -197,7 +197,7 @@ def test_sigterm_is_no_slice(recipes, monkeypatch):
 def test_a_slice_leaves_time_for_a_checkpoint(monkeypatch):
     now = 100.0
     monkeypatch.setattr("hfkd.commands.reproduce.time.monotonic", lambda: now)
-    endless, short, long = Slice(None), Slice(60.0), Slice(600.0)
+    endless, short, long = TimeLimit(None), TimeLimit(60.0), TimeLimit(600.0)
     for elapsed, expected in ((0, [0, 0, 0]), (54, [0, 0, 0]), (56, [0, 1, 0]), (569, [0, 1, 0]), (571, [0, 1, 1])):
         now = 100.0 + elapsed
         assert [clock.is_over() for clock in (endless, short, long)] == expected

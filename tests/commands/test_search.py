@@ -13,7 +13,7 @@ from interrupting import differences, end_of
 
 from hfkd import load_student
 from hfkd.cli import main
-from hfkd.commands.search import search, searching_trainer
+from hfkd.commands.search import build_search_trainer, search
 from hfkd.commands.train import distill
 from hfkd.recipe.arguments import DistillationConfig
 from hfkd.recipe.reading import load_recipe, parse_recipe
@@ -111,8 +111,8 @@ def test_the_recipes_trial_is_the_recipes_run(recipe, monkeypatch):
     """To the bit, where no image is held out; `distill` takes no notice of the section."""
     trainers = []
     monkeypatch.setattr(
-        "hfkd.commands.search.searching_trainer",
-        lambda *given: trainers.append(searching_trainer(*given)) or trainers[0],
+        "hfkd.commands.search.build_search_trainer",
+        lambda *given: trainers.append(build_search_trainer(*given)) or trainers[0],
     )
     settings = ["--lr_milestones", "0.5", "--logging_strategy", "epoch"]
     trials = search([recipe, "--n_trials", "1", "--held_out", "0", *settings])
@@ -125,16 +125,16 @@ def test_the_recipes_trial_is_the_recipes_run(recipe, monkeypatch):
 
 def test_held_out_images_are_not_trained_on(recipe):
     *arguments, _ = parse_recipe([recipe])
-    trainer = searching_trainer(*arguments, held_out=0.25)
+    trainer = build_search_trainer(*arguments, held_out=0.25)
     kept, chosen = trainer.train_dataset, trainer.eval_dataset
     assert len(kept) == 72 and len(chosen) == 24 and not set(kept.indices) & set(chosen.indices)
     assert set(chosen.indices) != set(range(72, 96))  # splits may be sorted by class
     assert kept.dataset.augmented and not chosen.dataset.augmented
     assert torch.equal(kept.dataset.labels, chosen.dataset.labels)
-    whole = searching_trainer(*arguments, held_out=0.0)
+    whole = build_search_trainer(*arguments, held_out=0.0)
     assert len(whole.train_dataset) == 96 and len(whole.eval_dataset) == 50
     with pytest.raises(ValueError, match="held_out 0.001 of 96 training images leaves none to hold out"):
-        searching_trainer(*arguments, held_out=0.001)
+        build_search_trainer(*arguments, held_out=0.001)
 
 
 def test_the_best_recipe_extends_what_may_be_extended(recipe, tmp_path):
@@ -180,7 +180,7 @@ def test_the_figure_shows_every_trial():
         (["--held_out", "1"], "held_out is a share, 0 or above and below 1, got 1.0"),
         (["--output_dir=here"], "output_dir is the folder of a run.*--search_dir"),
         (["--n_trails", "3"], "Unknown key 'n_trails'"),
-        (["--streaming", "true", "--augmentation", "random_resized_crop"], "Of a stream no images can be held out"),
+        (["--streaming", "true", "--augmentation", "random_resized_crop"], "No images of a stream can be held out"),
         (
             ["--teacher_cache", "cache"],
             "temperature is searched, and the teacher cache cache holds the largest 4 logits",
@@ -190,7 +190,7 @@ def test_the_figure_shows_every_trial():
 def test_what_cannot_go_with_a_search(recipe, argv, message, monkeypatch):
     Path("cache").mkdir()
     Path("cache/cache.json").write_text(json.dumps({"row": {"top_k": 4}}))
-    monkeypatch.setattr("hfkd.commands.search.searching_trainer", None)  # nothing is loaded
+    monkeypatch.setattr("hfkd.commands.search.build_search_trainer", None)  # nothing is loaded
     with pytest.raises(ValueError, match=message):
         search([recipe, *argv])
 

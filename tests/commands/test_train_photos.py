@@ -128,7 +128,7 @@ def test_teacher_class_indices():
     batch = trainer.train_dataset.__getitems__([0, 5])
     expected = trainer.teacher.model(trainer.teacher.convert(batch["pixel_values"])).logits[:, [3, 0, 1]]
     torch.testing.assert_close(trainer.teacher(batch).logits, expected)
-    with pytest.raises(ValueError, match="goes with one teacher, and teacher_name_or_path names 2"):
+    with pytest.raises(ValueError, match="needs one teacher, and teacher_name_or_path names 2"):
         distill([recipe(teacher_name_or_path=["other", "teacher"], teacher_class_indices=[3, 0, 1])])
 
 
@@ -174,7 +174,7 @@ def test_mixing_guidance_and_two_heads_in_one_recipe():
     "changes, message",
     [
         ({"auto_augment": "rund-m9"}, "rund-m9"),
-        ({"augmentation": "crop"}, "crop_pct goes with augmentation: random_resized_crop"),
+        ({"augmentation": "crop"}, "crop_pct needs augmentation: random_resized_crop"),
         ({"crop_pct": 1.5}, "crop_pct must be above 0 and at most 1, got 1.5"),
         ({"random_erasing": 25}, "random_erasing is a probability, got 25"),
         ({"image_size": 40, "student_name_or_path": "deit_tiny_patch16_224"}, "patches of 16 pixels.*divide 40"),

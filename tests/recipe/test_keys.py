@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from hfkd.commands.reproduce import SETTLED
+from hfkd.commands.reproduce import RESERVED_KEYS
 from hfkd.comparison.rows import OF_ONE_RUN
 from hfkd.recipe.arguments import DataArguments
 from hfkd.recipe.keys import (
@@ -61,7 +61,7 @@ def test_every_key_has_an_entry(argument_class):
         ),
         (TRIAL_ONLY_KEYS, TRIALS | {"resume_from_checkpoint"}),  # the last one is in no recipe
         (
-            set(SETTLED),
+            set(RESERVED_KEYS),
             {
                 *("seed", "data_seed", "num_train_epochs", "max_steps", "lr_milestones", "warmup_steps"),
                 *("resume_from_checkpoint", "student_name_or_path", "losses", "logit_standardization", "ce_weight"),
@@ -101,7 +101,7 @@ def test_entries_do_not_contradict_one_another():
 def test_keys_of_one_augmentation(key, value):
     assert RECIPE_KEYS[key].augmentation == "random_resized_crop"
     DataArguments("digits", augmentation="random_resized_crop", **{key: value})
-    with pytest.raises(ValueError, match=f"^{key} goes with augmentation: random_resized_crop; this recipe's is crop"):
+    with pytest.raises(ValueError, match=f"^{key} needs augmentation: random_resized_crop; this recipe's is crop"):
         DataArguments("digits", **{key: value})
 
 
