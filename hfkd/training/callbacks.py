@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 
 from timm.utils import ModelEmaV3
@@ -44,11 +45,12 @@ class UpdateAverage(TrainerCallback):
 class ContinueLog(TrainerCallback):
     """Starts the log of terms, on resuming from what the checkpoint kept of it.
 
-    It acts on `on_train_begin`, because Trainer sets its own sums to 0 just before that.
+    It acts on `on_train_begin`, because Trainer sets its own sums to 0 just before that. It refers to the trainer
+    weakly: a trainer in a circle of references would outlive its last use, and its loaders' workers with it.
     """
 
     def __init__(self, trainer: Trainer, term_log: TermLog):
-        self.trainer, self.term_log = trainer, term_log
+        self.trainer, self.term_log = weakref.proxy(trainer), term_log
         self.checkpoint: str | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):

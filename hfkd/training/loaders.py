@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import os
 from collections.abc import Callable
 
 import torch
@@ -15,7 +16,7 @@ from ..data import ImageDataset, ImageSource, StreamingImageDataset
 from ..data.source import RowCache
 from ..data.subsets import image_source
 from ..recipe.arguments import DistillationConfig
-from .preemption import ignore_sigterm
+from .preemption import end_workers_at_exit, ignore_sigterm
 
 
 def place_images(
@@ -83,7 +84,9 @@ def evaluation_share(
 
 
 def without_sigterm(loader: DataLoader) -> DataLoader:
-    """Let the workers of a loader ignore SIGTERM, and return the loader."""
+    """Let the workers of a loader ignore SIGTERM while this process lives, and return the loader."""
+    if loader.num_workers:
+        end_workers_at_exit(os.getpid())
     inner = getattr(loader, "base_dataloader", loader)  # accelerate's wrapper holds the loader that has the workers
     inner.worker_init_fn = functools.partial(ignore_sigterm, inner.worker_init_fn)
     return loader

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
+import multiprocessing
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -113,6 +117,23 @@ class StopOnSigterm(TrainerCallback):
             self._stop_flag, torch.distributed.ReduceOp.MAX, group=self._group, async_op=True
         )
         return stop
+
+
+@functools.cache
+def end_workers_at_exit(process: int) -> None:
+    """End the workers of DataLoaders with this process, where `process` is its id.
+
+    multiprocessing ends them by SIGTERM and waits for them. They ignore it, so a loader that is still referred to, such
+    as one with persistent workers in a trainer that a script keeps, would let the process wait forever.
+    """
+
+    def kill() -> None:
+        if os.getpid() == process:  # not in a fork
+            for child in multiprocessing.active_children():
+                if child.daemon:
+                    child.kill()
+
+    atexit.register(kill)
 
 
 def ignore_sigterm(former: Callable[[int], None] | None, worker: int) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,10 @@ class DistillationTrainer(Trainer):
             train_dataset.shard(args.process_index, args.world_size, args.train_batch_size, args.dataloader_drop_last)
         self.results = ResultsWriter()
         self.exports = Exports(args, self.results)
-        self.pushes = Pushes(args, self.exports, self._tell_of_push)  # Trainer's constructor calls init_hf_repo
+        # Before Trainer's constructor, which calls init_hf_repo. The reference is weak: a trainer in a circle of
+        # references would outlive its last use, and its loaders' workers with it.
+        tell_of_push = weakref.WeakMethod(self._tell_of_push)
+        self.pushes = Pushes(args, self.exports, on_begin=lambda: tell_of_push()())
         self.stop_on_sigterm = StopOnSigterm()
         self.term_log = TermLog()
         kwargs.setdefault("data_collator", collate_batch)

@@ -31,8 +31,8 @@ random, because they cost the same.
 import argparse
 
 import torch
-from data import data_rows, jpeg_rows
 from meters import DEVICE, print_table
+from pipelines import data_rows, jpeg_rows
 from steps import cache_rows, method_rows, profile_rows, reference_rows, trainer_rows
 from transformers.utils import logging
 

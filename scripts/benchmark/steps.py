@@ -10,8 +10,8 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
-from data import CLASSES, random_images
 from meters import DEVICE, Meter, MethodRow, Row, ShareRow, StepClock, alternate, step_bytes
+from pipelines import CLASSES, random_images
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback

@@ -74,7 +74,7 @@ def test_clear_errors():
         nst_loss([feature_map], [feature_map[:1]])
     with pytest.raises(ValueError, match="zip"):
         nst_loss([feature_map], [feature_map] * 2)
-    with pytest.raises(ValueError, match="as many of the one as of the other"):
+    with pytest.raises(ValueError, match="give lists of equal length"):
         NSTLoss([0, 1], [1])
     with pytest.raises(ValueError, match="weight is -1"):
         NSTLoss(weight=-1.0)

@@ -74,7 +74,7 @@ def test_clear_errors():
         TokenMSELoss(weight=-1.0)
     with pytest.raises(ValueError, match=r"gives \(2, 5\); expected a map"):
         ready(random(2, 5), random(2, 9, 4))
-    with pytest.raises(ValueError, match=r"one \(B, C\), got \(2, 3, 4, 4\) and \(2, 4, 4, 4\)"):
+    with pytest.raises(ValueError, match=r"the same \(B, C\), got \(2, 3, 4, 4\) and \(2, 4, 4, 4\)"):
         token_mse_loss([random(2, 3, 4, 4)], [random(2, 4, 4, 4)])
 
 

@@ -1,6 +1,10 @@
 """The parts that the trainer holds, each used without a Trainer."""
 
+import gc
 import json
+import subprocess
+import sys
+import weakref
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,9 +12,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers import Plain, config, images
+from helpers import ROOT, Plain, config, images
 from torch import nn
 
+from hfkd import DistillationTrainer
 from hfkd.errors import HfkdError, RunError
 from hfkd.networks.teacher import Teacher
 from hfkd.runs.checkpoints import defect, write_manifest
@@ -256,3 +261,33 @@ def test_the_search_for_lomo_is_cached_for_a_while(monkeypatch):
     with lomo_looked_up_once():
         assert [accelerate.optimizer.is_lomo_available() for _ in range(3)] == [False] * 3
     assert accelerate.optimizer.is_lomo_available is former and calls == [1]
+
+
+# ---- The end -------------------------------------------------------------------------------------------------------
+
+
+def trained(**settings):
+    trainer = DistillationTrainer(Plain(), None, config("run", **settings), train_dataset=images(8))
+    trainer.train()
+    return trainer
+
+
+def test_a_trainer_ends_with_its_last_use():
+    """In a circle of references it would stay, and the workers of its loaders with it."""
+    gc.disable()
+    try:
+        reference = weakref.ref(trained())
+        assert reference() is None
+    finally:
+        gc.enable()
+
+
+def test_a_process_that_keeps_its_trainer_ends():
+    """Its workers ignore SIGTERM, by which multiprocessing would end them."""
+    program = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from training.test_parts import trained
+trainer = trained(dataloader_num_workers=1, dataloader_persistent_workers=True)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120, capture_output=True)
