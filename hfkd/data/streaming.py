@@ -159,7 +159,8 @@ class StreamingImageDataset(IterableDataset, ImageSource):
     def first_batch(self, size: int) -> dict[str, Tensor]:
         """Return the first `size` decodable rows of the split, or all of fewer, as a batch for a trial step."""
         rows = (row for unit in self._units(0, self.num_rows, epoch=None) for row in self._read(*unit))
-        return self._batch(list(islice(filter(self._can_be_decoded, rows), size)), self.epoch)
+        decodable = filter(self._can_be_decoded, rows)
+        return self._batch(list(islice(decodable, size)), self.epoch)
 
     def _can_be_decoded(self, sample: tuple[int, Sample]) -> bool:
         row, (cell, _) = sample
