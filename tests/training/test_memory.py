@@ -195,6 +195,7 @@ def test_checkpointing_compiled():
     plain = trainer_of(cifar_student, {"fitnet": {}})
     settings = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
     compiled = trainer_of(cifar_student, {"fitnet": {}}, gradient_checkpointing=True, **settings)
+    torch._dynamo.reset()  # after other compiled trainers of a process the meter itself would be compiled
     torch._dynamo.utils.counters.clear()
     for trainer in (plain, compiled):
         trainer.train()
