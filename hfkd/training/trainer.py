@@ -146,8 +146,8 @@ class DistillationTrainer(Trainer):
         self.exports = Exports(args, self.results)
         # Before Trainer's constructor, which calls init_hf_repo. The reference is weak: a trainer in a circle of
         # references would outlive its last use, and its loaders' workers with it.
-        tell_of_push = weakref.WeakMethod(self._tell_of_push)
-        self.pushes = Pushes(args, self.exports, on_begin=lambda: tell_of_push()())
+        trainer = weakref.proxy(self)
+        self.pushes = Pushes(args, self.exports, on_begin=lambda: trainer._tell_of_push())
         self.stop_on_sigterm = StopOnSigterm()
         self.term_log = TermLog()
         kwargs.setdefault("data_collator", collate_batch)
