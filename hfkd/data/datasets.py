@@ -89,8 +89,14 @@ def _load_splits(name, config_name, revision, cache_dir) -> Mapping[str, dataset
     splits = open_folder(folder)
     if splits is None:
         check_regular_files(folder)
-        return _load_with_datasets(name, str(folder), config_name, revision, cache_dir)
+        return _load_with_datasets(name, loadable_name(name), config_name, revision, cache_dir)
     return splits
+
+
+def loadable_name(name: str) -> str:
+    """Return a Hub id, or a folder's whole path: `datasets` would take "csv" or "pandas" for one of its readers."""
+    folder = Path(name).expanduser()
+    return str(folder.absolute()) if folder.is_dir() else name
 
 
 def _load_with_datasets(name, path, config_name, revision, cache_dir):
@@ -118,8 +124,7 @@ def _own_label_features(name, wholes, rows, label_column, config_name, revision)
     known = rows.features[label_column]
     if not isinstance(known, datasets.ClassLabel):
         return {}
-    folder = Path(name).expanduser()
-    builder = datasets.load_dataset_builder(str(folder) if folder.is_dir() else name, config_name, revision=revision)
+    builder = datasets.load_dataset_builder(loadable_name(name), config_name, revision=revision)
     if not isinstance(builder, Parquet):
         return {}
     found = {}

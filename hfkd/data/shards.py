@@ -22,7 +22,7 @@ from ..errors import HfkdError, RunError
 from ..names import DIGITS
 from .classes import ClassValues, LabelValues, check_several, number_classes, renumbered
 from .columns import ImageSplit, find_image_column, find_label_column, own_class_label
-from .datasets import find_eval_split, load_image_splits, missing_split_error
+from .datasets import find_eval_split, load_image_splits, loadable_name, missing_split_error
 from .folders import check_regular_files, open_folder
 
 _FOOTER_THREADS = 16  # ImageNet has hundreds of files, and reading a footer from the Hub is mostly waiting
@@ -277,7 +277,7 @@ def _parquet_builder(name, config_name, revision):
     if path.is_dir():
         check_regular_files(path)
     try:
-        builder = datasets.load_dataset_builder(str(path) if path.is_dir() else name, config_name, revision=revision)
+        builder = datasets.load_dataset_builder(loadable_name(name), config_name, revision=revision)
     except Exception as error:  # the Hub, the network and the readers raise their own types
         raise HfkdError(
             f"The data set '{name}' cannot be opened: there is no such folder with data in it, and the Hub does not "

@@ -242,9 +242,12 @@ def bytes_folder(folder, columns, splits=("train", "test"), **features):
 
 
 @pytest.mark.parametrize("wrap", [lambda data: data, lambda data: {"bytes": data, "path": None}])
-def test_bytes_columns(tmp_path, wrap):
+def test_bytes_columns(tmp_path, monkeypatch, wrap):
+    """Also in a folder whose name `datasets` takes for that of a reader."""
+    monkeypatch.chdir(tmp_path)
     columns = {"image": [wrap(encoded(picture(i))) for i in range(2)], "label": ["dog", "cat"]}
-    folder = bytes_folder(tmp_path / "pets", columns)
+    bytes_folder(tmp_path / "pandas", columns)
+    folder = "pandas"
     split = load(folder, tmp_path)[0]
     assert (split.image_column, split.class_names, split.labels().tolist()) == ("image", ["cat", "dog"], [1, 0])
     assert ImageDataset.from_split(split, image_size=8, **FLAT).images[:, 0, 0, 0].tolist() == [0, 1]

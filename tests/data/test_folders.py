@@ -178,11 +178,10 @@ def test_a_table_in_each_split(tmp_path, table, separator):
 
 def test_one_table_for_the_whole_folder(tmp_path):
     classes = {"train/a.png": "y", "train/b.png": "x", "test/c.png": "x"}
-    for name in names:
+    for name in classes:
         picture(tmp_path / name)
-    (tmp_path / "labels.csv").write_text(
-        "image,class\n" + "".join(f"{n},{k}\n" for k, n in zip("yxx", names, strict=True))
-    )
+    rows = "".join(f"{name},{label}\n" for name, label in classes.items())
+    (tmp_path / "labels.csv").write_text(f"image,class\n{rows}")
     assert facts(load(tmp_path)) == [(["x", "y"], [1, 0]), (["x", "y"], [0])]
 
 
