@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 DIGITS = "digits"  # scikit-learn's data set, even if a folder has the same name
+RESULTS_NAME = "results.json"  # in a run's folder
+ROLES = ("student", "teacher")  # folders of the trained models in it
 
 
 def is_local(name_or_path: str) -> bool:

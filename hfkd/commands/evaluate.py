@@ -10,8 +10,9 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from ..data import ImageSource
-from ..networks.class_matching import class_names_of
+from ..data import ImageSource, ImageSplit, StreamSplit
+from ..errors import HfkdError
+from ..networks.class_matching import class_names_of, match_classes
 from ..networks.loading import input_spec, load_pretrained
 from ..recipe.arguments import DataArguments, DistillationConfig
 from ..recipe.parser import ArgumentParser, to_argv
@@ -78,10 +79,35 @@ def parse_model(argv: list[str], usage: str, *argument_classes: type) -> tuple:
 
 
 def load_evaluation(name: str, data_args: DataArguments) -> tuple[PreTrainedModel, ImageSource]:
-    """Load a saved model and the split that it is evaluated on."""
+    """Load a saved model and the split that it is evaluated on, with the model's classes.
+
+    Raises:
+        HfkdError: the split has classes that the model lacks.
+    """
     model = load_pretrained(name)
     _, split = load_splits(dataclasses.replace(data_args, train_split=None), class_names_of(model))
-    return model, evaluation_set(split, input_spec(model), data_args)
+    return model, evaluation_set(with_classes_of(model, split), input_spec(model), data_args)
+
+
+def with_classes_of(model: PreTrainedModel, split: ImageSplit | StreamSplit) -> ImageSplit | StreamSplit:
+    """Return the split with the model's classes, matched by name.
+
+    Raises:
+        HfkdError: the names do not tell the model's class for each of the split's.
+    """
+    names, given = class_names_of(model), split.class_names
+    if given == names:
+        return split
+    try:
+        indices = match_classes(given, model, len(names))
+    except HfkdError as error:
+        unknown = [name for name in given if name not in names]
+        raise HfkdError(
+            f"{split.name} has {len(given)} classes and the model {len(names)}, and their names do not say which is "
+            f"which. Not among the model's: {', '.join(map(repr, unknown[:3]))}{', ...' if len(unknown) > 3 else ''}. "
+            f"The model's: {', '.join(map(repr, names[:3]))}{', ...' if len(names) > 3 else ''}."
+        ) from error
+    return split.renumbered(names, range(len(names)) if indices is None else indices)
 
 
 def evaluating_trainer(

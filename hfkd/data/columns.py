@@ -1,14 +1,21 @@
 """Image column, label column and class names of a data set."""
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow
 import pyarrow.compute
 
 from ..errors import HfkdError, nearest
+from .classes import ClassValues, LabelValues, renumbered
 
-LABEL_NAMES = ("label", "labels")  # preferred if several columns or plain integers could be labels
+# Preferred if several columns, plain integers or text could be labels.
+LABEL_NAMES = ("label", "labels", "class", "category", "target")
 
 
 @dataclass(frozen=True)
@@ -16,10 +23,11 @@ class ImageSplit:
     """Rows of one split, not yet decoded.
 
     Attributes:
-        dataset: the rows; `image_column` is a `datasets.Image`, `label_column` holds whole numbers.
+        dataset: the rows; `image_column` is a `datasets.Image`, `label_column` holds whole numbers or text.
         source: the name of the data set, e.g. "uoft-cs/cifar100".
         split: e.g. "train" or "train[:90%]".
         class_names: the name of class i at position i.
+        class_values: the label column's value for class i at position i; None if the column holds the numbers.
     """
 
     dataset: datasets.Dataset
@@ -28,6 +36,7 @@ class ImageSplit:
     image_column: str
     label_column: str
     class_names: list[str]
+    class_values: ClassValues = None
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -43,35 +52,52 @@ class ImageSplit:
         Raises:
             HfkdError: a row has no label, or a label that is no class; the message names the first.
         """
-        labels = _read_integers(self.dataset, self.label_column, self.name)
+        values = _read_column(self.dataset, self.label_column, self.name)
+        if self.class_values is None:
+            labels = values.to_numpy().astype(np.int64)
+        else:
+            known = pyarrow.array(self.class_values, type=values.type)
+            labels = pyarrow.compute.index_in(values, known, skip_nulls=True).fill_null(-1).to_numpy().astype(np.int64)
         classes = len(self.class_names)
         wrong = np.flatnonzero((labels < 0) | (labels >= classes))
         if len(wrong):
-            value = labels[wrong[0]]
-            reason = "-1 marks an unlabelled row" if value == -1 else f"the classes are 0 ... {classes - 1}"
+            value = values[int(wrong[0])].as_py()
+            reason = "-1 marks an unlabelled row" if value == -1 else self._described_classes()
             raise HfkdError(
                 f"{self.name}: column '{self.label_column}' holds {value} in row {wrong[0]}; {reason}. "
                 f"Rows like it: {len(wrong)}. Choose another split or column, or remove these rows."
             )
         return labels
 
+    def _described_classes(self):
+        if self.class_values is None:
+            return f"the classes are 0 ... {len(self.class_names) - 1}"
+        return f"the classes are {_quoted(self.class_names[:5])}{', ...' if len(self.class_names) > 5 else ''}"
+
+    def renumbered(self, class_names: list[str], indices: Sequence[int]) -> ImageSplit:
+        """Return the split with a model's classes, of which `indices` are those that the split's classes become."""
+        values = renumbered(self.class_values, indices, len(class_names))
+        return replace(self, class_names=class_names, class_values=values)
+
 
 def find_image_column(features: datasets.Features, requested: str | None, where: str) -> str:
-    """Return `requested`, or the only column of images.
+    """Return `requested`, or the only column of images; if there is none, the only one of encoded bytes.
 
     Raises:
         HfkdError: the requested column is missing or holds no images, or none is requested and the number of columns of
             images is not one.
     """
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    encoded = [name for name, feature in features.items() if _holds_bytes(feature)]
     if requested is not None:
         _check_exists("image_column", requested, features, where)
-        if requested not in images:
+        if requested not in images + encoded:
             raise HfkdError(
                 f"image_column: column '{requested}' of {where} is {_describe(features[requested])}, not an "
-                f"image. Columns of images: {_quoted(images)}."
+                f"image. Columns of images: {_quoted(images + encoded)}."
             )
         return requested
+    images = images or encoded  # bytes columns, as pandas writes them
     if len(images) != 1:
         problem = f"several columns hold images: {_quoted(images)}" if images else "no column holds images"
         raise HfkdError(f"{where}: {problem}. Set image_column to one of the columns: {_quoted(features)}.")
@@ -83,8 +109,8 @@ def find_label_column(
 ) -> str:
     """Return `requested`, or the only column of class labels.
 
-    Of several columns of class labels, it returns the one named label or labels, otherwise the one with these
-    `class_names`. If there are none, it returns a column of whole numbers named label or labels.
+    Of several columns of class labels, it returns the one with one of LABEL_NAMES, otherwise the one with these
+    `class_names`. If there are none, it returns a column of whole numbers or text with one of LABEL_NAMES.
 
     Raises:
         HfkdError: the requested column is missing or of another type, or the choice is not clear.
@@ -94,7 +120,7 @@ def find_label_column(
         if not _is_label(features[requested]):
             raise HfkdError(
                 f"label_column: column '{requested}' of {where} is {_describe(features[requested])}, but "
-                f"labels are a ClassLabel or whole numbers. Candidates: {_label_candidates(features)}."
+                f"labels are a ClassLabel, whole numbers or text. Candidates: {_label_candidates(features)}."
             )
         return requested
     labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
@@ -103,63 +129,86 @@ def find_label_column(
     named = [name for name in LABEL_NAMES if name in features and _is_label(features[name])]
     if named:
         return named[0]
-    matching = [name for name in labels if features[name].names == class_names]
+    matching = [name for name in labels if class_names and set(features[name].names) == set(class_names)]
     if len(matching) == 1:
         return matching[0]
+    candidates = _label_candidates(features)
+    if candidates == "none":
+        raise HfkdError(
+            f"{where}: no column holds class labels, and labels are needed. Add a column 'label' of whole numbers, "
+            f"text or a ClassLabel. Columns: {_quoted(features)}."
+        )
     problem = "several columns hold class labels" if labels else "no column holds class labels"
-    raise HfkdError(
-        f"{where}: {problem}. Set label_column. Candidates: {_label_candidates(features)}. Text can be made class "
-        "labels with `Dataset.class_encode_column`."
-    )
+    raise HfkdError(f"{where}: {problem}. Set label_column. Candidates: {candidates}.")
 
 
-def find_class_names(splits: list[tuple[datasets.Dataset, str]], label_column: str) -> list[str]:
-    """Return the names of a ClassLabel, or "0" up to the largest number in any split (rows, name).
+def as_images(dataset: datasets.Dataset, column: str) -> datasets.Dataset:
+    """Return a data set whose column of encoded bytes is an Image."""
+    if isinstance(dataset.features[column], datasets.Image):
+        return dataset
+    return dataset.cast_column(column, datasets.Image())
+
+
+def own_class_label(
+    schema: pyarrow.Schema, column: str, known: datasets.ClassLabel | datasets.Value
+) -> datasets.ClassLabel | datasets.Value:
+    """Return the label's feature as a Parquet file states it; each file keeps its own order of class names.
+
+    Args:
+        known: the feature of the whole data set. It holds for a file that names no classes, or that names them
+            "0", "1", ...
+    """
+    own = datasets.Features.from_arrow_schema(schema).get(column, known)
+    if not isinstance(known, datasets.ClassLabel):
+        return own
+    if not isinstance(own, datasets.ClassLabel) or own.names == [str(i) for i in range(len(own.names))]:
+        return known
+    return own
+
+
+def label_values(dataset: datasets.Dataset, column: str, where: str, feature: Any = None) -> LabelValues:
+    """Return the label column of a split, with its different values.
+
+    Args:
+        feature: of the column; by default the data set's.
 
     Raises:
-        HfkdError: the numbers have large gaps.
+        HfkdError: the column is missing, or its type is none of a label.
     """
-    feature = splits[0][0].features[label_column]
+    if column not in dataset.features:
+        raise HfkdError(f"{where} has no column '{column}', unlike the training split.")
+    feature = feature or dataset.features[column]
+    if not _is_label(feature):
+        raise HfkdError(f"label_column: column '{column}' of {where} is {_describe(feature)}, unlike another split's.")
     if isinstance(feature, datasets.ClassLabel):
-        return list(feature.names)
-    labels = np.unique(np.concatenate([_read_integers(rows, label_column, name) for rows, name in splits]))
-    if labels.max() > 10 * len(labels):
-        raise HfkdError(
-            f"label_column: '{label_column}' of {splits[0][1]} has {len(labels)} different numbers up to "
-            f"{labels.max()}; classes are numbered from 0 without gaps. `Dataset.class_encode_column` renumbers them."
-        )
-    return [str(i) for i in range(labels.max() + 1)]
-
-
-def check_order(names: list[str], expected: list[str] | None, label_column: str, where: str) -> None:
-    """Check that a data set numbers the expected classes in the expected order.
-
-    Raises:
-        HfkdError: it has the expected classes under other numbers.
-    """
-    if expected and names != expected and sorted(names) == sorted(expected):
-        raise HfkdError(
-            f"label_column: '{label_column}' of {where} numbers the expected classes in another order ({names[:3]}... "
-            f"against {expected[:3]}...). Renumber it, e.g. with datasets' `align_labels_with_mapping`."
-        )
-
-
-def _read_integers(dataset, column, where):
-    """Return a column of whole numbers as (N,) int64."""
+        return LabelValues(feature, [], len(dataset), where)
     values = dataset.select_columns(column).with_format("arrow")[:][column]
-    if values.null_count:  # to_numpy would convert nulls to floats
+    return LabelValues(feature, values.unique().drop_null().to_pylist(), len(dataset), where)
+
+
+def _read_column(dataset, column, where):
+    """Return a column without nulls as an Arrow array."""
+    values = dataset.select_columns(column).with_format("arrow")[:][column]
+    if values.null_count:
         row = pyarrow.compute.index(values.is_null(), True).as_py()
         raise HfkdError(
             f"{where}: column '{column}' is empty in row {row}. Rows like it: {values.null_count}. Choose "
             "another split or column, or remove these rows."
         )
-    return values.to_numpy().astype(np.int64)
+    return values
 
 
 def _is_label(feature):
     if isinstance(feature, datasets.Value):
-        return feature.dtype.startswith(("int", "uint"))
+        return feature.dtype.startswith(("int", "uint")) or feature.dtype in ("bool", "string", "large_string")
     return isinstance(feature, datasets.ClassLabel)
+
+
+def _holds_bytes(feature):
+    """Return True for a column of encoded files: bytes, or {"bytes", "path"}."""
+    if isinstance(feature, dict):
+        return _holds_bytes(feature.get("bytes")) and feature.keys() <= {"bytes", "path"}
+    return isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary")
 
 
 def _check_exists(key, name, features, where):

@@ -1,19 +1,23 @@
 """Image classification data sets by name: scikit-learn's digits, the Hub, local folders."""
 
 from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
+import fsspec
 import numpy as np
+import pyarrow.parquet
+from datasets.packaged_modules.parquet.parquet import Parquet
 from PIL import Image
 
 from ..errors import HfkdError
 from ..names import DIGITS
-from .columns import ImageSplit, check_order, find_class_names, find_image_column, find_label_column
+from .classes import check_several, number_classes
+from .columns import ImageSplit, as_images, find_image_column, find_label_column, label_values, own_class_label
+from .folders import EVAL_SPLITS, VALIDATION_SPLITS, FolderSplits, check_regular_files, open_folder
 
-VALIDATION_SPLITS = ("validation", "val", "valid")
-EVAL_SPLITS = ("test", *VALIDATION_SPLITS)
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".jp2"}
+_SCHEMA_THREADS = 16  # reading a schema from the Hub is mostly waiting
 
 
 def load_image_splits(
@@ -33,13 +37,15 @@ def load_image_splits(
     Args:
         name: "digits": scikit-learn's, enlarged to 32 x 32, 1,437 for training and 360 for testing; a local folder of
             Parquet files; a local folder of split folders ("train", "test", ...), each with a folder of images for
-            every class; or an id on the Hub, e.g. "uoft-cs/cifar100".
+            every class or with a table `labels.csv` of file names and labels; or an id on the Hub, e.g.
+            "uoft-cs/cifar100".
         train_split: a name, or a slice in the notation of `datasets`, e.g. "train[:90%]". None: no training split is
             loaded, and None is returned in its place.
         eval_split: a name or a slice. By default the first of test, validation, val and valid that exists. The last
             three are one name: ImageNet's split is called validation on the Hub and val in most folders.
         image_column, label_column: by default found from the features.
-        class_names: expected names of the classes. They select one of several columns of labels.
+        class_names: expected names of the classes. They select one of several columns of labels. If all classes of
+            the data set are among them, its labels are numbered as they are.
         config_name, revision, cache_dir: for `datasets.load_dataset`.
 
     Raises:
@@ -50,20 +56,27 @@ def load_image_splits(
     requested = {"train_split": train_split, "eval_split": find_eval_split(name, splits, eval_split)}
     wanted = {key: split for key, split in requested.items() if split is not None}
     rows = [_select_rows(name, splits, key, split) for key, split in wanted.items()]
-    features = rows[0].features
-    image_column = find_image_column(features, image_column, name)
-    label_column = find_label_column(features, label_column, class_names, name)
-    names = find_class_names(
-        [(part, f"{name}, split '{split}'") for part, split in zip(rows, wanted.values(), strict=True)], label_column
-    )
-    check_order(names, class_names, label_column, name)
+    image_column = find_image_column(rows[0].features, image_column, name)
+    label_column = find_label_column(rows[0].features, label_column, class_names, name)
+    own_features = {}
+    if not isinstance(splits, FolderSplits) and name != DIGITS:
+        wholes = {split.partition("[")[0] for split in wanted.values()}
+        own_features = _own_label_features(name, wholes, rows[0], label_column, config_name, revision)
+    parts = []
+    for split in wanted.values():
+        whole = split.partition("[")[0]  # a slice may lack some classes
+        where = f"{name}, split '{whole}'"
+        parts.append(label_values(splits[whole], label_column, where, own_features.get(whole)))
+    names, values = number_classes(parts, 1, label_column, class_names)
     found = [
-        ImageSplit(part, name, split, image_column, label_column, names)
-        for part, split in zip(rows, wanted.values(), strict=True)
+        ImageSplit(as_images(part, image_column), name, split, image_column, label_column, names, of_classes)
+        for part, split, of_classes in zip(rows, wanted.values(), values, strict=True)
     ]
-    for split in found:
-        split.labels()  # finds a wrong label now and not after minutes of decoding
-    return None if train_split is None else found[0], found[-1]
+    labels = [split.labels() for split in found]  # finds a wrong label now and not after minutes of decoding
+    if train_split is None:
+        return None, found[-1]
+    check_several([names[index] for index in np.unique(labels[0])] if len(labels[0]) > 1 else names, found[0].name)
+    return found[0], found[-1]
 
 
 def _load_splits(name, config_name, revision, cache_dir) -> Mapping[str, datasets.Dataset]:
@@ -73,10 +86,17 @@ def _load_splits(name, config_name, revision, cache_dir) -> Mapping[str, dataset
     folder = Path(name).expanduser()
     if not folder.is_dir():
         return _load_with_datasets(name, name, config_name, revision, cache_dir)
-    split_folders = _split_folders(folder)
-    if {"train", *EVAL_SPLITS}.isdisjoint(split_folders):
-        return _load_with_datasets(name, str(folder), config_name, revision, cache_dir)
-    return _image_folder(folder, split_folders)
+    splits = open_folder(folder)
+    if splits is None:
+        check_regular_files(folder)
+        return _load_with_datasets(name, loadable_name(name), config_name, revision, cache_dir)
+    return splits
+
+
+def loadable_name(name: str) -> str:
+    """Return a Hub id, or a folder's whole path: `datasets` would take "csv" or "pandas" for one of its readers."""
+    folder = Path(name).expanduser()
+    return str(folder.absolute()) if folder.is_dir() else name
 
 
 def _load_with_datasets(name, path, config_name, revision, cache_dir):
@@ -93,6 +113,39 @@ def _load_with_datasets(name, path, config_name, revision, cache_dir):
         raise HfkdError(f"The data set '{name}' cannot be loaded: {reason}. ({error})") from error
 
 
+def _own_label_features(name, wholes, rows, label_column, config_name, revision):
+    """Return the label's feature in each split's Parquet files, by split.
+
+    `datasets` gives all splits the first file's order of class names, and leaves the numbers as each file has them.
+
+    Raises:
+        HfkdError: the files of one split have several orders.
+    """
+    known = rows.features[label_column]
+    if not isinstance(known, datasets.ClassLabel):
+        return {}
+    builder = datasets.load_dataset_builder(loadable_name(name), config_name, revision=revision)
+    if not isinstance(builder, Parquet):
+        return {}
+    found = {}
+    for split in wholes:
+        with ThreadPoolExecutor(_SCHEMA_THREADS) as pool:
+            schemas = list(pool.map(_read_schema, builder.config.data_files[split]))
+        features = [own_class_label(schema, label_column, known) for schema in schemas]
+        if any(feature.names != features[0].names for feature in features):
+            raise HfkdError(
+                f"label_column: the files of {name}, split '{split}', have the class names of '{label_column}' in "
+                "different orders. Write them with one order, or set streaming: true, which matches them by name."
+            )
+        found[split] = features[0]
+    return found
+
+
+def _read_schema(url):
+    with fsspec.open(url, "rb") as stream:
+        return pyarrow.parquet.read_schema(stream)
+
+
 def _digits():
     """Return scikit-learn's 8 x 8 digits in a fixed stratified split."""
     from sklearn.datasets import load_digits  # two seconds to import, and only this data set needs it
@@ -107,46 +160,6 @@ def _digits():
     splits = {}
     for split, rows in (("train", train), ("test", test)):
         columns = {"image": [images[i] for i in rows], "label": digits.target[rows]}
-        splits[split] = datasets.Dataset.from_dict(columns, features=features)
-    return splits
-
-
-def _split_folders(folder):
-    """Return {split: {class: folder}} of a folder of split folders; empty for another folder."""
-    splits = {name: _subfolders(path) for name, path in _subfolders(folder).items()}
-    return {name: class_folders for name, class_folders in splits.items() if class_folders}
-
-
-def _subfolders(folder):
-    return {path.name: path for path in sorted(folder.iterdir()) if path.is_dir() and path.name[0] != "."}
-
-
-def _image_folder(folder, split_folders):
-    """Read split folders with class folders, without `datasets`.
-
-    `datasets` infers the split from any folder name in the path, so the images of a class called "train" would land in
-    the training split. It also copies the list of files into its cache.
-    """
-    names = list(split_folders["train"] if "train" in split_folders else next(iter(split_folders.values())))
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
-    splits = {}
-    for split, class_folders in split_folders.items():
-        unknown = [name for name in class_folders if name not in names]
-        if unknown:
-            raise HfkdError(
-                f"{folder}: {split} has class folders that the training split lacks: {', '.join(unknown)}. "
-                f"The classes are: {', '.join(names)}."
-            )
-        columns = {"image": [], "label": []}
-        for name, class_folder in class_folders.items():
-            files = [str(file) for file in class_folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES]
-            if not files:
-                raise HfkdError(
-                    f"The class folder {class_folder} holds no image: no file ends in one of "
-                    f"{', '.join(sorted(IMAGE_SUFFIXES))}. Put the class's images there, or remove the folder."
-                )
-            columns["image"] += sorted(files)
-            columns["label"] += [names.index(name)] * len(files)
         splits[split] = datasets.Dataset.from_dict(columns, features=features)
     return splits
 
@@ -171,11 +184,21 @@ def find_eval_split(name: str, splits: Collection[str], requested: str | None) -
     )
 
 
+def missing_split_error(key: str, name: str, split: str, splits: Collection[str]) -> HfkdError:
+    """Return the error for a split that a data set does not have."""
+    if isinstance(splits, FolderSplits) and split in splits.unlabelled:
+        return HfkdError(
+            f"{key}: {splits.unlabelled[split]} holds no labels: it has neither class folders nor a table such as "
+            f"labels.csv. Splits with labels: {', '.join(splits)}."
+        )
+    return HfkdError(f"{key}: {name} has no split '{split}'. It has: {', '.join(splits)}.")
+
+
 def _select_rows(name, splits, key, spec):
     """Return the rows that `spec` selects, e.g. "train" or "train[:10%]"."""
     split, bracket, _ = spec.partition("[")
     if split not in splits:
-        raise HfkdError(f"{key}: {name} has no split '{split}'. It has: {', '.join(splits)}.")
+        raise missing_split_error(key, name, split, splits)
     rows = splits[split]
     if bracket:
         try:

@@ -110,7 +110,12 @@ def cell_bytes(cell: dict | None) -> bytes:
     """Return the bytes of a cell, or of the file that it names; no bytes for an empty cell."""
     if cell is None or (cell["bytes"] is None and not cell["path"]):
         return b""
-    return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+    if cell["bytes"] is not None:
+        return cell["bytes"]
+    path = Path(cell["path"])
+    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+        raise OSError(f"{path} is no regular file")
+    return path.read_bytes()
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from pyarrow.parquet import FileMetaData, ParquetFile
 
 from ..errors import HfkdError, RunError
 from ..names import DIGITS
-from .columns import ImageSplit, check_order, find_image_column, find_label_column
-from .datasets import EVAL_SPLITS, _split_folders, find_eval_split, load_image_splits
+from .classes import ClassValues, LabelValues, check_several, number_classes, renumbered
+from .columns import ImageSplit, find_image_column, find_label_column, own_class_label
+from .datasets import find_eval_split, load_image_splits, loadable_name, missing_split_error
+from .folders import check_regular_files, open_folder
 
 _FOOTER_THREADS = 16  # ImageNet has hundreds of files, and reading a footer from the Hub is mostly waiting
 
@@ -52,6 +55,10 @@ class StreamSplit:
     def num_rows(self) -> int:
         return int(self.shards.sizes.sum())
 
+    def renumbered(self, class_names: list[str], indices: Sequence[int]) -> StreamSplit:
+        """Return the split with a model's classes, of which `indices` are those that the split's classes become."""
+        return replace(self, shards=self.shards.renumbered(indices, len(class_names)), class_names=class_names)
+
 
 def open_streams(
     name: str,
@@ -82,7 +89,7 @@ def open_streams(
             )
     folder = Path(name).expanduser()
     columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column, "class_names": class_names}
-    if folder.is_dir() and not {"train", *EVAL_SPLITS}.isdisjoint(_split_folders(folder)):
+    if folder.is_dir() and open_folder(folder) is not None:
         splits = load_image_splits(name, train_split=train_split, eval_split=eval_split, **columns)
         streams = [
             StreamSplit(FileShards(split), name, split.split, split.class_names)
@@ -95,7 +102,10 @@ def open_streams(
     wanted = {"train_split": train_split, "eval_split": find_eval_split(name, urls, eval_split)}
     footers = [(split, _footers(name, key, split, urls)) for key, split in wanted.items() if split is not None]
     found = _parquet_streams(name, builder.info.features, footers, **columns)
-    return None if train_split is None else found[0], found[-1]
+    if train_split is None:
+        return None, found[-1]
+    check_several(found[0].class_names, found[0].name)
+    return found[0], found[-1]
 
 
 # ---- Reading -------------------------------------------------------------------------------------------------------
@@ -125,6 +135,12 @@ class FileShards:
             raise _stream_error(self._name, path, 0, 1, error) from error
         return [({"bytes": data, "path": path}, int(self._labels[unit]))]
 
+    def renumbered(self, indices: Sequence[int], num_classes: int) -> FileShards:
+        """Return the same images with other numbers of the classes."""
+        other = copy.copy(self)
+        other._labels = np.asarray(indices, dtype=np.int64)[self._labels]
+        return other
+
 
 @dataclass(frozen=True)
 class _Footer:
@@ -134,6 +150,26 @@ class _Footer:
     size: int  # of the file, in bytes
     metadata: FileMetaData
     schema: pyarrow.Schema
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """Label column of one Parquet file.
+
+    Attributes:
+        feature: as in the file; each file keeps its own order of class names.
+        values: the column's value for class i at position i; None if the column holds the numbers.
+        num_classes: number of classes.
+    """
+
+    feature: datasets.ClassLabel | datasets.Value
+    values: ClassValues
+    num_classes: int
+
+    def by_value(self) -> dict[Any, int]:
+        """Return the class of each value."""
+        values = range(self.num_classes) if self.values is None else self.values
+        return {value: index for index, value in enumerate(values) if value is not None}
 
 
 class ParquetShards:
@@ -147,18 +183,28 @@ class ParquetShards:
         self,
         name: str,
         footers: Sequence[_Footer],
-        image: tuple[str, datasets.Image],
-        label: tuple[str, datasets.ClassLabel | datasets.Value],
-        num_classes: int,
+        image_column: str,
+        label_column: str,
+        labels: Sequence[_Labels],
     ):
         self._name = name
-        self._image_column, self._label_column = image[0], label[0]
-        self._features = datasets.Features([image, label])
-        self._num_classes = num_classes
+        self._image_column, self._label_column = image_column, label_column
+        self._labels = {footer.url: each for footer, each in zip(footers, labels, strict=True)}
+        self._classes = {url: each.by_value() for url, each in self._labels.items()}
         groups = [(footer, i) for footer in footers for i in range(footer.metadata.num_row_groups)]
         sizes = np.array([footer.metadata.row_group(i).num_rows for footer, i in groups], dtype=np.int64)
         self._units = [groups[unit] for unit in np.flatnonzero(sizes)]
         self.sizes = sizes[sizes > 0]
+
+    def renumbered(self, indices: Sequence[int], num_classes: int) -> ParquetShards:
+        """Return the same rows with other numbers of the classes."""
+        other = copy.copy(self)
+        other._labels = {
+            url: replace(each, values=renumbered(each.values, indices, num_classes), num_classes=num_classes)
+            for url, each in self._labels.items()
+        }
+        other._classes = {url: each.by_value() for url, each in other._labels.items()}
+        return other
 
     def read(self, unit: int, rows: np.ndarray) -> list[Sample]:
         """Return some rows of a unit, not decoded.
@@ -173,32 +219,34 @@ class ParquetShards:
         footer, group = self._units[unit]
         table = self._read_group(footer, group, int(self.sizes[unit]))
         images, labels = table[self._image_column], table[self._label_column]
-        samples = []
+        classes, samples = self._classes[footer.url], []
         for row in rows.tolist():
             cell, label = images[row].as_py(), labels[row].as_py()
-            if label is None or not 0 <= label < self._num_classes:
+            if label not in classes:
                 where = f"{self._name}, row {row} of row group {group} of {footer.url}"
-                raise _label_error(where, self._label_column, label, self._num_classes)
+                raise _label_error(where, self._label_column, label, classes)
             if cell is not None and cell["bytes"] is not None:  # the path is for messages only
                 cell["path"] = f"{cell['path']} in {footer.url}" if cell["path"] else footer.url
-            samples.append((cell, label))
+            samples.append((cell, classes[label]))
         return samples
 
     def _read_group(self, footer, group, expected):
         """Read the two columns of a row group."""
+        columns = {self._image_column: datasets.Image(), self._label_column: self._labels[footer.url].feature}
         num_read = 0
         try:
             with _open(footer) as stream:
                 file = ParquetFile(stream, metadata=footer.metadata)
                 table = file.read_row_group(
-                    group, columns=list(self._features), use_threads=False
+                    group, columns=list(columns), use_threads=False
                 )  # workers are parallel already
             num_read = table.num_rows
             if num_read != expected:
                 raise OSError("it is shorter than its footer says")
         except Exception as error:  # Arrow, the file systems and the Hub raise their own types
             raise _stream_error(self._name, f"row group {group} of {footer.url}", num_read, expected, error) from error
-        return table_cast(table, self._features.arrow_schema)
+        table = table.select(list(columns))
+        return table_cast(table, datasets.Features(columns).arrow_schema)
 
 
 def _open(footer):
@@ -225,9 +273,11 @@ def _parquet_builder(name, config_name, revision):
     """Return the builder of `datasets`, which knows each split's files, and perhaps the features, without the data."""
     if name == DIGITS:
         raise HfkdError("streaming: the digits are in memory; set streaming: false.")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        check_regular_files(path)
     try:
-        path = Path(name).expanduser()
-        builder = datasets.load_dataset_builder(str(path) if path.is_dir() else name, config_name, revision=revision)
+        builder = datasets.load_dataset_builder(loadable_name(name), config_name, revision=revision)
     except Exception as error:  # the Hub, the network and the readers raise their own types
         raise HfkdError(
             f"The data set '{name}' cannot be opened: there is no such folder with data in it, and the Hub does not "
@@ -246,7 +296,7 @@ def _parquet_builder(name, config_name, revision):
 
 def _footers(name, key, split, urls) -> list[_Footer]:
     if split not in urls:
-        raise HfkdError(f"{key}: {name} has no split '{split}'. It has: {', '.join(urls)}.")
+        raise missing_split_error(key, name, split, urls)
     with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
         footers = list(pool.map(_read_footer, urls[split]))
     if not any(footer.metadata.num_rows for footer in footers):
@@ -274,50 +324,44 @@ def _parquet_streams(name, features, splits, image_column, label_column, class_n
         missing = {image_column, label_column}.difference(footer.schema.names)
         if missing:
             raise HfkdError(f"{footer.url} has no column '{missing.pop()}', unlike the other files of {name}.")
-    label = features[label_column]
-    names = _class_names(name, label, footers, label_column)
-    check_order(names, class_names, label_column, name)
-    for footer in footers:
-        _check_labels(name, footer, label_column, len(names))
-    image = (image_column, features[image_column])
+    parts = [_label_values(name, footer, label_column, features[label_column]) for footer in footers]
+    names, values = number_classes(parts, len(splits[0][1]), label_column, class_names)
+    labels = [_Labels(part.feature, each, len(names)) for part, each in zip(parts, values, strict=True)]
+    for footer, each in zip(footers, labels, strict=True):
+        _check_labels(name, footer, label_column, each.by_value())
     streams = []
-    for split, footers in splits:
-        shards = ParquetShards(f"{name}, split '{split}'", footers, image, (label_column, label), len(names))
+    for split, own in splits:
+        shards = ParquetShards(f"{name}, split '{split}'", own, image_column, label_column, labels[: len(own)])
+        del labels[: len(own)]
         streams.append(StreamSplit(shards, name, split, names))
     return streams
 
 
-def _class_names(name, label, footers, column) -> list[str]:
-    """Return the names of a ClassLabel, or "0" up to the largest number that the footers state."""
-    if isinstance(label, datasets.ClassLabel):
-        return list(label.names)
-    statistics = [group for footer in footers for _, group in _label_statistics(footer, column)]
-    rows = sum(footer.metadata.num_rows for footer in footers)
-    largest = max((group.max for group in statistics if group is not None and group.has_min_max), default=0)
-    if any(group is None for group in statistics):
-        problem = "the Parquet files hold no statistics of it"
-    elif largest >= 10 * rows:
-        problem = f"its numbers go up to {largest}, so they do not number classes from 0 without gaps"
-    else:
-        return [str(i) for i in range(largest + 1)]
-    raise HfkdError(
-        f"label_column: '{column}' of {name} holds plain numbers, and {problem}. Streaming cannot count the classes "
-        "without reading all of the data: make it a ClassLabel, e.g. with `Dataset.class_encode_column`, or set "
-        "streaming: false."
-    )
+def _label_values(name, footer, column, known) -> LabelValues:
+    """Return a file's labels; those of numbers and text are read, since a footer does not tell their classes."""
+    feature = own_class_label(footer.schema, column, known)
+    rows = footer.metadata.num_rows
+    if isinstance(feature, datasets.ClassLabel):
+        return LabelValues(feature, [], rows, f"{name}, file {footer.url}")
+    try:
+        with _open(footer) as stream:
+            labels = ParquetFile(stream, metadata=footer.metadata).read(columns=[column])[column]
+    except Exception as error:  # as in _read_group
+        raise _stream_error(name, footer.url, 0, rows, error) from error
+    return LabelValues(feature, labels.unique().drop_null().to_pylist(), rows, f"{name}, file {footer.url}")
 
 
-def _check_labels(name, footer, column, num_classes):
+def _check_labels(name, footer, column, classes):
     """Check the labels in a footer's statistics, so that a wrong one is found before hours of training."""
     for group, statistics in _label_statistics(footer, column):
         if statistics is None:
             continue  # `ParquetShards.read` checks the labels themselves
         where = f"{name}, row group {group} of {footer.url}"
         if statistics.null_count:
-            raise _label_error(where, column, None, num_classes)
+            raise _label_error(where, column, None, classes)
         for label in (statistics.min, statistics.max):
-            if not 0 <= label < num_classes:
-                raise _label_error(where, column, label, num_classes)
+            if label not in classes:
+                raise _label_error(where, column, label, classes)
 
 
 def _label_statistics(footer, column) -> list[tuple[int, Any]]:
@@ -332,8 +376,9 @@ def _label_statistics(footer, column) -> list[tuple[int, Any]]:
     return found
 
 
-def _label_error(where, column, label, num_classes):
-    reason = "-1 marks an unlabelled row" if label == -1 else f"the classes are 0 ... {num_classes - 1}"
+def _label_error(where, column, label, classes):
+    known = f"the classes are {next(iter(classes))} ... {list(classes)[-1]}" if classes else "there are no classes"
+    reason = "-1 marks an unlabelled row" if label == -1 else known
     value = "no label" if label is None else label
     return HfkdError(
         f"{where}: column '{column}' holds {value}; {reason}. Choose another split or column, or remove these rows."

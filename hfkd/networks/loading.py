@@ -25,6 +25,7 @@ from ..models.checkpoints import load_architecture
 from ..names import hub_id, public_name
 from .features import InputSpec, timm_model_of
 from .sharding import gathered
+from .sources import check_loaded, create_pretrained, has_tag, resolve_name, unreadable_error
 from .teacher import Teacher, TeacherEnsemble
 
 # Entries of timm's pretrained_cfg that a student does not keep. The first name the source of the weights, perhaps a
@@ -47,11 +48,12 @@ def load_student(
 ) -> PreTrainedModel:
     """Return a transformers image classifier to train, with the classes of the data set.
 
-    A timm architecture (`cifar_resnet20`, `deit_tiny_distilled_patch16_224`) starts from random weights. A folder or a
-    Hub id starts from its own weights, with a new classifier if the number of classes differs.
+    A timm architecture (`cifar_resnet20`, `deit_tiny_distilled_patch16_224`) starts from random weights, and one with a
+    tag (`resnet10t.c3_in1k`) from the pretrained weights of that tag. A folder or a Hub id starts from its own weights.
+    Where the number of classes differs, or there is no classifier, it is new.
 
     Args:
-        name_or_path: timm architecture, folder written by `save_pretrained`, or Hub id.
+        name_or_path: timm architecture, folder written by `save_pretrained`, a run's folder, or Hub id.
         class_names: names of the classes, in the order of the labels; they are saved with the model.
         num_classes: number of classes, in place of `class_names`.
         image_size: side of the square input in pixels, for a timm architecture; by default its own.
@@ -69,6 +71,7 @@ def load_student(
         if num_classes is None:
             raise HfkdError("load_student needs the classes of the data set: give class_names or num_classes.")
         class_names = [str(index) for index in range(num_classes)]
+    name_or_path = resolve_name(name_or_path)
     preparation = {"crop_pct": crop_pct, "interpolation": interpolation, "crop_mode": "center"}
     if _is_architecture(name_or_path):
         return _new_student(name_or_path, class_names, image_size, patch_size, drop_path_rate, preparation)
@@ -85,16 +88,15 @@ def load_student(
 
 
 def _new_student(architecture, class_names, image_size, patch_size, drop_path_rate, preparation):
-    """Return a wrapped timm architecture with random weights."""
+    """Return a wrapped timm architecture with random weights, or with those that its tag names."""
     overlay = dict.fromkeys(PUBLISHED_WEIGHT_KEYS) | preparation
     if image_size is not None:
         overlay["input_size"] = (3, image_size, image_size)
     shape = {} if patch_size is None else {"patch_size": patch_size}
     settings = shape if drop_path_rate is None else shape | {"drop_path_rate": drop_path_rate}
+    create = create_pretrained if has_tag(architecture) else timm.create_model
     try:
-        model = timm.create_model(
-            architecture, num_classes=len(class_names), pretrained_cfg_overlay=overlay, **settings
-        )
+        model = create(architecture, num_classes=len(class_names), pretrained_cfg_overlay=overlay, **settings)
     except TypeError as error:  # the architecture's constructor does not have this argument
         raise HfkdError(f"{architecture} does not take {', '.join(settings)}: {error}.") from error
     _check_patches(architecture, model)
@@ -149,9 +151,9 @@ def load_teacher(
     The student's images are converted to the teacher's own size and normalisation.
 
     Args:
-        name_or_path: folder written by `save_pretrained` (such as `teacher/` of an earlier run), Hub id, or timm
-            architecture. An architecture takes its weights from `checkpoint`, or else timm's pretrained ones.
-        checkpoint: `.safetensors`, or a published `.pth` with `{"model": state_dict}`, for an architecture.
+        name_or_path: folder written by `save_pretrained`, a run's folder, Hub id, or timm architecture. An architecture
+            takes its weights from `checkpoint`, or else timm's pretrained ones.
+        checkpoint: file for an architecture, see `hfkd.models.load_checkpoint`.
         class_indices: for each of the student's classes, the teacher's; by default they are matched by name.
         device_map: transformers' `device_map`, for a teacher that does not fit one device; for a folder or a Hub id.
 
@@ -159,6 +161,7 @@ def load_teacher(
         HfkdError: for an unknown name, for weights that do not fit, or for an architecture without weights or with a
             device_map.
     """
+    name_or_path = resolve_name(name_or_path)
     origin: str | None = None
     model: nn.Module
     if device_map is not None and _is_architecture(name_or_path):
@@ -176,8 +179,10 @@ def load_teacher(
         model, origin = load_pretrained(name_or_path, device_map=device_map), hub_id(name_or_path)
     elif checkpoint is not None:
         model = load_architecture(name_or_path, checkpoint)
-    elif (published := timm.get_pretrained_cfg(name_or_path)) is not None and published.has_weights:
-        model = timm.create_model(name_or_path, pretrained=True)
+    elif has_tag(name_or_path) or (
+        (published := timm.get_pretrained_cfg(name_or_path)) is not None and published.has_weights
+    ):
+        model = create_pretrained(name_or_path)
         cfg: Any = model.pretrained_cfg
         origin = cfg.get("hf_hub_id")
     else:
@@ -196,25 +201,35 @@ def load_pretrained(
     Args:
         class_names: classes of the model, with a new classifier if their number differs; by default its own.
         device_map: transformers' `device_map`.
+
+    Raises:
+        HfkdError: there is no such model, or weights other than a new classifier's are not in its checkpoint.
     """
     classes = {}
     if class_names is not None:
         label2id = {name: index for index, name in enumerate(class_names)}
         classes = {"num_labels": len(class_names), "id2label": dict(enumerate(class_names)), "label2id": label2id}
-    config = AutoConfig.from_pretrained(name_or_path, **classes)
+    name_or_path = resolve_name(name_or_path)
+    try:
+        config = AutoConfig.from_pretrained(name_or_path, **classes)
+    except (OSError, ValueError) as error:
+        raise unreadable_error(name_or_path, error) from error
     if isinstance(config, TimmWrapperConfig):
         if config.model_args:
             config.model_args.pop("num_classes", None)  # timm's push_to_hf_hub writes it; transformers refuses it
         if class_names is not None:
             # timm reads its own key. Without this line it would keep the names from the folder and save them again.
             config.label_names = list(class_names)
-    return AutoModelForImageClassification.from_pretrained(
+    model, info = AutoModelForImageClassification.from_pretrained(
         name_or_path,
         config=config,
         dtype=torch.float32,
         ignore_mismatched_sizes=class_names is not None,
         device_map=device_map,
+        output_loading_info=True,
     )
+    check_loaded(model, info, name_or_path, new_classes=class_names is not None)
+    return model
 
 
 @overload

@@ -10,9 +10,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-RESULTS_NAME, RECIPE_NAME = "results.json", "recipe.yaml"
+from ..names import RESULTS_NAME as RESULTS_NAME
+from ..names import ROLES as ROLES
+
+RECIPE_NAME = "recipe.yaml"
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"  # files of an export
-ROLES = ("student", "teacher")  # folders of the exports
 LIBRARIES = ("torch", "torchvision", "transformers", "accelerate", "datasets", "timm", "evaluate", "numpy")
 
 

@@ -127,10 +127,9 @@ def test_plain_numbers_as_labels(tmp_path):
     name = parquet_folder(tmp_path / "pets", 6, features=Features(numbers))
     assert open_streams(name)[0].class_names == ["0", "1", "2"]
     name = parquet_folder(tmp_path / "bare", 6, features=Features(numbers), write_statistics=False)
-    with pytest.raises(ValueError, match="label_column: 'label' of .* plain numbers, and .* no statistics.*ClassLabel"):
-        open_streams(name)
+    assert open_streams(name)[0].class_names == ["0", "1", "2"]
     name = parquet_folder(tmp_path / "ids", 6, features=Features(numbers), label=lambda row: 1000 + row)
-    with pytest.raises(ValueError, match="its numbers go up to 1006"):
+    with pytest.raises(ValueError, match="its numbers go up to 1006: they look like ids"):
         open_streams(name)
     name = parquet_folder(tmp_path / "unlabelled", 6, features=Features(numbers), label=lambda row: None)
     with pytest.raises(ValueError, match="column 'label' holds no label"):
@@ -155,8 +154,8 @@ def test_a_label_that_is_no_class(tmp_path, label, found, told):
 
 def test_classes_in_another_order(tmp_path):
     name = parquet_folder(tmp_path / "pets", 6)
-    with pytest.raises(ValueError, match="numbers the expected classes in another order"):
-        open_streams(name, class_names=["dog", "cat", "emu"])
+    train, _ = open_streams(name, class_names=["dog", "cat", "emu"])
+    assert [label for _, label in train.shards.read(0, np.arange(3))] == [1, 0, 2]
 
 
 def test_what_cannot_be_streamed(tmp_path):

@@ -1,8 +1,10 @@
 """Reading published and own checkpoints, and what is said of files that do not fit."""
 
 import argparse
+import fractions
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -10,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hfkd.models import load_checkpoint
+from hfkd.models.checkpoints import load_architecture
 
 torch.set_num_threads(1)
 
@@ -40,8 +43,8 @@ def error_of(model: nn.Module, path: Path) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".pt", ".tar", ".bin"])
-@pytest.mark.parametrize("key", [None, "model", "state_dict"])
+@pytest.mark.parametrize("suffix", [".pth", ".pth.tar", ".bin", ".ckpt", ".t7", ""])
+@pytest.mark.parametrize("key", [None, "model", "state_dict", "net", "model_state_dict", "ema", "student"])
 def test_reads_torch_files(saved, model, tmp_path, suffix, key):
     path = tmp_path / f"teacher{suffix}"
     beside = {"epoch": 240, "best_acc": torch.tensor(72.3), "optimizer": {"state": {}, "lr": 0.05}}
@@ -50,8 +53,9 @@ def test_reads_torch_files(saved, model, tmp_path, suffix, key):
     assert_same_weights(model, saved)
 
 
-def test_reads_safetensors_named_by_a_string(saved, model, tmp_path):
-    path = str(tmp_path / "teacher.safetensors")
+@pytest.mark.parametrize("name", ["teacher.safetensors", "student_best", "best.ckpt"])
+def test_reads_safetensors_named_by_a_string(saved, model, tmp_path, name):
+    path = str(tmp_path / name)
     save_file(saved.state_dict(), path)
     load_checkpoint(model, path)
     assert_same_weights(model, saved)
@@ -60,6 +64,62 @@ def test_reads_safetensors_named_by_a_string(saved, model, tmp_path):
 def test_drops_the_prefix_of_data_parallel(saved, model, tmp_path):
     path = tmp_path / "teacher.pth"
     torch.save({"model": nn.DataParallel(saved).state_dict()}, path)
+    load_checkpoint(model, path)
+    assert_same_weights(model, saved)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "model.", "student.", "module._orig_mod.", "model.student."]
+)
+@pytest.mark.parametrize("key", [None, "state_dict"])
+def test_drops_prefixes(saved, model, tmp_path, prefix, key):
+    path = tmp_path / "teacher.ckpt"
+    weights = {prefix + name: tensor for name, tensor in saved.state_dict().items()}
+    torch.save({key: weights} if key else weights, path)
+    load_checkpoint(model, path)
+    assert_same_weights(model, saved)
+    assert_same_weights(load_architecture("cifar_resnet8", path), saved)
+
+
+def test_prefixes_are_dropped_from_all_names_or_from_none(saved, model, tmp_path):
+    path = tmp_path / "teacher.pth"
+    weights = {f"student.{name}": tensor for name, tensor in saved.state_dict().items()}
+    torch.save(weights | {"teacher.fc.bias": torch.zeros(3)}, path)
+    message = error_of(model, path)
+    assert "57 unexpected: student.conv1.weight" in message and "another architecture" in message
+    torch.save({f"_orig_mod.{name}": tensor for name, tensor in saved.state_dict().items()}, path)
+    assert "checkpoint has 100 classes, the model 10" in error_of(
+        timm.create_model("cifar_resnet8", num_classes=10), path
+    )
+
+
+class Wrapped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Linear(2, 2)
+
+
+def test_a_model_whose_own_names_begin_so(tmp_path):
+    saved, model = Wrapped(), Wrapped()
+    torch.save(saved.state_dict(), tmp_path / "a.pth")
+    assert_same_weights(load_checkpoint(model, tmp_path / "a.pth"), saved)
+
+
+def test_the_entry_that_fits_is_loaded(saved, model, tmp_path):
+    path = tmp_path / "both.pth"
+    teacher = timm.create_model("cifar_resnet14").state_dict()
+    torch.save({"model": teacher, "student": saved.state_dict()}, path)
+    load_checkpoint(model, path)
+    assert_same_weights(model, saved)
+    torch.save({"model": {"state_dict": saved.state_dict()}}, path)
+    assert_same_weights(load_architecture("cifar_resnet8", path), saved)
+
+
+def test_timms_own_checkpoint(saved, model, tmp_path):
+    path = tmp_path / "model_best.pth.tar"
+    settings = argparse.Namespace(model="cifar_resnet8", lr=0.05)
+    content = {"epoch": 3, "args": settings, "metric": np.float64(71.2), "best": np.float32(1)}
+    torch.save(content | {"state_dict": saved.state_dict()}, path)
     load_checkpoint(model, path)
     assert_same_weights(model, saved)
 
@@ -105,10 +165,10 @@ def test_a_wider_network_with_other_classes_is_not_called_a_classifier_mismatch(
 @pytest.mark.parametrize("old_format", [False, True])
 def test_pickled_objects_are_refused_with_the_way_out(saved, model, tmp_path, old_format):
     path = tmp_path / "teacher.pth"
-    content = {"opt": argparse.Namespace(lr=0.05), "model": saved.state_dict()}
+    content = {"opt": fractions.Fraction(1, 20), "model": saved.state_dict()}
     torch.save(content, path, _use_new_zipfile_serialization=not old_format)
     message = error_of(model, path)
-    assert "pickled objects" in message and "argparse.Namespace" in message
+    assert "pickled objects" in message and "fractions.Fraction" in message
     way_out = f"torch.save(torch.load({str(path)!r}, weights_only=False)['model'], 'new.pth')"
     assert way_out in message
     eval(way_out.replace("'new.pth'", repr(str(path))), {"torch": torch})
@@ -140,7 +200,7 @@ def test_a_file_cut_short(saved, model, tmp_path):
 def test_another_suffix(model, tmp_path):
     path = tmp_path / "teacher.onnx"
     path.write_bytes(b"")
-    assert ".safetensors, .pth" in error_of(model, path)
+    assert "neither torch.save nor safetensors wrote it" in error_of(model, path)
 
 
 @pytest.mark.parametrize("content", [{"epoch": 3, "loss": [1.0]}, [torch.zeros(2)], {"model": {}}, {0: torch.zeros(2)}])

@@ -6,10 +6,13 @@ import timm
 import torch
 from helpers import aligned
 from hub_stand_in import hub_stand_in
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
     BitImageProcessor,
+    Dinov2Config,
+    Dinov2Model,
     MobileViTImageProcessor,
     ResNetConfig,
     ResNetForImageClassification,
@@ -17,6 +20,7 @@ from transformers import (
 )
 
 from hfkd import load_student, load_teacher
+from hfkd.networks import sources
 from hfkd.networks.features import InputSpec
 from hfkd.networks.loading import exported_state_dict, input_spec, known_input_spec
 
@@ -196,3 +200,107 @@ def test_a_teacher_that_takes_bgr_is_refused():
     MobileViTImageProcessor(do_flip_channel_order=True).save_pretrained("teacher")
     with pytest.raises(ValueError, match="BGR: True.*expected a side in pixels and RGB"):
         load_teacher("teacher")
+
+
+# ---- Where weights come from -----------------------------------------------------------------------------------------
+
+
+def run_folder(role, num_classes=3):
+    load_student("cifar_resnet8", num_classes=num_classes).save_pretrained(f"runs/a/{role}")
+    Path("runs/a/results.json").write_text(json.dumps({"role": role}))
+    return load_file(f"runs/a/{role}/model.safetensors")
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_runs_folder(role):
+    saved = run_folder(role)
+    for model in (load_teacher("runs/a").model, load_student("runs/a", num_classes=3)):
+        assert torch.equal(model.timm_model.fc.weight, saved["timm_model.fc.weight"])
+    assert load_teacher("runs/a").name == "cifar_resnet8"
+
+
+def test_a_runs_folder_without_a_model():
+    Path("runs/a/checkpoint-3").mkdir(parents=True)
+    Path("runs/a/results.json").write_text("{}")
+    with pytest.raises(ValueError, match="runs/a is the folder of a run that has no trained model yet"):
+        load_teacher("runs/a")
+    Path("runs/b").mkdir()
+    with pytest.raises(ValueError, match="runs/b holds no model that transformers can read"):
+        load_student("runs/b", num_classes=2)
+
+
+def test_a_hub_id_without_a_network():
+    for name in ("timm/resnet10t.c3_in1k", "hf-hub:timm/resnet10t.c3_in1k"):
+        with pytest.raises(ValueError, match="'timm/resnet10t.c3_in1k' cannot be loaded: there is no such folder, and"):
+            load_student(name, num_classes=2)
+
+
+def test_timms_prefixes(monkeypatch):
+    model = timm.create_model("resnet10t", num_classes=5).eval()
+    timm.models.save_for_hf(model, "repository", safe_serialization=True)
+    with hub_stand_in("repository", "timm/resnet10t.c3_in1k", monkeypatch):
+        teacher = load_teacher("hf-hub:timm/resnet10t.c3_in1k")
+        assert torch.equal(teacher.model.timm_model.conv1[0].weight, model.conv1[0].weight)
+        assert teacher.hub_id == teacher.name == "timm/resnet10t.c3_in1k"
+    assert load_teacher("local-dir:repository").model.num_labels == 5
+
+
+def test_a_tag_names_weights(monkeypatch):
+    """A student takes them, or is refused; random ones in silence would look like pretrained ones."""
+    for load in (lambda name: load_student(name, num_classes=3), load_teacher):
+        with pytest.raises(
+            ValueError, match="pretrained weights of resnet10t.c3_in1k cannot be fetched: .*resnet10t, "
+        ):
+            load("resnet10t.c3_in1k")
+        with pytest.raises(
+            ValueError, match="resnet10t has no pretrained weights 'c4'. Did you mean 'resnet10t.c3_in1k'"
+        ):
+            load("resnet10t.c4")
+    model = timm.create_model("resnet10t")
+    timm.models.save_for_hf(model, "repository", safe_serialization=True)
+    with hub_stand_in("repository", "timm/resnet10t.c3_in1k", monkeypatch):
+        student = load_student("resnet10t.c3_in1k", num_classes=3, image_size=32)
+    assert torch.equal(student.timm_model.conv1[0].weight, model.conv1[0].weight)
+    assert student.timm_model.fc.weight.shape[0] == 3
+    student.save_pretrained("student")
+    loaded = AutoModelForImageClassification.from_pretrained("student")
+    assert torch.equal(loaded.timm_model.fc.weight, student.timm_model.fc.weight)
+
+
+def save_backbone(folder):
+    """A network as self-supervised training leaves it."""
+    settings = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+    Dinov2Model(Dinov2Config(**settings)).save_pretrained(folder)
+    BitImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}).save_pretrained(folder)
+
+
+def test_a_backbone_is_a_student_and_no_teacher(monkeypatch):
+    save_backbone("backbone")
+    with pytest.raises(
+        ValueError, match="backbone .*its classifier is not in the checkpoint .classifier.bias, classifi"
+    ):
+        load_teacher("backbone")
+    told = []
+    monkeypatch.setattr(sources.logger, "warning", told.append)
+    assert load_student("backbone", num_classes=2).num_labels == 2  # as many as the configuration says
+    assert ["new classifier for 2 classes; the checkpoint has none" in line for line in told] == [True]
+    load_student("cifar_resnet8", num_classes=3).save_pretrained("three")
+    load_student("three", num_classes=3)
+    load_student("three", num_classes=5)
+    assert ["new classifier for 5 classes; the checkpoint has one for 3" in line for line in told] == [False, True]
+
+
+def test_weights_that_are_not_in_the_checkpoint():
+    load_student("cifar_resnet8", num_classes=3).save_pretrained("model")
+    weights = load_file("model/model.safetensors")
+    lacking = {name: value for name, value in weights.items() if name != "timm_model.conv1.weight"}
+    assert len(lacking) < len(weights)
+    save_file(lacking, "model/model.safetensors", metadata={"format": "pt"})
+    for load in (lambda name: load_student(name, num_classes=3), load_teacher):
+        with pytest.raises(
+            ValueError, match="model lacks weights of TimmWrapper.*: timm_model.conv1.weight. They would"
+        ):
+            load("model")
+    whole = {name: value for name, value in weights.items() if not name.endswith("num_batches_tracked")}
+    save_file(whole, "model/model.safetensors", metadata={"format": "pt"})
+    load_teacher("model")

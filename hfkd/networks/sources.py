@@ -1,0 +1,145 @@
+"""Sources of weights: what a name stands for, and the check that no weight of a loaded model is missing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.models import split_model_name_tag
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.timm_wrapper import TimmWrapperForImageClassification
+from transformers.utils import logging
+
+from ..errors import HfkdError, did_you_mean
+from ..names import RESULTS_NAME, ROLES
+
+HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")  # timm's
+MAX_LISTED = 3
+
+logger = logging.get_logger(__name__)
+
+
+def resolve_name(name_or_path: str) -> str:
+    """Return the folder of the model for a run's folder, and a Hub id or folder for timm's `hf-hub:` and `local-dir:`.
+
+    Raises:
+        HfkdError: for a run's folder without a model.
+    """
+    for prefix in HUB_PREFIXES:
+        name_or_path = name_or_path.removeprefix(prefix)
+    folder = Path(name_or_path).expanduser()
+    if not (folder / RESULTS_NAME).is_file() or (folder / "config.json").is_file():
+        return name_or_path
+    exports = [folder / role for role in _roles(folder) if (folder / role / "config.json").is_file()]
+    if not exports:
+        raise HfkdError(
+            f"{folder} is the folder of a run that has no trained model yet: neither {' nor '.join(ROLES)} in it holds "
+            "one. Finish the run, or name another."
+        )
+    return str(exports[0])
+
+
+def _roles(folder):
+    """Return the roles that a run's model may have, that of its results first."""
+    try:
+        role = json.loads((folder / RESULTS_NAME).read_text()).get("role")
+    except (ValueError, AttributeError):  # damaged: the folders tell
+        role = None
+    return sorted(ROLES, key=lambda each: each != role)
+
+
+def has_tag(architecture: str) -> bool:
+    """Return True if a timm name holds the tag of pretrained weights, as `resnet10t.c3_in1k` does.
+
+    Raises:
+        HfkdError: timm has no such weights of this architecture.
+    """
+    name, tag = split_model_name_tag(architecture)
+    tagged = timm.list_pretrained(f"{name}.*") if tag else []
+    if tag and architecture not in tagged:
+        raise HfkdError(f"{name} has no pretrained weights '{tag}'.{did_you_mean(architecture, tagged)}")
+    return bool(tag)
+
+
+def create_pretrained(architecture: str, **settings: Any) -> nn.Module:
+    """Create a timm model with the weights that its name means.
+
+    Raises:
+        TypeError: the architecture does not take the settings.
+        HfkdError: the weights cannot be fetched.
+    """
+    try:
+        return timm.create_model(architecture, pretrained=True, **settings)
+    except TypeError:
+        raise
+    except Exception as error:  # the Hub and the network raise their own types
+        raise HfkdError(
+            f"The pretrained weights of {architecture} cannot be fetched: {' '.join(str(error).split())} Connect to "
+            f"the network once, or name the architecture alone, {split_model_name_tag(architecture)[0]}, with weights "
+            "of your own or, for a student, random ones."
+        ) from error
+
+
+def unreadable_error(name_or_path: str, error: Exception) -> HfkdError:
+    """Return the error for a folder or Hub id that transformers cannot read."""
+    reason = " ".join(str(error).split())
+    if Path(name_or_path).is_dir():
+        return HfkdError(
+            f"{name_or_path} holds no model that transformers can read: name a folder written by save_pretrained, or "
+            f"that of a run. ({reason})"
+        )
+    return HfkdError(
+        f"The model '{name_or_path}' cannot be loaded: there is no such folder, and the Hub does not provide it. "
+        f"Without a network, give the path of a local folder. ({reason})"
+    )
+
+
+def check_loaded(model: PreTrainedModel, info: dict[str, Any], name_or_path: str, new_classes: bool) -> None:
+    """Check that a model's weights were in its checkpoint, and log that a student has a new classifier.
+
+    Args:
+        info: transformers' `output_loading_info`.
+        new_classes: the model was loaded for other classes, so that a new classifier is expected.
+
+    Raises:
+        HfkdError: weights were missing or had another shape.
+    """
+    shapes = {key: (given, expected) for key, given, expected in info["mismatched_keys"]}
+    counters = {key for key in info["missing_keys"] if key.endswith("num_batches_tracked")}  # PyTorch 0.4.1 added them
+    absent = (set(info["missing_keys"]) | set(shapes)) - counters
+    head = absent & _classifier_names(model)
+    if absent - head:
+        raise HfkdError(
+            f"{name_or_path} lacks weights of {type(model).__name__}: {_listed(absent - head)}. They would be "
+            "random. Get the whole checkpoint."
+        )
+    if head and not new_classes:
+        raise HfkdError(
+            f"{name_or_path} is a network without a trained classifier: its classifier is not in the checkpoint "
+            f"({_listed(head)}). Train it on the data set first, e.g. with `hfkd train-teacher`."
+        )
+    if head:
+        given = next((f"one for {shape[0][0]}" for key, shape in sorted(shapes.items()) if key in head), "none")
+        logger.warning(
+            f"{name_or_path}: the student starts from these weights with a new classifier for {model.num_labels} "
+            f"classes; the checkpoint has {given}."
+        )
+
+
+def _classifier_names(model):
+    """Return the names of the classifier's parameters."""
+    if isinstance(model, TimmWrapperForImageClassification):
+        classifiers = model.timm_model.get_classifier()
+        classifiers = classifiers if isinstance(classifiers, tuple) else (classifiers,)
+        own = {id(parameter) for classifier in classifiers for parameter in classifier.parameters()}
+        return {name for name, parameter in model.named_parameters() if id(parameter) in own}
+    return {name for name in model.state_dict() if not name.startswith(f"{model.base_model_prefix}.")}
+
+
+def _listed(names):
+    names = sorted(names)
+    rest = len(names) - MAX_LISTED
+    return ", ".join(names[:MAX_LISTED]) + (f" and {rest} more" if rest > 0 else "")
