@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from filelock import FileLock
 from torch.utils.data import Subset
 from transformers import set_seed
@@ -21,6 +20,7 @@ from ..recipe.arguments import DataArguments, DistillationConfig, ModelArguments
 from ..recipe.keys import recipe_differences
 from ..recipe.parser import ArgumentParser
 from ..recipe.reading import ARGUMENT_CLASSES, load_recipe, parse_recipe, recipe_name
+from ..recipe.yaml_file import dump_yaml
 from ..runs.folder import write_whole
 from ..search.figure import save_search
 from ..search.results import SearchedTrial, best_of, best_recipe, summary_table, trials_csv, trials_markdown
@@ -106,7 +106,7 @@ def search(argv: list[str] | None = None) -> list[SearchedTrial]:
     given = {key: value for key, value in recipe.items() if written.get(key) != value}
     with lock:
         best = best_recipe(Path(argv[0]), folder, given, losses, best_of(trials))
-        write_whole(folder / BEST_NAME, _header(argv, found, folder) + yaml.safe_dump(best, sort_keys=False))
+        write_whole(folder / BEST_NAME, _header(argv, found, folder) + dump_yaml(best))
         write_whole(folder / "trials.csv", trials_csv(trials, space))
         write_whole(folder / "trials.md", f"{trials_markdown(trials, space)}\n\n{found}\n")
         save_search(trials, space, folder / "search.png")
@@ -162,7 +162,7 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
             f"{folder} holds another search, whose trials do not compare with these:\n  " + "\n  ".join(different) + ""
             "\nGive another --search_dir, or remove the folder."
         )
-    write_whole(folder / SETTINGS_NAME, yaml.safe_dump(settings, sort_keys=False))
+    write_whole(folder / SETTINGS_NAME, dump_yaml(settings))
 
 
 def searching_trainer(

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from transformers.utils import logging
 
 from ..errors import HfkdError
@@ -15,6 +14,7 @@ from ..names import hub_id, last_part
 from ..recipe.arguments import DataArguments, DistillationConfig, ModelArguments
 from ..recipe.keys import recipe_differences
 from ..recipe.reading import parse_recipe, recipe_name
+from ..recipe.yaml_file import dump_yaml
 from ..runs.checkpoints import checkpoints, last_checkpoint
 from ..runs.folder import RECIPE_NAME, RESULTS_NAME, write_whole
 
@@ -64,7 +64,7 @@ def train(
     trainer.stop_on_sigterm.time_is_up = time_is_up
     trainer.results.facts |= {"role": role, "recipe": name}
     if trainer.is_world_process_zero():
-        write_whole(Path(config.output_dir, RECIPE_NAME), yaml.safe_dump(recipe, sort_keys=False))
+        write_whole(Path(config.output_dir, RECIPE_NAME), dump_yaml(recipe))
     trainer.train(resume_from_checkpoint=checkpoint)
     if not trainer.results.rows:  # eval_strategy: no
         trainer.evaluate()

@@ -9,9 +9,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..names import DIGITS, is_local, last_part
+from .yaml_file import read_yaml
 
 SECTIONS = ("extends", "search")  # parts of a recipe file that are no keys: its parent, the space of `hfkd search`
 
@@ -192,7 +191,7 @@ def recipe_differences(path: Path, recipe: dict[str, Any]) -> list[str]:
     """Return the keys on which the recipe of an earlier run, if there is one, has another value, with both values."""
     if not path.is_file():
         return []
-    there = yaml.safe_load(path.read_text())
+    there = read_yaml(path)
     # The workers of a stream share out its rows, so that another number of them trains on another order.
     without_effect = WITHOUT_EFFECT - ({"dataloader_num_workers"} if recipe.get("streaming") else set())
     return [

@@ -156,7 +156,7 @@ def to_argv(recipe: dict[str, Any], parser: ArgumentParser) -> list[str]:
         elif isinstance(value, dict):
             tokens.append(f"--{key}={json.dumps(value)}")
         elif value is False and key.endswith("_strategy"):
-            tokens.append(f"--{key}=no")  # YAML 1.1 reads `no` as false
+            tokens.append(f"--{key}=no")  # YAML 1.1 reads `no` as false, and so do its users
         elif value is not None:
             tokens.append(f"--{key}={value}")
     return tokens

@@ -9,13 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..errors import HfkdError, NotFoundError, nearest, unknown_key_error
 from ..losses import LOSSES
 from .arguments import DataArguments, DistillationConfig, ModelArguments
 from .keys import NOT_RECORDED, SECTIONS
 from .parser import ArgumentParser, to_argv
+from .yaml_file import parse_yaml, read_yaml
 
 ARGUMENT_CLASSES = (ModelArguments, DataArguments, DistillationConfig)
 KEYS = [field.name for cls in ARGUMENT_CLASSES for field in dataclasses.fields(cls) if field.init]
@@ -52,10 +51,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         near = nearest(path.name, [other.name for other in path.parent.glob("*.yaml")])
         hint = f" Did you mean {path.parent / near[0]}?" if near else ""
         raise NotFoundError(f"There is no recipe at {path}.{hint}")
-    try:
-        recipe = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise HfkdError(f"{path} is not valid YAML: {error}") from error
+    recipe = read_yaml(path)
     if not isinstance(recipe, dict):
         raise HfkdError(f"{path} must hold a mapping of keys to values, got {type(recipe).__name__}.")
     for key in recipe:
@@ -145,5 +141,5 @@ def _split_loss_overrides(losses: dict, argv: list[str]) -> tuple[dict, list[str
             raise HfkdError(f"'{token}' must read --losses.METHOD.PARAMETER VALUE.")
         if any(other.partition("=")[0] == "--losses" for other in argv):
             raise HfkdError(f"--losses replaces all losses: give it, or '{token}', but not both.")
-        losses.setdefault(path[0], {})[path[1]] = yaml.safe_load(value)
+        losses.setdefault(path[0], {})[path[1]] = parse_yaml(value, token)
     return losses, rest

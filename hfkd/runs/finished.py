@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..errors import HfkdError, NotFoundError, nearest
+from ..recipe.yaml_file import read_yaml
 from .folder import RECIPE_NAME, RESULTS_NAME, ROLES, WEIGHTS_NAME
 
 FACTS = ("role", "recipe", "seed", "planned_steps")  # facts that readers of runs rely on; others may be missing
@@ -116,14 +115,7 @@ def read_run(folder: str | Path) -> FinishedRun:
     if missing:
         raise HfkdError(f"{path} was written by another program or an earlier hfkd: it lacks {', '.join(missing)}.")
     recipe = folder / RECIPE_NAME
-    return FinishedRun(folder, results, _read_recipe(recipe) if recipe.is_file() else {})
-
-
-def _read_recipe(path: Path) -> dict[str, Any]:
-    try:
-        return yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise HfkdError(f"{path} is damaged: {error}") from error
+    return FinishedRun(folder, results, read_yaml(recipe) if recipe.is_file() else {})
 
 
 def find_runs(paths: Sequence[str | Path]) -> tuple[list[FinishedRun], list[str]]:

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..recipe.keys import SCHEDULE_KEYS
+from ..recipe.yaml_file import read_yaml
 from ..runs.tables import csv_table, markdown_table
 from .space import TRIAL_SETTINGS, Parameter, settings, short
 
@@ -130,7 +129,7 @@ def best_recipe(
         losses: losses of recipe and command line before the search.
         best: trial with the best values.
     """
-    own = yaml.safe_load(path.read_text())
+    own = read_yaml(path)
     parent = own.pop("extends", None)
     if parent is None:
         parent, own = path.name, {}
