@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import HfkdError
+from ..recipe.differences import settings_of
 from ..recipe.keys import SEEDS, WITHOUT_EFFECT
 from ..runs.finished import FinishedRun
 from ..runs.published import PublishedRun, departures, processes, published_runs
@@ -145,7 +146,7 @@ def evaluated_on(run: FinishedRun) -> str:
 
 
 def _identity(run: FinishedRun) -> str:
-    settings = {key: value for key, value in run.recipe.items() if key not in OF_ONE_RUN}
+    settings = {key: value for key, value in settings_of(run.recipe).items() if key not in OF_ONE_RUN}
     return json.dumps([run.name, run.results["role"], processes(run.results), settings], sort_keys=True)
 
 
@@ -172,7 +173,7 @@ def _stopped(run: FinishedRun) -> str:
 
 def _settings(run: FinishedRun) -> dict[str, Any]:
     """Return the recipe with a key for each parameter of a loss, and the number of processes."""
-    settings = {key: value for key, value in run.recipe.items() if key not in OF_ONE_RUN}
+    settings = {key: value for key, value in settings_of(run.recipe).items() if key not in OF_ONE_RUN}
     losses = settings.pop("losses", None) or {}
     for method, parameters in losses.items():
         settings[f"losses.{method}"] = True

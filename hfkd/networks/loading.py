@@ -8,6 +8,7 @@ from typing import Any, overload
 
 import timm
 import torch
+from huggingface_hub import is_offline_mode
 from timm.layers import PatchEmbed, trunc_normal_
 from timm.models.pit import ConvEmbedding
 from torch import nn
@@ -20,7 +21,7 @@ from transformers import (
 )
 from transformers.models.timm_wrapper import TimmWrapperForImageClassification
 
-from ..errors import HfkdError, nearest
+from ..errors import HfkdError, NotFoundError, nearest
 from ..models.checkpoints import load_architecture
 from ..names import hub_id, public_name
 from .features import InputSpec, timm_model_of
@@ -177,7 +178,10 @@ def load_teacher(
     elif checkpoint is not None:
         model = load_architecture(name_or_path, checkpoint)
     elif (published := timm.get_pretrained_cfg(name_or_path)) is not None and published.has_weights:
-        model = timm.create_model(name_or_path, pretrained=True)
+        try:
+            model = timm.create_model(name_or_path, pretrained=True)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise _not_found("pretrained weights", name_or_path, error) from error
         cfg: Any = model.pretrained_cfg
         origin = cfg.get("hf_hub_id")
     else:
@@ -201,20 +205,23 @@ def load_pretrained(
     if class_names is not None:
         label2id = {name: index for index, name in enumerate(class_names)}
         classes = {"num_labels": len(class_names), "id2label": dict(enumerate(class_names)), "label2id": label2id}
-    config = AutoConfig.from_pretrained(name_or_path, **classes)
+    config = _read_config(name_or_path, **classes)
     if isinstance(config, TimmWrapperConfig):
         if config.model_args:
             config.model_args.pop("num_classes", None)  # timm's push_to_hf_hub writes it; transformers refuses it
         if class_names is not None:
             # timm reads its own key. Without this line it would keep the names from the folder and save them again.
             config.label_names = list(class_names)
-    return AutoModelForImageClassification.from_pretrained(
-        name_or_path,
-        config=config,
-        dtype=torch.float32,
-        ignore_mismatched_sizes=class_names is not None,
-        device_map=device_map,
-    )
+    try:
+        return AutoModelForImageClassification.from_pretrained(
+            name_or_path,
+            config=config,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=class_names is not None,
+            device_map=device_map,
+        )
+    except OSError as error:  # no weights
+        raise _not_found("weights", name_or_path, error) from error
 
 
 @overload
@@ -239,6 +246,47 @@ def as_teacher(
         members = [as_teacher(member, standardized) for member in given]
         return members[0] if len(members) == 1 else TeacherEnsemble(members, standardized)
     return given
+
+
+def check_model(name_or_path: str) -> None:
+    """Check that a model can be loaded, as far as its name and its configuration show it.
+
+    Raises:
+        HfkdError: if the name is no architecture, folder or Hub id.
+        NotFoundError: if there is no configuration of a model at the folder or the Hub id.
+    """
+    if not _is_architecture(name_or_path):
+        _read_config(name_or_path)
+
+
+def _read_config(name_or_path: str, **changes: Any) -> Any:
+    try:
+        return AutoConfig.from_pretrained(name_or_path, **changes)
+    except (OSError, ValueError) as error:
+        raise _not_found("model", name_or_path, error) from error
+
+
+def load_processor(name_or_path: str) -> Any:
+    """Return the image processor of a folder or a Hub id.
+
+    Raises:
+        NotFoundError: if there is none.
+    """
+    try:
+        return AutoImageProcessor.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise _not_found("image processor", name_or_path, error) from error
+
+
+def _not_found(part: str, name_or_path: str, error: Exception) -> NotFoundError:
+    if os.path.isdir(name_or_path):
+        reason = "Give a folder that save_pretrained or hfkd wrote, such as runs/.../student"
+    elif is_offline_mode():
+        reason = "HF_HUB_OFFLINE is set and the Hub's cache lacks it. Give a local folder, or unset HF_HUB_OFFLINE"
+    else:
+        reason = "The Hub does not provide it. Check the name and the network"
+    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return NotFoundError(f"{name_or_path} has no {part} that can be loaded. {reason}. ({first_line})")
 
 
 def _is_architecture(name_or_path: str) -> bool:
@@ -312,7 +360,7 @@ def input_spec(model: nn.Module) -> InputSpec:
         # The timm model has a pretrained_cfg as well, but timm makes it anew when a folder is loaded.
         cfg = model.config.pretrained_cfg
     elif isinstance(model, PreTrainedModel):
-        return _processor_input_spec(AutoImageProcessor.from_pretrained(model.name_or_path), model.name_or_path)
+        return _processor_input_spec(load_processor(model.name_or_path), model.name_or_path)
     else:
         cfg = model.pretrained_cfg
     return InputSpec(cfg["input_size"][-1], tuple(cfg["mean"]), tuple(cfg["std"]))

@@ -75,6 +75,11 @@ def parse_yaml(text: str, source: str) -> Any:
     """
     try:
         return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        problem = ", ".join(part for part in (error.context, error.problem) if part)
+        where = "" if mark is None else f" (line {mark.line + 1}, column {mark.column + 1})"
+        raise HfkdError(f"{source} is not valid YAML: {problem}{where}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise HfkdError(f"{source} is not valid YAML: {error}") from error
 

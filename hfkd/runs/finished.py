@@ -133,7 +133,7 @@ def find_runs(paths: Sequence[str | Path]) -> tuple[list[FinishedRun], list[str]
     left_out = []
     for path in map(Path, paths):
         if not path.exists():
-            raise NotFoundError(f"There is no folder {path}.{_runs_nearby(path)}")
+            raise NotFoundError(f"There is no folder {path}.{runs_nearby(path)}")
         folders = _run_folders(path)
         if not folders:
             left_out.append(f"{path} holds no run.")
@@ -149,7 +149,7 @@ def find_runs(paths: Sequence[str | Path]) -> tuple[list[FinishedRun], list[str]
                 left_out.append(f"{folder} was not evaluated yet.")
     if not runs:
         reasons = "\n  ".join(left_out)
-        raise NotFoundError(f"There is no run to read:\n  {reasons}{_runs_nearby(Path(paths[0]))}")
+        raise NotFoundError(f"There is no run to read:\n  {reasons}{runs_nearby(Path(paths[0]))}")
     return list(runs.values()), left_out
 
 
@@ -166,7 +166,7 @@ def _run_folders(path: Path) -> list[Path]:
     return found
 
 
-def _runs_nearby(path: Path) -> str:
+def runs_nearby(path: Path) -> str:
     """Return a sentence that names the runs beside a path, or else in `runs`; the most similar path comes first."""
     for place in (path.parent, Path("runs")):
         found = [str(folder) for folder in _run_folders(place) if (folder / RESULTS_NAME).is_file()]

@@ -120,7 +120,7 @@ def best_recipe(
     """Return the searched recipe with the best values, for a file in the folder.
 
     The new recipe extends the searched one. If the searched one has a parent, the new recipe extends the parent and
-    repeats the searched recipe's lines, since only one level is allowed.
+    repeats the searched recipe's lines.
 
     Args:
         path: path of the searched recipe.
