@@ -21,7 +21,7 @@ KEYS = [field.name for cls in ARGUMENT_CLASSES for field in dataclasses.fields(c
 
 RECIPE_HELP = (
     "A recipe is a YAML file of the keys below, laid over the one that it `extends`.\n"
-    "What is set behind it on the command line wins."
+    "What is set behind it on the command line wins; null gives a key its default again."
 )
 
 
