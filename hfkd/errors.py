@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import re
 from collections.abc import Iterable
 
 
@@ -56,10 +57,16 @@ def require(module: str, extra: str) -> None:
 
 
 def nearest(name: object, valid: Iterable[str], n: int = 1, cutoff: float = 0.6) -> list[str]:
-    """Return up to `n` valid names close to a given one, the closest first; case does not count."""
+    """Return up to `n` valid names close to a given one, the closest first; case does not count.
+
+    Names of which the given one is a whole part come first: `cifar_resnet56` for `resnet56`.
+    """
     by_lower_case = {each.lower(): each for each in valid}
-    found = difflib.get_close_matches(str(name).lower(), by_lower_case, n=n, cutoff=cutoff)
-    return [by_lower_case[each] for each in found]
+    given = str(name).lower()
+    part = re.compile(rf"(?<![a-z0-9]){re.escape(given)}(?![a-z0-9])")
+    found = [each for each in by_lower_case if given and part.search(each)]
+    found += difflib.get_close_matches(given, by_lower_case, n=n, cutoff=cutoff)
+    return [by_lower_case[each] for each in dict.fromkeys(found)][:n]
 
 
 def did_you_mean(name: object, valid: Iterable[str], listed: bool = True) -> str:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from ..errors import HfkdError
+from pathlib import Path
+
+from ..errors import HfkdError, NotFoundError
+from ..names import hub_id
 from ..recipe.parser import ArgumentParser
+from ..runs.finished import runs_nearby
+from ..runs.folder import CONFIG_NAME, ROLES
 
 MODEL = "the model's folder or Hub id"
 
@@ -47,3 +52,28 @@ def parse_known(argv: list[str], parser: ArgumentParser) -> tuple:
         One object for each of the parser's argument classes, and the list of the other words.
     """
     return parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+
+
+def check_trained(name: str) -> None:
+    """Check that a name is the folder of a trained model or a Hub id.
+
+    Raises:
+        HfkdError: for the name of an architecture, which has no trained weights.
+        NotFoundError: for a folder that does not exist, or that holds no model.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        if (folder / CONFIG_NAME).is_file():
+            return
+        near = [folder / role for role in ROLES if (folder / role / CONFIG_NAME).is_file()]
+        hint = f"Did you mean {near[0]}?" if near else "Give the folder of a trained model, such as runs/.../student."
+        raise NotFoundError(f"{name} holds no model ({CONFIG_NAME}). {hint}")
+    if hub_id(name) is not None:
+        return
+    import timm  # takes seconds, and most names need it not
+
+    if timm.is_model(name):
+        raise HfkdError(f"{name} is an architecture, not a trained model: give the folder of a run, or a Hub id.")
+    raise NotFoundError(
+        f"There is no model at {name}: give the folder of a trained model, or a Hub id.{runs_nearby(folder)}"
+    )

@@ -13,6 +13,7 @@ from ..losses import DistillationLoss, build_losses
 from ..networks.loading import as_teacher, input_spec
 from ..recipe.parser import ArgumentParser
 from ..recipe.reading import ARGUMENT_CLASSES, parse_recipe, recipe_name
+from ..runs.folder import check_writable
 from ..teacher_cache.files import CacheFiles
 from ..teacher_cache.identity import given_teachers
 from ..teacher_cache.rows import RowFormat
@@ -74,7 +75,9 @@ def cache_teacher(argv: list[str] | None = None) -> Path:
         RunError: if writing fails, as on a full disk.
     """
     argv = sys.argv[1:] if argv is None else argv
-    path, rest = split_subject(argv, ArgumentParser((CacheArguments, *ARGUMENT_CLASSES), USAGE), "a recipe")
+    parser = ArgumentParser((CacheArguments, *ARGUMENT_CLASSES), USAGE)
+    path, rest = split_subject(argv, parser, "a recipe")
+    parser.check_keys(rest)
     cache_args, rest = parse_known(rest, ArgumentParser((CacheArguments,), USAGE))
     model_args, data_args, config, _ = parse_recipe([path, *rest], command="hfkd cache-teacher")
     if any(token.partition("=")[0] == "--output_dir" for token in rest):
@@ -86,6 +89,7 @@ def cache_teacher(argv: list[str] | None = None) -> Path:
         raise HfkdError("Each process loads the whole teacher and caches some of the images: leave shard_teacher out.")
     if data_args.streaming:
         raise HfkdError("A teacher cache finds images by their row, and a stream has no rows: set streaming: false.")
+    check_writable(folder, "cache_dir")
     files = _write_from_arguments(folder, cache_args, model_args, data_args, config)
     if files is not None:
         size = sum(files.bytes_of(shard) for _, shard in files.shards()) / 2**20

@@ -14,13 +14,15 @@ from ..data import ImageSource, ImageSplit, StreamSplit
 from ..errors import HfkdError
 from ..networks.class_matching import class_names_of, match_classes
 from ..networks.loading import input_spec, load_pretrained
+from ..networks.sources import resolve_name
 from ..recipe.arguments import DataArguments, DistillationConfig
+from ..recipe.checks import AT_LEAST_1, NOT_NEGATIVE, check_ranges
 from ..recipe.parser import ArgumentParser, to_argv
 from ..recipe.reading import load_recipe
 from ..runs.finished import read_run
 from ..runs.folder import RECIPE_NAME, RESULTS_NAME
 from ..training.trainer import DistillationTrainer
-from .arguments import split_subject
+from .arguments import check_trained, split_subject
 from .build import evaluation_set, load_splits
 
 USAGE = "hfkd evaluate MODEL [--key value ...]"
@@ -35,6 +37,9 @@ class EvaluationArguments:
     batch_size: int = field(default=500, metadata={"help": "Images per forward pass."})
     num_workers: int = field(default=0, metadata={"help": "Processes that decode images that are not held in memory."})
     bf16: bool = field(default=False, metadata={"help": "bf16 autocast; float32 by default."})
+
+    def __post_init__(self):
+        check_ranges(self, {"batch_size": AT_LEAST_1, "num_workers": NOT_NEGATIVE})
 
 
 def evaluate(argv: list[str] | None = None) -> dict[str, float]:
@@ -71,6 +76,8 @@ def parse_model(argv: list[str], usage: str, *argument_classes: type) -> tuple:
     name, overrides = split_subject(argv, parser)
     if (Path(name) / RESULTS_NAME).is_file():
         name = str(read_run(name).export or name)
+    name = resolve_name(name)
+    check_trained(name)
     recipe_path = Path(name).parent / RECIPE_NAME
     keys = [field.name for field in dataclasses.fields(DataArguments)]
     recipe = load_recipe(recipe_path) if recipe_path.is_file() else {}

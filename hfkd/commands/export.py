@@ -13,19 +13,18 @@ import torch
 from torch import nn
 
 from .. import __version__
-from ..errors import NotFoundError
 from ..export.formats import FORMATS, PREPROCESSING_NAME, FileFormat, FileModel, write_model
 from ..export.preprocessing import Preprocessing, preprocessing_of
-from ..names import architecture_of, hub_id
+from ..names import architecture_of
 from ..networks.costs import latencies, multiply_adds, parameter_count
 from ..networks.loading import load_pretrained, load_teacher
 from ..networks.teacher import Teacher
 from ..recipe.parser import ArgumentParser
 from ..recipe.reading import load_recipe
 from ..runs.finished import teacher_of
-from ..runs.folder import CONFIG_NAME, RECIPE_NAME, RESULTS_NAME, ROLES, write_whole
+from ..runs.folder import RECIPE_NAME, RESULTS_NAME, write_whole
 from ..runs.tables import markdown_table
-from .arguments import parse_with_subject
+from .arguments import check_trained, parse_with_subject
 
 USAGE = "hfkd export MODEL [--key value ...]"
 
@@ -77,7 +76,7 @@ def export(argv: list[str] | None = None) -> Path:
     name, args = parse_with_subject(argv, ArgumentParser((ExportArguments,), USAGE))
     file_format = FORMATS[args.format]
     file_format.check_installed()
-    _check_model(name)
+    check_trained(name)
     model = load_pretrained(name)
     preprocessing = preprocessing_of(model)
     teacher = find_teacher(name, args.teacher)
@@ -92,19 +91,6 @@ def export(argv: list[str] | None = None) -> Path:
         sides = {"teacher": side_of_teacher(teacher, file_format)} | sides
     print(cost_table(sides, file_format))
     return path
-
-
-def _check_model(name: str) -> None:
-    folder = Path(name)
-    if not folder.is_dir():
-        if hub_id(name) is None:
-            raise NotFoundError(f"There is no model at {name}: give the folder of a trained model, or a Hub id.")
-        return
-    if (folder / CONFIG_NAME).is_file():
-        return
-    near = [folder / role for role in ROLES if (folder / role / CONFIG_NAME).is_file()]
-    hint = f"Did you mean {near[0]}?" if near else "Give the folder of a trained model, such as runs/.../student."
-    raise NotFoundError(f"{name} holds no model ({CONFIG_NAME}). {hint}")
 
 
 def _beside(name: str) -> Path:

@@ -16,6 +16,7 @@ from ..comparison.table import LEGEND, Gap, csv_text, text_table
 from ..errors import HfkdError
 from ..recipe.keys import SCHEDULE_KEYS, SEEDS
 from ..recipe.parser import ArgumentParser
+from ..recipe.reading import ARGUMENT_CLASSES
 from ..runs.folder import write_whole
 from ..runs.published_cells import RUNS, Cell, planned_cells, recipe_folder, recipes_of
 from ..training.preemption import EXIT_CODE
@@ -145,6 +146,7 @@ def parse(argv: list[str]) -> tuple[str, ReproductionArguments, list[str]]:
     """
     parser = ArgumentParser((ReproductionArguments,), USAGE, DESCRIPTION)
     pair, rest = split_subject(argv, parser, "a pair")
+    parser.check_keys(rest, ArgumentParser(ARGUMENT_CLASSES, USAGE))
     args, overrides = parse_known(rest, parser)
     if args.seeds < 1:
         raise HfkdError(f"seeds is {args.seeds}: give 1 or more.")

@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from filelock import FileLock
 from torch.utils.data import Subset
 from transformers import set_seed
 from transformers.utils import logging
 
 from ..errors import HfkdError, require
-from ..networks.loading import input_spec
+from ..networks.loading import check_model, input_spec
 from ..recipe.arguments import DataArguments, DistillationConfig, ModelArguments
-from ..recipe.keys import recipe_differences
+from ..recipe.differences import recipe_differences
 from ..recipe.parser import ArgumentParser
 from ..recipe.reading import ARGUMENT_CLASSES, load_recipe, parse_recipe, recipe_name
-from ..runs.folder import write_whole
+from ..recipe.yaml_file import dump_yaml
+from ..runs.folder import check_writable, write_whole
 from ..search.figure import save_search
 from ..search.results import SearchedTrial, best_of, best_recipe, summary_table, trials_csv, trials_markdown
 from ..search.space import TRIAL_SETTINGS, Parameter, search_space
@@ -30,6 +30,7 @@ from ..training.trainer import DistillationTrainer
 from .arguments import parse_known, split_subject
 from .build import build_student, image_sets, load_splits, load_teachers, open_cache
 from .messages import hide_token
+from .train import check_teacher_is_used
 
 SETTINGS_NAME, BEST_NAME = "search.yaml", "best.yaml"  # settings of the search, best recipe
 USAGE = "hfkd search recipe.yaml [--n_trials N] [--held_out SHARE] [--key value ...]"
@@ -82,6 +83,7 @@ def search(argv: list[str] | None = None) -> list[SearchedTrial]:
     """
     argv = sys.argv[1:] if argv is None else argv
     search_args, model_args, data_args, config, recipe = _parse(argv)
+    check_teacher_is_used(model_args, config)
     for module in ("optuna", "matplotlib"):
         require(module, "search")
     written = load_recipe(argv[0])
@@ -89,7 +91,7 @@ def search(argv: list[str] | None = None) -> list[SearchedTrial]:
     _check(search_args, model_args, data_args, config, space)
     folder = Path(search_args.search_dir or Path("runs", "search", recipe_name(argv[0])))
     config.output_dir = str(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    check_writable(folder, "search_dir")
     lock = FileLock(folder / "study.lock")  # several processes may share the search
     with lock:
         searched = {each.key: each.entry() for each in space}
@@ -106,7 +108,7 @@ def search(argv: list[str] | None = None) -> list[SearchedTrial]:
     given = {key: value for key, value in recipe.items() if written.get(key) != value}
     with lock:
         best = best_recipe(Path(argv[0]), folder, given, losses, best_of(trials))
-        write_whole(folder / BEST_NAME, _header(argv, found, folder) + yaml.safe_dump(best, sort_keys=False))
+        write_whole(folder / BEST_NAME, _header(argv, found, folder) + dump_yaml(best))
         write_whole(folder / "trials.csv", trials_csv(trials, space))
         write_whole(folder / "trials.md", f"{trials_markdown(trials, space)}\n\n{found}\n")
         save_search(trials, space, folder / "search.png")
@@ -116,7 +118,9 @@ def search(argv: list[str] | None = None) -> list[SearchedTrial]:
 
 def _parse(argv: list[str]) -> tuple[SearchArguments, ModelArguments, DataArguments, DistillationConfig, dict]:
     """Return the settings of the search, and the results of `parse_recipe` for the other arguments."""
-    path, rest = split_subject(argv, ArgumentParser((SearchArguments, *ARGUMENT_CLASSES), USAGE), "a recipe")
+    parser = ArgumentParser((SearchArguments, *ARGUMENT_CLASSES), USAGE)
+    path, rest = split_subject(argv, parser, "a recipe")
+    parser.check_keys(rest)
     search_args, rest = parse_known(rest, ArgumentParser((SearchArguments,), USAGE))
     if any(word.partition("=")[0] in ("--output_dir", "--output-dir") for word in rest):
         raise HfkdError("output_dir is the folder of a run, and a search has many: give --search_dir.")
@@ -167,7 +171,7 @@ def _claim_folder(folder: Path, settings: dict[str, Any]) -> None:
             + "\n  ".join(different)
             + "\nGive another --search_dir, or remove the folder."
         )
-    write_whole(folder / SETTINGS_NAME, yaml.safe_dump(settings, sort_keys=False))
+    write_whole(folder / SETTINGS_NAME, dump_yaml(settings))
 
 
 def build_search_trainer(
@@ -180,8 +184,9 @@ def build_search_trainer(
             evaluation split.
     """
     logging.disable_progress_bar()  # every trial loads weights
-    splits = load_splits(data_args)
+    check_model(model_args.student_name_or_path)
     teacher = open_cache(model_args) if model_args.teacher_cache else load_teachers(model_args) or None
+    splits = load_splits(data_args)
 
     def make_student():
         return build_student(model_args, data_args, splits[0].class_names)

@@ -7,16 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from transformers.utils import logging
 
 from ..errors import HfkdError
 from ..names import hub_id, last_part
 from ..recipe.arguments import DataArguments, DistillationConfig, ModelArguments
-from ..recipe.keys import recipe_differences
+from ..recipe.differences import recipe_differences
 from ..recipe.reading import parse_recipe, recipe_name
+from ..recipe.yaml_file import dump_yaml
 from ..runs.checkpoints import checkpoints, last_checkpoint
-from ..runs.folder import RECIPE_NAME, RESULTS_NAME, write_whole
+from ..runs.folder import RECIPE_NAME, RESULTS_NAME, check_writable, write_whole
 
 if TYPE_CHECKING:
     from ..training.trainer import DistillationTrainer
@@ -27,7 +27,9 @@ logger = logging.get_logger(__name__)
 def distill(argv: list[str] | None = None) -> DistillationTrainer:
     """Train the student of a recipe and export it to `<output_dir>/student`."""
     argv = sys.argv[1:] if argv is None else argv
-    return train(*parse_recipe(argv), role="student", name=recipe_name(argv[0]))
+    model_args, data_args, config, recipe = parse_recipe(argv)
+    check_teacher_is_used(model_args, config)
+    return train(model_args, data_args, config, recipe, role="student", name=recipe_name(argv[0]))
 
 
 def train_teacher(argv: list[str] | None = None) -> DistillationTrainer:
@@ -41,6 +43,20 @@ def train_teacher(argv: list[str] | None = None) -> DistillationTrainer:
     if model_args.teacher_name_or_path or model_args.teacher_cache or config.losses:
         raise HfkdError("train-teacher trains from the labels alone: use distill for a recipe with a teacher.")
     return train(model_args, data_args, config, recipe, role="teacher", name=recipe_name(argv[0]))
+
+
+def check_teacher_is_used(model_args: ModelArguments, config: DistillationConfig) -> None:
+    """Check that a recipe with a teacher has a loss that reads it.
+
+    Raises:
+        HfkdError: if it has none.
+    """
+    key = "teacher_name_or_path" if model_args.teacher_name_or_path else "teacher_cache"
+    if getattr(model_args, key) and not config.losses:
+        raise HfkdError(
+            f"{key} names a teacher, and no loss learns from it. Add a loss, such as --losses.kd.temperature 4, or "
+            f"leave {key} out."
+        )
 
 
 def train(
@@ -62,6 +78,7 @@ def train(
         name: name of the recipe in `results.json`.
         time_is_up: called after every step; when it returns True, the run ends as it does after SIGTERM.
     """
+    check_writable(Path(config.output_dir), "output_dir")
     checkpoint = claim_output_dir(config, recipe)
     logging.disable_progress_bar()  # loading and saving weights would break the bar of the training
     trainer = build_trainer(model_args, data_args, config)
@@ -69,7 +86,7 @@ def train(
     trainer.stop_on_sigterm.time_is_up = time_is_up
     trainer.results.facts |= {"role": role, "recipe": name}
     if trainer.is_world_process_zero():
-        write_whole(Path(config.output_dir, RECIPE_NAME), yaml.safe_dump(recipe, sort_keys=False))
+        write_whole(Path(config.output_dir, RECIPE_NAME), dump_yaml(recipe))
     trainer.train(resume_from_checkpoint=checkpoint)
     if not trainer.results.rows:  # eval_strategy: no
         trainer.evaluate()
@@ -94,20 +111,21 @@ def build_trainer(
     """
     # Imported here, because these import timm, datasets and transformers' models, which takes seconds. `--help` and
     # mistakes in a recipe are answered without them.
-    from transformers import AutoImageProcessor, set_seed
+    from transformers import set_seed
     from transformers.models.timm_wrapper import TimmWrapperForImageClassification
 
-    from ..networks.loading import input_spec
+    from ..networks.loading import check_model, input_spec, load_processor
     from ..training.trainer import DistillationTrainer
     from .build import build_student, image_sets, load_splits, load_teachers, open_cache
 
+    check_model(model_args.student_name_or_path)
+    teacher = open_cache(model_args) if model_args.teacher_cache else load_teachers(model_args) or None
     set_seed(config.seed)  # the student's initial weights are part of the recipe
     splits = load_splits(data_args)
     student = build_student(model_args, data_args, splits[0].class_names)
-    teacher = open_cache(model_args) if model_args.teacher_cache else load_teachers(model_args) or None
     train_set, eval_set = image_sets(splits, input_spec(student), data_args, config)
     wrapped = isinstance(student, TimmWrapperForImageClassification)  # timm's config.json holds the preprocessing
-    processor = None if wrapped else AutoImageProcessor.from_pretrained(student.name_or_path)
+    processor = None if wrapped else load_processor(student.name_or_path)
     trainer = DistillationTrainer(
         student, teacher, config, train_dataset=train_set, eval_dataset=eval_set, processing_class=processor
     )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import HfkdError
+from ..recipe.differences import settings_of
 from ..recipe.keys import SEEDS, WITHOUT_EFFECT
 from ..runs.finished import FinishedRun
 from ..runs.published import PublishedRun, departures, processes, published_runs
@@ -145,7 +146,7 @@ def evaluated_on(run: FinishedRun) -> str:
 
 
 def _identity(run: FinishedRun) -> str:
-    settings = {key: value for key, value in run.recipe.items() if key not in OF_ONE_RUN}
+    settings = {key: value for key, value in settings_of(run.recipe).items() if key not in OF_ONE_RUN}
     return json.dumps([run.name, run.results["role"], processes(run.results), settings], sort_keys=True)
 
 
@@ -154,8 +155,10 @@ def _labels(groups: Sequence[list[FinishedRun]]) -> list[str]:
     firsts = [group[0] for group in groups]
     labels = []
     for run in firsts:
-        namesakes = [_settings(other) for other in firsts if other.name == run.name and other.recipe]
-        own = _settings(run)
+        namesakes = [
+            _settings(other, settings_of(other.recipe)) for other in firsts if other.name == run.name and other.recipe
+        ]
+        own = _settings(run, run.recipe)  # a default that is written out is shown
         keys = [key for key in sorted(set().union(*namesakes)) if len({str(each.get(key)) for each in namesakes}) > 1]
         words = [f"{key} {_written(own.get(key))}" for key in keys] if run.recipe else []
         words += [] if run.is_whole else [_stopped(run)]
@@ -170,9 +173,9 @@ def _stopped(run: FinishedRun) -> str:
     return f"stopped at step {run.steps} of {run.results['planned_steps']}"
 
 
-def _settings(run: FinishedRun) -> dict[str, Any]:
+def _settings(run: FinishedRun, recipe: dict[str, Any]) -> dict[str, Any]:
     """Return the recipe with a key for each parameter of a loss, and the number of processes."""
-    settings = {key: value for key, value in run.recipe.items() if key not in OF_ONE_RUN}
+    settings = {key: value for key, value in recipe.items() if key not in OF_ONE_RUN}
     losses = settings.pop("losses", None) or {}
     for method, parameters in losses.items():
         settings[f"losses.{method}"] = True

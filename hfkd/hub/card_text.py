@@ -9,11 +9,11 @@ import re
 from typing import Any
 
 import timm
-import yaml
 
 from ..losses import LOSSES
 from ..losses.standardize import CITATION
 from ..recipe.arguments import DistillationConfig
+from ..recipe.yaml_file import parse_yaml
 from ..runs.tables import markdown_table, without_empty_columns
 
 LOCAL_FOLDER = "path/to/this/folder"  # path in the code of a card that has no repository
@@ -179,7 +179,7 @@ def _cache(cache: dict[str, Any]) -> str:
 
 def training_section(results: dict[str, Any], recipe: str | None) -> str:
     """Return the settings, the command that repeats the run, and the environment."""
-    rows = [] if recipe is None else _settings(yaml.safe_load(recipe))
+    rows = [] if recipe is None else _settings(parse_yaml(recipe, "recipe.yaml"))
     rows.append(["devices", results["devices"]])
     if "seconds" in results:
         rows.append(["time, with evaluations", _duration(results["seconds"])])
@@ -221,7 +221,7 @@ def _settings(recipe: dict[str, Any]) -> list[list[str]]:
 def _recipe(results: dict[str, Any], recipe: str) -> str:
     """Return the whole recipe and, for a run that a recipe started, the command that repeats it."""
     parts = []
-    if {"student_name_or_path", "dataset_name"} <= yaml.safe_load(recipe).keys():
+    if {"student_name_or_path", "dataset_name"} <= parse_yaml(recipe, "recipe.yaml").keys():
         processes = int(results["devices"].split()[0])
         program = f"accelerate launch --num_processes {processes} -m hfkd" if processes > 1 else "hfkd"
         verb = "train-teacher" if results["role"] == "teacher" else "distill"

@@ -80,7 +80,7 @@ def build_losses(
 
     Raises:
         HfkdError: an unknown method, an unknown, missing or ill-typed parameter, a value out of range, or a name that a
-            module cannot have.
+            module cannot have or that the cross-entropy has.
     """
     if not isinstance(losses, Mapping):
         raise HfkdError(f"losses is {losses!r}: give a mapping of methods, such as {{'kd': {{'temperature': 4.0}}}}")
@@ -89,6 +89,8 @@ def build_losses(
         loss = given if isinstance(given, DistillationLoss) else _build(name, given)
         if not (isinstance(name, str) and name.isidentifier()) or name in dir(modules):
             raise HfkdError(f"losses: {name!r} cannot name a loss; use letters, digits and underscores")
+        if name == "ce":
+            raise HfkdError("losses: 'ce' is the name of the cross-entropy with the labels; give the loss another name")
         loss.logit_standardization = logit_standardization
         modules[name] = loss
     return modules

@@ -110,7 +110,7 @@ def _convert(key: str, value: Any, annotation: Any) -> Any:
 def _parse_number(value: Any) -> float | None:
     """Return a number, or the number that a string spells, or None.
 
-    YAML 1.1 reads 5e-1 and 1e3, which lack a dot or a sign, as strings.
+    Most readers of YAML, which is not hfkd's own, take 5e-1 and 1e3 for strings.
     """
     if isinstance(value, bool) or not isinstance(value, (Real, str)):
         return None

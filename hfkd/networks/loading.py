@@ -25,7 +25,7 @@ from ..models.checkpoints import load_architecture
 from ..names import hub_id, public_name
 from .features import InputSpec, timm_model_of
 from .sharding import gathered
-from .sources import check_loaded, create_pretrained, has_tag, resolve_name, unreadable_error
+from .sources import check_loaded, create_pretrained, has_tag, not_found_error, resolve_name
 from .teacher import Teacher, TeacherEnsemble
 
 # Entries of timm's pretrained_cfg that a student does not keep. The first name the source of the weights, perhaps a
@@ -210,24 +210,24 @@ def load_pretrained(
         label2id = {name: index for index, name in enumerate(class_names)}
         classes = {"num_labels": len(class_names), "id2label": dict(enumerate(class_names)), "label2id": label2id}
     name_or_path = resolve_name(name_or_path)
-    try:
-        config = AutoConfig.from_pretrained(name_or_path, **classes)
-    except (OSError, ValueError) as error:
-        raise unreadable_error(name_or_path, error) from error
+    config = _read_config(name_or_path, **classes)
     if isinstance(config, TimmWrapperConfig):
         if config.model_args:
             config.model_args.pop("num_classes", None)  # timm's push_to_hf_hub writes it; transformers refuses it
         if class_names is not None:
             # timm reads its own key. Without this line it would keep the names from the folder and save them again.
             config.label_names = list(class_names)
-    model, info = AutoModelForImageClassification.from_pretrained(
-        name_or_path,
-        config=config,
-        dtype=torch.float32,
-        ignore_mismatched_sizes=class_names is not None,
-        device_map=device_map,
-        output_loading_info=True,
-    )
+    try:
+        model, info = AutoModelForImageClassification.from_pretrained(
+            name_or_path,
+            config=config,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=class_names is not None,
+            device_map=device_map,
+            output_loading_info=True,
+        )
+    except OSError as error:  # no weights
+        raise not_found_error("weights", name_or_path, error) from error
     check_loaded(model, info, name_or_path, new_classes=class_names is not None)
     return model
 
@@ -254,6 +254,39 @@ def as_teacher(
         members = [as_teacher(member, standardized) for member in given]
         return members[0] if len(members) == 1 else TeacherEnsemble(members, standardized)
     return given
+
+
+def check_model(name_or_path: str) -> None:
+    """Check that a model can be loaded, as far as its name and its configuration show it.
+
+    Raises:
+        HfkdError: if the name is no architecture, folder or Hub id, or has a tag of weights that timm lacks.
+        NotFoundError: if there is no configuration of a model at the folder or the Hub id.
+    """
+    name_or_path = resolve_name(name_or_path)
+    if _is_architecture(name_or_path):
+        has_tag(name_or_path)
+    else:
+        _read_config(name_or_path)
+
+
+def _read_config(name_or_path: str, **changes: Any) -> Any:
+    try:
+        return AutoConfig.from_pretrained(name_or_path, **changes)
+    except (OSError, ValueError) as error:
+        raise not_found_error("model", name_or_path, error) from error
+
+
+def load_processor(name_or_path: Any) -> Any:
+    """Return the image processor of a folder or a Hub id.
+
+    Raises:
+        NotFoundError: if there is none.
+    """
+    try:
+        return AutoImageProcessor.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise not_found_error("image processor", name_or_path, error) from error
 
 
 def _is_architecture(name_or_path: str) -> bool:
@@ -327,7 +360,7 @@ def input_spec(model: nn.Module) -> InputSpec:
         # The timm model has a pretrained_cfg as well, but timm makes it anew when a folder is loaded.
         cfg = model.config.pretrained_cfg
     elif isinstance(model, PreTrainedModel):
-        return _processor_input_spec(AutoImageProcessor.from_pretrained(model.name_or_path), model.name_or_path)
+        return _processor_input_spec(load_processor(model.name_or_path), model.name_or_path)
     else:
         cfg = model.pretrained_cfg
     return InputSpec(cfg["input_size"][-1], tuple(cfg["mean"]), tuple(cfg["std"]))

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import timm
+from huggingface_hub import is_offline_mode
 from timm.models import split_model_name_tag
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.timm_wrapper import TimmWrapperForImageClassification
 from transformers.utils import logging
 
-from ..errors import HfkdError, did_you_mean
+from ..errors import HfkdError, NotFoundError, did_you_mean
 from ..names import RESULTS_NAME, ROLES
 
 HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")  # timm's
@@ -69,32 +71,28 @@ def create_pretrained(architecture: str, **settings: Any) -> nn.Module:
 
     Raises:
         TypeError: the architecture does not take the settings.
-        HfkdError: the weights cannot be fetched.
+        NotFoundError: the weights cannot be fetched.
     """
     try:
         return timm.create_model(architecture, pretrained=True, **settings)
     except TypeError:
         raise
     except Exception as error:  # the Hub and the network raise their own types
-        raise HfkdError(
-            f"The pretrained weights of {architecture} cannot be fetched: {' '.join(str(error).split())} Connect to "
-            f"the network once, or name the architecture alone, {split_model_name_tag(architecture)[0]}, with weights "
-            "of your own or, for a student, random ones."
-        ) from error
+        name = split_model_name_tag(architecture)[0]
+        advice = f" Or name the architecture alone, {name}, with a checkpoint or, for a student, random weights."
+        raise not_found_error("pretrained weights", architecture, error, advice) from error
 
 
-def unreadable_error(name_or_path: str, error: Exception) -> HfkdError:
-    """Return the error for a folder or Hub id that transformers cannot read."""
-    reason = " ".join(str(error).split())
-    if Path(name_or_path).is_dir():
-        return HfkdError(
-            f"{name_or_path} holds no model that transformers can read: name a folder written by save_pretrained, or "
-            f"that of a run. ({reason})"
-        )
-    return HfkdError(
-        f"The model '{name_or_path}' cannot be loaded: there is no such folder, and the Hub does not provide it. "
-        f"Without a network, give the path of a local folder. ({reason})"
-    )
+def not_found_error(part: str, name_or_path: str, error: Exception, advice: str = "") -> NotFoundError:
+    """Return the error for a part of a model, such as its weights, that a name does not provide."""
+    if os.path.isdir(name_or_path):
+        reason = "Give a folder that save_pretrained or hfkd wrote, such as runs/.../student"
+    elif is_offline_mode():
+        reason = "HF_HUB_OFFLINE is set and the Hub's cache lacks it. Give a local folder, or unset HF_HUB_OFFLINE"
+    else:
+        reason = "The Hub does not provide it, and there is no such folder. Check the name and the network"
+    first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return NotFoundError(f"{name_or_path} has no {part} that can be loaded. {reason}.{advice} ({first_line})")
 
 
 def check_loaded(model: PreTrainedModel, info: dict[str, Any], name_or_path: str, new_classes: bool) -> None:

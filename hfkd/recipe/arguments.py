@@ -17,6 +17,7 @@ from torch.distributed import DistNetworkError, DistStoreError
 from transformers import TrainingArguments
 
 from ..errors import HfkdError, RendezvousError, did_you_mean
+from .checks import check_ranges, check_training
 from .keys import RECIPE_KEYS
 
 
@@ -74,6 +75,7 @@ class ModelArguments:
     )
 
     def __post_init__(self):
+        check_ranges(self)
         if isinstance(self.teacher_device_map, str) and self.teacher_device_map.startswith("{"):
             self.teacher_device_map = json.loads(self.teacher_device_map)
         # Callers from code may pass one name without a list.
@@ -158,16 +160,7 @@ class DataArguments:
     )
 
     def __post_init__(self):
-        if self.image_size is not None and self.image_size < 1:
-            raise HfkdError(f"image_size must be 1 pixel or more, got {self.image_size}.")
-        if not 0 < self.crop_pct <= 1:
-            raise HfkdError(f"crop_pct must be above 0 and at most 1, got {self.crop_pct}.")
-        if not 0 <= self.random_erasing <= 1:
-            raise HfkdError(f"random_erasing is a probability, got {self.random_erasing}: give 0 to 1.")
-        if self.color_jitter < 0:
-            raise HfkdError(f"color_jitter must not be negative, got {self.color_jitter}.")
-        if self.shuffle_buffer_size < 1:
-            raise HfkdError(f"shuffle_buffer_size must be 1 image or more, got {self.shuffle_buffer_size}.")
+        check_ranges(self)
         for each in dataclasses.fields(DataArguments):
             needed = RECIPE_KEYS[each.name].augmentation
             if needed not in (None, self.augmentation) and getattr(self, each.name) != each.default:
@@ -271,6 +264,7 @@ class DistillationConfig(TrainingArguments):
     )
 
     def __post_init__(self):
+        check_training(self)
         if not torch.accelerator.is_available():
             self.use_cpu = True  # otherwise TrainingArguments refuses bf16, which CPUs support
         elif self.accelerator_config is None:
@@ -281,8 +275,13 @@ class DistillationConfig(TrainingArguments):
             renamed = name.replace("gradient", "activation")
             if hasattr(self, renamed) and getattr(self, renamed) is None:
                 setattr(self, renamed, getattr(self, name))
-        with joining_processes(self):
-            super().__post_init__()
+        try:
+            with joining_processes(self):
+                super().__post_init__()
+        except HfkdError:
+            raise
+        except (ValueError, TypeError, ImportError, OSError, NotImplementedError) as error:
+            raise HfkdError(f"transformers refuses these settings: {error}") from error
         check_trackers(self.report_to)
         self.losses = self.losses or {}
         if not isinstance(self.losses, dict):
@@ -292,22 +291,16 @@ class DistillationConfig(TrainingArguments):
             )
         if self.fp16 and self.use_cpu:
             raise HfkdError("fp16 needs an accelerator. On a CPU, set bf16 or neither.")
-        if self.ce_weight < 0:
-            raise HfkdError(f"ce_weight must not be negative, got {self.ce_weight}.")
         if self.label_smoothing_factor:
             raise HfkdError(
                 f"label_smoothing_factor={self.label_smoothing_factor} is not supported, because the teacher's "
                 "distribution replaces it: leave it at 0."
             )
-        if self.mixup < 0 or self.cutmix < 0:
-            raise HfkdError(f"mixup and cutmix must not be negative, got {self.mixup} and {self.cutmix}.")
         if self.mixes and (self.per_device_train_batch_size % 2 or not self.dataloader_drop_last):
             raise HfkdError(
                 "mixup and cutmix pair the images of a batch, so every batch must be even: set dataloader_drop_last: "
                 f"true and an even per_device_train_batch_size (it is {self.per_device_train_batch_size})."
             )
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise HfkdError(f"ema_decay must be between 0 and 1, e.g. 0.9998, got {self.ema_decay}.")
         if self.lr_milestones and self.get_warmup_steps(1_000):
             raise HfkdError("lr_milestones has no warm-up: leave warmup_steps at 0 or use lr_scheduler_type.")
 

@@ -1,4 +1,4 @@
-"""Recipe keys: a table of their properties, sets of keys derived from it, comparison and publication of recipes."""
+"""Recipe keys: a table of their properties, sets of keys derived from it, and the publication of recipes."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
 from typing import Any
-
-import yaml
 
 from ..names import DIGITS, is_local, last_part
 
@@ -34,8 +31,6 @@ class Key:
 
     Attributes:
         effect: effect of the key on a run.
-        fixed: whether a run can be resumed, and share a row of a comparison, only with the same value, although the key
-            does not change the student. Keys with the effect RESULT are always fixed.
         private: whether the published recipe leaves the key out.
         secret: whether the value is never written to a file.
         path: whether the value may be a local path. A published recipe replaces it by `path/to/<name>`.
@@ -46,7 +41,6 @@ class Key:
     """
 
     effect: Effect
-    fixed: bool = False
     private: bool = False
     secret: bool = False
     path: bool = False
@@ -111,7 +105,7 @@ _TRANSFORMERS = {
             *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "ddp_find_unused_parameters"),
             *("ddp_static_graph", "ddp_timeout"),
         ),
-        Key(SPEED, fixed=True),
+        Key(SPEED),
     ),
     # Files, logs, trackers and the Hub
     **dict.fromkeys(("hub_token", "push_to_hub_token"), Key(OUTPUT, secret=True)),
@@ -130,7 +124,7 @@ _TRANSFORMERS = {
             *("log_level_replica", "log_on_each_node", "include_num_input_tokens_seen", "skip_memory_metrics"),
             *("debug", "save_only_model", "save_total_limit", "save_on_each_node", "enable_jit_checkpoint"),
         ),
-        Key(OUTPUT, fixed=True),
+        Key(OUTPUT),
     ),
     "resume_from_checkpoint": Key(CONTROL),
 }
@@ -166,7 +160,7 @@ _DISTILLATION = {
     "ce_weight": Key(RESULT, searchable=True),
     "lr_milestones": Key(RESULT, schedule=True),
     "shard_teacher": Key(SPEED),
-    "published_top1": Key(OUTPUT, fixed=True),
+    "published_top1": Key(OUTPUT),
     "allow_recipe_change": Key(CONTROL),
 }
 RECIPE_KEYS: dict[str, Key] = _TRANSFORMERS | _MODEL | _DATA | _DISTILLATION
@@ -182,25 +176,10 @@ PRIVATE_KEYS = frozenset(keys_that(lambda key: key.private))
 PATH_KEYS = frozenset(keys_that(lambda key: key.path))
 # Keys that may differ between a run and its resumption, and between the runs of one row of a comparison. Keys in
 # NOT_RECORDED need no entry, because no recorded recipe contains them.
-WITHOUT_EFFECT = frozenset(keys_that(lambda key: key.effect in (SPEED, OUTPUT) and not (key.fixed or key.secret)))
+WITHOUT_EFFECT = frozenset(keys_that(lambda key: key.effect in (SPEED, OUTPUT) and not key.secret))
 SEEDS = keys_that(lambda key: key.seed)
 SCHEDULE_KEYS = keys_that(lambda key: key.schedule)
 SEARCHABLE_KEYS = keys_that(lambda key: key.searchable)
-
-
-def recipe_differences(path: Path, recipe: dict[str, Any]) -> list[str]:
-    """Return the keys that differ from the recipe of an earlier run, with both values; none without an earlier run."""
-    if not path.is_file():
-        return []
-    there = yaml.safe_load(path.read_text())
-    # The workers of a stream divide its rows, so another number of workers changes the order of the images.
-    without_effect = WITHOUT_EFFECT - ({"dataloader_num_workers"} if recipe.get("streaming") else set())
-    return [
-        f"{key}: {there.get(key)!r} there, {recipe.get(key)!r} here"
-        for key in sorted({*there, *recipe} - without_effect)
-        # A checkpoint from the Hub comes with the public recipe.
-        if there.get(key) not in (recipe.get(key), public_value(key, recipe.get(key)))
-    ]
 
 
 def public_recipe(recipe: dict[str, Any]) -> dict[str, Any]:

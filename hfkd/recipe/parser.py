@@ -18,7 +18,9 @@ from typing import Any, get_type_hints
 from transformers import HfArgumentParser, TrainingArguments
 
 from ..errors import HfkdError, unknown_key_error
+from .yaml_file import parse_yaml
 
+NULLS = ("null", "Null", "NULL", "~")  # YAML's
 HELP_WORDS = ("-h", "--help", "--help-all")
 MORE_HELP = (
     "The keys of transformers' TrainingArguments, such as learning_rate, num_train_epochs and\n"
@@ -103,18 +105,77 @@ class ArgumentParser(HfArgumentParser):
         """Return the option that a token such as `--seed=3` or `--no_bf16` sets, or None."""
         return self.options.get(token.partition("=")[0])
 
+    def settle(self, argv: Sequence[str]) -> tuple[list[str], set[str]]:
+        """Return the arguments with mappings as JSON, without keys that are set to null, and the names of these keys.
+
+        Null gives a key its default again, whatever was set before.
+
+        Raises:
+            HfkdError: for a mapping that is not valid YAML.
+        """
+        groups: list[list[str]] = []  # a key and its values each
+        for token in argv:
+            if token.startswith("--") or not groups:
+                name, equals, value = token.partition("=")
+                groups.append([name, value] if equals and self.option(token) else [token])
+            else:
+                groups[-1].append(token)
+        kept: list[tuple[str, list[str]]] = []
+        unset = set()
+        for name, *values in groups:
+            option = self.option(name)
+            key = name if option is None else option.dest
+            if option is not None and len(values) == 1 and values[0] in NULLS:
+                kept = [(other, tokens) for other, tokens in kept if other != key]
+                unset.add(key)
+                continue
+            if option is not None and len(values) == 1:
+                tokens = [f"{name}={_as_json(values[0], name)}"]
+            else:
+                tokens = [name, *values]
+            kept.append((key, tokens))
+        return [token for _, tokens in kept for token in tokens], unset
+
+    def check_keys(self, argv: Sequence[str], *others: ArgumentParser) -> None:
+        """Check that the keys among the arguments are known; parameters of losses are not looked at.
+
+        Args:
+            others: parsers whose keys are known, too.
+
+        Raises:
+            HfkdError: for an unknown key, with the nearest valid one.
+        """
+        for token in argv:
+            if not token.startswith("--") or token.startswith("--losses."):
+                continue
+            if all(parser.option(token) is None for parser in (self, *others)):
+                raise self._unknown_key(token, *others)
+
+    def _unknown_key(self, token: str, *others: ArgumentParser) -> HfkdError:
+        classes = [cls for parser in (self, *others) for cls in parser.dataclass_types]
+        keys = [field.name for cls in classes for field in dataclasses.fields(cls) if field.init]
+        return unknown_key_error(token.lstrip("-").partition("=")[0], keys, "the command line")
+
     def parse(self, argv: list[str]) -> list:
         """Parse a command line into one object of each class.
 
         Raises:
             HfkdError: for an unknown key, with the nearest valid one, or a value of the wrong type.
         """
+        argv, _ = self.settle(argv)
         # Before the objects are made, because TrainingArguments takes seconds to find its device.
         _, unknown = self.parse_known_args(argv)
         if unknown:
-            keys = [field.name for cls in self.dataclass_types for field in dataclasses.fields(cls) if field.init]
-            raise unknown_key_error(unknown[0].lstrip("-").partition("=")[0], keys, "the command line")
+            raise self._unknown_key(unknown[0])
         return list(self.parse_args_into_dataclasses(argv, look_for_args_file=False))
+
+
+def _as_json(value: str, key: str) -> str:
+    """Return a mapping written as YAML as JSON, any other value as it is."""
+    if not value.startswith("{"):
+        return value
+    given = parse_yaml(value, key)
+    return json.dumps(given, ensure_ascii=False) if isinstance(given, dict) else value
 
 
 class Inherited:
@@ -156,9 +217,9 @@ def to_argv(recipe: dict[str, Any], parser: ArgumentParser) -> list[str]:
                 raise HfkdError(f"{key} takes one value, got the list {value}.")
             tokens += [f"--{key}", *map(str, value)] if value else []
         elif isinstance(value, dict):
-            tokens.append(f"--{key}={json.dumps(value)}")
+            tokens.append(f"--{key}={json.dumps(value, ensure_ascii=False)}")
         elif value is False and key.endswith("_strategy"):
-            tokens.append(f"--{key}=no")  # YAML 1.1 reads `no` as false
+            tokens.append(f"--{key}=no")  # YAML 1.1 reads `no` as false, and so do its users
         elif value is not None:
             tokens.append(f"--{key}={value}")
     return tokens

@@ -9,42 +9,47 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..errors import HfkdError, NotFoundError, nearest, unknown_key_error
-from ..losses import LOSSES
+from ..losses import LOSSES, build_losses
 from .arguments import DataArguments, DistillationConfig, ModelArguments
 from .keys import NOT_RECORDED, SECTIONS
 from .parser import ArgumentParser, to_argv
+from .yaml_file import parse_yaml, read_yaml
 
 ARGUMENT_CLASSES = (ModelArguments, DataArguments, DistillationConfig)
 KEYS = [field.name for cls in ARGUMENT_CLASSES for field in dataclasses.fields(cls) if field.init]
 
 RECIPE_HELP = (
     "A recipe is a YAML file of the keys below. Its keys override the recipe that it `extends`,\n"
-    "and keys on the command line override both."
+    "and keys on the command line override both. null gives a key its default again."
 )
 
 
 def load_recipe(path: str | Path) -> dict[str, Any]:
     """Read a recipe, including the keys of the recipe that it `extends`, whose path is relative to it.
 
-    Mappings such as `losses` are replaced and not merged, so that all losses of a recipe are in one place.
+    The parent may extend a recipe in turn. Mappings such as `losses` are replaced and not merged, so that all losses of
+    a recipe are in one place.
 
     Raises:
-        NotFoundError: if the recipe or its parent does not exist.
-        HfkdError: for invalid YAML, an unknown key, or a parent that extends a third recipe.
+        NotFoundError: if the recipe or one that it extends does not exist.
+        HfkdError: for invalid YAML, an unknown key, or a recipe that extends itself.
     """
-    path = Path(path)
-    recipe = _read_yaml(path)
-    parent_name = recipe.pop("extends", None)
-    if parent_name is None:
-        return recipe
-    parent_path = path.parent / parent_name
-    parent = _read_yaml(parent_path)
-    if "extends" in parent:
-        raise HfkdError(f"{parent_path} is extended by {path} and itself extends a recipe: only one level is allowed.")
-    return parent | recipe
+    recipe: dict[str, Any] = {}
+    paths: list[Path] = []
+    while True:
+        path = Path(path)
+        if path.resolve() in [other.resolve() for other in paths]:
+            chain = " extends ".join(map(str, [*paths, path]))
+            raise HfkdError(f"{chain}: a recipe cannot extend itself. Remove one of the `extends`.")
+        paths.append(path)
+        recipe = _read_yaml(path) | recipe
+        parent = recipe.pop("extends", None)
+        if parent is None:
+            return recipe
+        if not isinstance(parent, str):
+            raise HfkdError(f"extends in {path} must be the path of one recipe, got {parent!r}.")
+        path = path.parent / parent
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -52,10 +57,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         near = nearest(path.name, [other.name for other in path.parent.glob("*.yaml")])
         hint = f" Did you mean {path.parent / near[0]}?" if near else ""
         raise NotFoundError(f"There is no recipe at {path}.{hint}")
-    try:
-        recipe = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise HfkdError(f"{path} is not valid YAML: {error}") from error
+    recipe = read_yaml(path)
     if not isinstance(recipe, dict):
         raise HfkdError(f"{path} must hold a mapping of keys to values, got {type(recipe).__name__}.")
     for key in recipe:
@@ -88,11 +90,14 @@ def parse_recipe(
         raise HfkdError(f"The first argument must be a recipe, got '{path}': {usage}. `--help` explains the keys.")
     recipe = load_recipe(path)
     recipe.pop("search", None)
-    losses, overrides = _split_loss_overrides(recipe.get("losses") or {}, overrides)
-    recipe["losses"] = losses
+    overrides, unset = parser.settle(overrides)
+    recipe = {key: value for key, value in recipe.items() if value is not None and key not in unset}
+    recipe["losses"], overrides = _split_loss_overrides(recipe.get("losses") or {}, overrides)
     recipe.setdefault("output_dir", default_output_dir(path))
     argv = to_argv(recipe, parser) + overrides
-    return *parser.parse(argv), _resolve(parser, argv)
+    model_args, data_args, config = parser.parse(argv)
+    build_losses(config.losses, config.logit_standardization)  # finds mistakes before data and networks are loaded
+    return model_args, data_args, config, _resolve(parser, argv)
 
 
 def methods_help() -> str:
@@ -132,7 +137,15 @@ def _split_loss_overrides(losses: dict, argv: list[str]) -> tuple[dict, list[str
     """Return a copy of `losses` with each `--losses.method.parameter value` of `argv` set, and the rest of `argv`."""
     if not isinstance(losses, dict):
         raise HfkdError(f"losses must map method names to their parameters, got {losses!r}.")
-    losses = {method: dict(parameters or {}) for method, parameters in losses.items()}
+    for method, parameters in losses.items():
+        if not (parameters is None or isinstance(parameters, dict)):
+            raise HfkdError(
+                f"losses.{method} must map parameters to their values, such as {{temperature: 4}}, got {parameters!r}."
+            )
+    losses = {
+        method: {name: value for name, value in (parameters or {}).items() if value is not None}
+        for method, parameters in losses.items()
+    }
     rest, tokens = [], iter(argv)
     for token in tokens:
         if not token.startswith("--losses."):
@@ -145,5 +158,9 @@ def _split_loss_overrides(losses: dict, argv: list[str]) -> tuple[dict, list[str
             raise HfkdError(f"'{token}' must have the form --losses.METHOD.PARAMETER VALUE.")
         if any(other.partition("=")[0] == "--losses" for other in argv):
             raise HfkdError(f"--losses replaces all losses: give it or '{token}', not both.")
-        losses.setdefault(path[0], {})[path[1]] = yaml.safe_load(value)
+        given = parse_yaml(value, token)
+        if given is None:  # the default again
+            losses.setdefault(path[0], {}).pop(path[1], None)
+        else:
+            losses.setdefault(path[0], {})[path[1]] = given
     return losses, rest

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..errors import HfkdError, NotFoundError, nearest
+from ..recipe.yaml_file import read_yaml
 from .folder import RECIPE_NAME, RESULTS_NAME, ROLES, WEIGHTS_NAME
 
 FACTS = ("role", "recipe", "seed", "planned_steps")  # facts that readers of runs rely on; others may be missing
@@ -116,14 +115,7 @@ def read_run(folder: str | Path) -> FinishedRun:
     if missing:
         raise HfkdError(f"{path} was written by another program or an earlier hfkd: it lacks {', '.join(missing)}.")
     recipe = folder / RECIPE_NAME
-    return FinishedRun(folder, results, _read_recipe(recipe) if recipe.is_file() else {})
-
-
-def _read_recipe(path: Path) -> dict[str, Any]:
-    try:
-        return yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise HfkdError(f"{path} is damaged: {error}") from error
+    return FinishedRun(folder, results, read_yaml(recipe) if recipe.is_file() else {})
 
 
 def find_runs(paths: Sequence[str | Path]) -> tuple[list[FinishedRun], list[str]]:
@@ -141,7 +133,7 @@ def find_runs(paths: Sequence[str | Path]) -> tuple[list[FinishedRun], list[str]
     left_out = []
     for path in map(Path, paths):
         if not path.exists():
-            raise NotFoundError(f"There is no folder {path}.{_runs_nearby(path)}")
+            raise NotFoundError(f"There is no folder {path}.{runs_nearby(path)}")
         folders = _run_folders(path)
         if not folders:
             left_out.append(f"{path} holds no run.")
@@ -157,7 +149,7 @@ def find_runs(paths: Sequence[str | Path]) -> tuple[list[FinishedRun], list[str]
                 left_out.append(f"{folder} was not evaluated yet.")
     if not runs:
         reasons = "\n  ".join(left_out)
-        raise NotFoundError(f"There is no run to read:\n  {reasons}{_runs_nearby(Path(paths[0]))}")
+        raise NotFoundError(f"There is no run to read:\n  {reasons}{runs_nearby(Path(paths[0]))}")
     return list(runs.values()), left_out
 
 
@@ -174,7 +166,7 @@ def _run_folders(path: Path) -> list[Path]:
     return found
 
 
-def _runs_nearby(path: Path) -> str:
+def runs_nearby(path: Path) -> str:
     """Return a sentence that names the runs beside a path, or else in `runs`; the most similar path comes first."""
     for place in (path.parent, Path("runs")):
         found = [str(folder) for folder in _run_folders(place) if (folder / RESULTS_NAME).is_file()]

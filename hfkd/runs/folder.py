@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import shutil
 import subprocess
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from ..errors import HfkdError
 from ..names import RESULTS_NAME as RESULTS_NAME
 from ..names import ROLES as ROLES
 
@@ -26,6 +29,22 @@ def write_whole(path: Path, text: str) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_writable(folder: Path, key: str) -> None:
+    """Make a folder if there is none, and check that files can be written to it.
+
+    Raises:
+        HfkdError: if they cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            return  # told where the files are written, which says what to do
+        raise HfkdError(f"{key}: {folder} cannot be written ({error.strerror}). Give another folder.") from error
 
 
 def environment() -> dict[str, Any]:

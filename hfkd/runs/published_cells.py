@@ -14,7 +14,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from ..errors import HfkdError, NotFoundError, did_you_mean
 from ..losses import LOSSES
 from ..recipe.arguments import DataArguments, DistillationConfig, ModelArguments
-from ..recipe.keys import recipe_differences
+from ..recipe.differences import recipe_differences
 from ..recipe.reading import load_recipe, parse_recipe, recipe_name
 from .checkpoints import last_checkpoint
 from .finished import FinishedRun, read_run, teacher_of

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..recipe.keys import SCHEDULE_KEYS
+from ..recipe.yaml_file import read_yaml
 from ..runs.tables import csv_table, markdown_table
 from .space import TRIAL_SETTINGS, Parameter, settings, short
 
@@ -121,7 +120,7 @@ def best_recipe(
     """Return the searched recipe with the best values, for a file in the folder.
 
     The new recipe extends the searched one. If the searched one has a parent, the new recipe extends the parent and
-    repeats the searched recipe's lines, since only one level is allowed.
+    repeats the searched recipe's lines.
 
     Args:
         path: path of the searched recipe.
@@ -130,7 +129,7 @@ def best_recipe(
         losses: losses of recipe and command line before the search.
         best: trial with the best values.
     """
-    own = yaml.safe_load(path.read_text())
+    own = read_yaml(path)
     parent = own.pop("extends", None)
     if parent is None:
         parent, own = path.name, {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -172,7 +173,12 @@ def _converted(key: str, default: Any, value: Any) -> Any:
         number = float(value)
     except (TypeError, ValueError):
         number = None
-    if number is None or isinstance(value, bool) or (kind is int and not number.is_integer()):
+    if (
+        number is None
+        or not math.isfinite(number)
+        or isinstance(value, bool)
+        or (kind is int and not number.is_integer())
+    ):
         raise HfkdError(f"search: {key} takes {'whole ' if kind is int else ''}numbers, got {value!r}.")
     return kind(number)
 

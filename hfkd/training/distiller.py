@@ -79,6 +79,8 @@ class Distiller(nn.Module):
                     value = {"": value}
                 for term, term_value in value.items():
                     key = f"loss_{name}_{term}" if term else f"loss_{name}"
+                    if key in terms:
+                        raise HfkdError(f"Two terms of the losses have the name '{key}': give '{name}' another name.")
                     terms[key] = loss.weight * term_value
         return terms
 

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import TrainingArguments
 
 from ..hub.card import write_card
 from ..recipe.arguments import DistillationConfig
 from ..recipe.keys import NOT_RECORDED, public_recipe
+from ..recipe.yaml_file import dump_yaml
 from ..runs.folder import RECIPE_NAME, RESULTS_NAME, write_whole
 from .checkpoints import WEIGHTS_PATTERN
 from .results import ResultsWriter
@@ -74,7 +74,7 @@ class Exports:
         results.facts = results.facts | facts
         results.write(folder / RESULTS_NAME)
         recipe = _changed_fields(self.args) if self.recipe is None else self.recipe
-        write_whole(folder / RECIPE_NAME, yaml.safe_dump(public_recipe(recipe), sort_keys=False))
+        write_whole(folder / RECIPE_NAME, dump_yaml(public_recipe(recipe)))
         write_card(folder, repo_id, **metadata)
 
 

@@ -96,9 +96,7 @@ def test_what_a_search_leaves(recipe, capsys, monkeypatch):
 
     monkeypatch.setattr(search_study, "_run_trial", None)
     assert search(argv) == trials
-    with pytest.raises(
-        ValueError, match="another search(.|\n)*weight_decay: 0.001 there, None here(.|\n)*--search_dir"
-    ):
+    with pytest.raises(ValueError, match="another search(.|\n)*weight_decay: 0.001 there, 0.0 here(.|\n)*--search_dir"):
         search([recipe])
     with pytest.raises(ValueError, match="another search(.|\n)*held_out: 0.1 there, 0.2 here"):
         search([*argv, "--held_out", "0.2"])

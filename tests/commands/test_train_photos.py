@@ -176,7 +176,7 @@ def test_mixing_guidance_and_two_heads_in_one_recipe():
         ({"auto_augment": "rund-m9"}, "rund-m9"),
         ({"augmentation": "crop"}, "crop_pct needs augmentation: random_resized_crop"),
         ({"crop_pct": 1.5}, "crop_pct must be above 0 and at most 1, got 1.5"),
-        ({"random_erasing": 25}, "random_erasing is a probability, got 25"),
+        ({"random_erasing": 25}, "random_erasing must be 0 or above and at most 1, got 25"),
         ({"image_size": 40, "student_name_or_path": "deit_tiny_patch16_224"}, "patches of 16 pixels.*divide 40"),
         ({"patch_size": 4}, "resnet10t does not take patch_size"),
         ({"teacher_name_or_path": ["teacher"], "teacher_checkpoint": ["a.pth", "b.pth"]}, "2 files.* 1 teachers"),

@@ -225,13 +225,13 @@ def test_a_runs_folder_without_a_model():
     with pytest.raises(ValueError, match="runs/a is the folder of a run that has no trained model yet"):
         load_teacher("runs/a")
     Path("runs/b").mkdir()
-    with pytest.raises(ValueError, match="runs/b holds no model that transformers can read"):
+    with pytest.raises(ValueError, match="runs/b has no model that can be loaded"):
         load_student("runs/b", num_classes=2)
 
 
 def test_a_hub_id_without_a_network():
     for name in ("timm/resnet10t.c3_in1k", "hf-hub:timm/resnet10t.c3_in1k"):
-        with pytest.raises(ValueError, match="'timm/resnet10t.c3_in1k' cannot be loaded: there is no such folder, and"):
+        with pytest.raises(ValueError, match="^timm/resnet10t.c3_in1k has no model .* HF_HUB_OFFLINE is set"):
             load_student(name, num_classes=2)
 
 
@@ -249,7 +249,7 @@ def test_a_tag_names_weights(monkeypatch):
     """A student takes them, or is refused; random ones in silence would look like pretrained ones."""
     for load in (lambda name: load_student(name, num_classes=3), load_teacher):
         with pytest.raises(
-            ValueError, match="pretrained weights of resnet10t.c3_in1k cannot be fetched: .*resnet10t, "
+            ValueError, match="resnet10t.c3_in1k has no pretrained weights that can be loaded.*resnet10t, "
         ):
             load("resnet10t.c3_in1k")
         with pytest.raises(

@@ -19,11 +19,12 @@ def test_a_recipe_lies_over_its_parent(tmp_path):
     assert recipe["learning_rate"] == 0.01 and recipe["seed"] == 3 and "extends" not in recipe
 
 
-def test_a_second_level_is_refused(tmp_path):
-    write(tmp_path / "a.yaml")
-    write(tmp_path / "b.yaml", extends="a.yaml")
-    with pytest.raises(ValueError, match="only one level"):
-        load_recipe(write(tmp_path / "c.yaml", extends="b.yaml"))
+def test_a_recipe_lies_over_any_number_of_others(tmp_path):
+    write(tmp_path / "a.yaml", learning_rate=1.0, seed=1, weight_decay=1.0)
+    write(tmp_path / "b" / "b.yaml", extends="../a.yaml", learning_rate=2.0, seed=2)
+    write(tmp_path / "c.yaml", extends="b/b.yaml", learning_rate=3.0)
+    recipe = load_recipe(write(tmp_path / "d.yaml", extends="c.yaml", learning_rate=4.0))
+    assert recipe == MINIMAL | {"learning_rate": 4.0, "seed": 2, "weight_decay": 1.0}
 
 
 def test_the_command_line_wins(tmp_path):
@@ -78,11 +79,11 @@ def test_what_is_typed_is_what_is_recorded(tmp_path):
     keys = {"learning_rate": "5e-2", "eval_strategy": False, "lr_milestones": None, "ce_weight": 1e-05}
     path = write(tmp_path / "r.yaml", run_name="-x", **keys)
     overrides = ["--no_random_flip", "--report_to", "none", "--hub_token", "secret", "--resume_from_checkpoint", "true"]
-    overrides += ["--accelerator_config", '{"split_batches": true}', "--max_grad_norm=-1"]
+    overrides += ["--accelerator_config", '{"split_batches": true}', "--max_steps=-1"]
     _, data_args, config, resolved = parse_recipe([path, *overrides])
     assert data_args.random_flip is False is resolved["random_flip"]
     assert resolved["learning_rate"] == 0.05 and resolved["report_to"] == ["none"] and resolved["run_name"] == "-x"
-    assert resolved["eval_strategy"] == "no" == config.eval_strategy and resolved["max_grad_norm"] == -1
+    assert resolved["eval_strategy"] == "no" == config.eval_strategy and resolved["max_steps"] == -1
     assert resolved["accelerator_config"] == {"split_batches": True}
     assert "secret" not in str(resolved) and "resume_from_checkpoint" not in resolved
     (tmp_path / "again.yaml").write_text(yaml.safe_dump(resolved))

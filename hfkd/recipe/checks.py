@@ -1,0 +1,157 @@
+"""Checks of values that need no other library: ranges of numbers, settings that contradict one another, optim_args."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+from ..errors import HfkdError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Range:
+    """Range of a number.
+
+    Attributes:
+        words: end of the sentence that begins with the key, such as `must not be negative`.
+        holds: True for a finite number in the range.
+    """
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+NOT_NEGATIVE = Range("must not be negative", lambda value: value >= 0)
+POSITIVE = Range("must be above 0", lambda value: value > 0)
+AT_LEAST_1 = Range("must be 1 or more", lambda value: value >= 1)
+SHARE = Range("must be 0 or above and at most 1", lambda value: 0 <= value <= 1)
+BELOW_1 = Range("must be 0 or above and below 1", lambda value: 0 <= value < 1)
+PERCENT = Range("must be 0 or above and at most 100", lambda value: 0 <= value <= 100)
+SEED = Range("must be 0 or above and below 2**32", lambda value: 0 <= value < 2**32)
+RANGES = {
+    # Model and data
+    "teacher_class_indices": NOT_NEGATIVE,
+    "drop_path_rate": BELOW_1,
+    "patch_size": AT_LEAST_1,
+    "image_size": AT_LEAST_1,
+    "crop_pct": Range("must be above 0 and at most 1", lambda value: 0 < value <= 1),
+    "random_erasing": SHARE,
+    "color_jitter": NOT_NEGATIVE,
+    "shuffle_buffer_size": AT_LEAST_1,
+    # Distillation
+    **dict.fromkeys(("ce_weight", "mixup", "cutmix"), NOT_NEGATIVE),
+    **dict.fromkeys(("lr_milestones", "lr_gamma"), POSITIVE),
+    "ema_decay": Range("must be between 0 and 1, e.g. 0.9998", lambda value: 0 < value < 1),
+    "published_top1": PERCENT,
+    # Training
+    "num_train_epochs": POSITIVE,
+    "max_steps": Range("must be 1 or more, or -1 to leave it out", lambda value: value == -1 or value >= 1),
+    **dict.fromkeys(("seed", "data_seed"), SEED),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), BELOW_1),
+    **dict.fromkeys(
+        (
+            *("learning_rate", "weight_decay", "warmup_steps", "adam_epsilon", "max_grad_norm", "eval_delay"),
+            *("label_smoothing_factor", "dataloader_num_workers"),
+        ),
+        NOT_NEGATIVE,
+    ),
+    **dict.fromkeys(("logging_steps", "eval_steps", "save_steps", "neftune_noise_alpha"), POSITIVE),
+    **dict.fromkeys(
+        (
+            *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+            *("save_total_limit", "eval_accumulation_steps", "torch_empty_cache_steps", "ddp_timeout"),
+            *("dataloader_prefetch_factor", "ddp_bucket_cap_mb"),
+        ),
+        AT_LEAST_1,
+    ),
+}
+# Optimizers that read optim_args by name and ignore other names, or that ignore all of them.
+OPTIM_ARGS = {
+    "sgd": ("momentum", "dampening", "weight_decay", "nesterov"),
+    "adagrad": ("lr_decay", "weight_decay", "eps"),
+    "rmsprop": ("momentum", "alpha", "eps", "weight_decay", "centered"),
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adafactor"), ()),
+}
+SWITCHES = ("nesterov", "centered")  # the optim_args that are no numbers
+
+
+def check_ranges(arguments: Any, ranges: Mapping[str, Range] = RANGES) -> None:
+    """Check that the numbers in an object of an argument class are finite and in their ranges.
+
+    Raises:
+        HfkdError: for the first one that is not.
+    """
+    for each in dataclasses.fields(arguments):
+        given = getattr(arguments, each.name)
+        for value in given if isinstance(given, (list, tuple)) else [given]:
+            if not isinstance(value, Real):
+                continue
+            if not math.isfinite(value):
+                raise HfkdError(f"{each.name} must be a finite number, got {value}.")
+            if each.name in ranges and not ranges[each.name].holds(value):
+                raise HfkdError(f"{each.name} {ranges[each.name].words}, got {value}.")
+
+
+def check_training(config: Any) -> None:
+    """Check the settings of a DistillationConfig before transformers looks for the device, which takes seconds.
+
+    Raises:
+        HfkdError: for a number out of range, milestones that do not increase, strategies that contradict
+            load_best_model_at_end, or optim_args that the optimizer does not take.
+    """
+    check_ranges(config)
+    milestones = config.lr_milestones or []
+    if sorted(set(milestones)) != milestones:
+        raise HfkdError(f"lr_milestones must increase, got {' '.join(f'{epoch:g}' for epoch in milestones)}.")
+    evaluated, saved = (_name(strategy) for strategy in (config.eval_strategy, config.save_strategy))
+    if config.load_best_model_at_end and saved not in ("best", evaluated):
+        raise HfkdError(
+            "load_best_model_at_end needs a checkpoint of each evaluation, so eval_strategy and save_strategy must be "
+            f"the same, got {evaluated} and {saved}. Set both to epoch, or save_strategy to best."
+        )
+    if isinstance(config.lr_scheduler_kwargs, str) and not config.lr_scheduler_kwargs.startswith("{"):
+        raise HfkdError(f"lr_scheduler_kwargs must be a mapping, got '{config.lr_scheduler_kwargs}'.")
+    if config.optim_args:
+        check_optim_args(_name(config.optim), config.optim_args)
+
+
+def _name(value: Any) -> str:
+    """Return the name of a value that may be an enumeration's."""
+    return str(getattr(value, "value", value))
+
+
+def check_optim_args(optimizer: str, given: str) -> None:
+    """Check that optim_args are of the form `name=value,...`, with names that transformers passes to the optimizer.
+
+    Raises:
+        HfkdError: if they are not; the message names the nearest valid name.
+    """
+    for entry in given.replace(" ", "").split(","):
+        name, equals, value = entry.partition("=")
+        if not name or not equals or not value or "=" in value:
+            raise HfkdError(f"optim_args must be of the form name=value,name=value, got '{given}'.")
+        if optimizer not in OPTIM_ARGS:
+            continue
+        valid = OPTIM_ARGS[optimizer]
+        if not valid:
+            raise HfkdError(f"optim_args: {optimizer} takes none, got '{given}'. Leave optim_args out.")
+        if name not in valid:
+            raise HfkdError(f"optim_args: {optimizer} takes no '{name}'.{did_you_mean(name, valid)}.")
+        _check_optim_value(name, value)
+
+
+def _check_optim_value(name: str, value: str) -> None:
+    if name in SWITCHES:
+        if value.lower() not in ("true", "1", "yes", "false", "0", "no"):
+            raise HfkdError(f"optim_args: {name} must be true or false, got '{value}'.")
+        return
+    try:
+        number = float(value)
+    except ValueError:
+        raise HfkdError(f"optim_args: {name} must be a number, got '{value}'.") from None
+    if not (math.isfinite(number) and number >= 0):
+        raise HfkdError(f"optim_args: {name} must be a finite number, 0 or above, got '{value}'.")
