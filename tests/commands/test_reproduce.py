@@ -176,7 +176,7 @@ def test_slices_come_to_the_same(recipes, trained, monkeypatch, capsys):
         assert len(checkpoints(Path("sliced", folder))) <= 2
     gap = "| cifar100/tall-short/ctkd | "
     assert gap in reports[0] and "not measured yet: seed 42" in reports[0]
-    assert "0 of 2 trainings are done" in reports[0] and "The same command goes on" in reports[0]
+    assert "0 of 2 trainings are done" in reports[0] and "Run the same command again" in reports[0]
 
 
 def test_sigterm_is_no_slice(recipes, monkeypatch):

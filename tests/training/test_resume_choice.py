@@ -226,7 +226,7 @@ def test_another_recipe_is_refused_or_allowed(half, caplog):
     rows = distilled("--learning_rate", "0.01", "--allow_recipe_change", "true")
     assert [row["learning_rate"] for row in rows] == [0.05, 0.01]
     assert "learning_rate: 0.05 there, 0.01 here" in caplog.text
-    assert "goes on from half/checkpoint-2 with the recipe given here" in caplog.text
+    assert "resumes from half/checkpoint-2 with the recipe given here" in caplog.text
     assert yaml.safe_load(Path("half/recipe.yaml").read_text())["learning_rate"] == 0.01
     distilled("--learning_rate", "0.01")  # now it is this run's
 
