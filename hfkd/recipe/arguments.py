@@ -226,6 +226,10 @@ class DistillationConfig(TrainingArguments):
         default=False,
         metadata={"help": "Resume even if the recipe has changed since the checkpoint; the differences are printed."},
     )
+    stop_when_diverged: bool = field(
+        default=True,
+        metadata={"help": "End training after the epoch in which losses, weights or logits are no longer finite."},
+    )
     published_top1: float | None = field(
         default=None,
         metadata={"help": "Top-1 in percent that the paper reports for this recipe; copied to results.json."},

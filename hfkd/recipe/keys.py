@@ -160,6 +160,7 @@ _DISTILLATION = {
     "ce_weight": Key(RESULT, searchable=True),
     "lr_milestones": Key(RESULT, schedule=True),
     "shard_teacher": Key(SPEED),
+    "stop_when_diverged": Key(OUTPUT),  # a run that does not diverge is the same
     "published_top1": Key(OUTPUT),
     "allow_recipe_change": Key(CONTROL),
 }

@@ -13,6 +13,7 @@ from ..errors import HfkdError, NotFoundError, nearest
 from ..recipe.yaml_file import read_yaml
 from .folder import RECIPE_NAME, RESULTS_NAME, ROLES, WEIGHTS_NAME
 
+BY_TOP1 = {"metric": "top1", "greater_is_better": True}  # what the best epoch is best by, unless results say otherwise
 FACTS = ("role", "recipe", "seed", "planned_steps")  # facts that readers of runs rely on; others may be missing
 
 
@@ -81,6 +82,12 @@ class FinishedRun:
         return 0 < self.results["planned_steps"] <= self.steps
 
     @property
+    def diverged(self) -> str | None:
+        """Where the run diverged, in words; None for a run that did not."""
+        found = self.results.get("diverged")
+        return f"diverged at step {found['step']}" if found else None
+
+    @property
     def export(self) -> Path | None:
         """Folder of the trained model; None before it is written."""
         for folder in (self.folder, self.folder / self.results["role"]):
@@ -92,6 +99,12 @@ class FinishedRun:
     def teacher(self) -> RecipeTeacher:
         """Teacher named by the recipe."""
         return teacher_of(self.recipe)
+
+
+def best_words(best_by: Mapping[str, Any]) -> str:
+    """Return what the best epoch is best by, in words: `the lowest loss`."""
+    metric = {"top1": "top-1", "top5": "top-5"}.get(best_by["metric"], best_by["metric"])
+    return f"the {'highest' if best_by['greater_is_better'] else 'lowest'} {metric}"
 
 
 def read_run(folder: str | Path) -> FinishedRun:
@@ -145,6 +158,8 @@ def find_runs(paths: Sequence[str | Path]) -> tuple[list[FinishedRun], list[str]
                 continue
             if run.results.get("epochs"):
                 runs[folder.resolve()] = run
+            elif run.diverged:
+                left_out.append(f"{folder} {run.diverged}, before its first evaluation.")
             else:
                 left_out.append(f"{folder} was not evaluated yet.")
     if not runs:

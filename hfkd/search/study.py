@@ -28,7 +28,8 @@ RECIPE = "recipe"  # user attribute of the trial of the recipe's own values
 class EarlyMedianPruner(optuna.pruners.MedianPruner):
     """Median pruner that spares the first epoch, the last step and the trial of the recipe's own values.
 
-    After the last step nothing is saved by stopping. The recipe's own values are the baseline of the other trials.
+    After the last step nothing is saved by stopping. The recipe's own values are the baseline of the other trials. A
+    trial that has diverged is always stopped.
     """
 
     def __init__(self, trainer: DistillationTrainer):
@@ -37,6 +38,8 @@ class EarlyMedianPruner(optuna.pruners.MedianPruner):
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
         """Return True if a trial is to be stopped."""
+        if self.trainer.divergence.reason is not None:
+            return True
         state = self.trainer.state
         if state.epoch <= 1 or state.global_step >= state.max_steps or RECIPE in trial.user_attrs:
             return False
@@ -137,7 +140,8 @@ def _run_trial(
         pruner=EarlyMedianPruner(trainer),
     )
     stopped = ", stopped early" if trainer.state.global_step < trainer.state.max_steps else ""
-    print(f"top-1 {trainer.objective:.2f}{stopped}", flush=True)
+    reason = trainer.divergence.reason
+    print(f"diverged: {reason}" if reason else f"top-1 {trainer.objective:.2f}{stopped}", flush=True)
 
 
 def _searched_trial(trial: FrozenTrial) -> SearchedTrial:

@@ -34,12 +34,14 @@ from ..networks.gradient_checkpointing import use_gradient_checkpointing
 from ..networks.loading import as_teacher, exported_state_dict
 from ..networks.teacher import Teacher, TeacherEnsemble
 from ..recipe.arguments import DistillationConfig
+from ..runs.folder import finite_or_none
 from ..teacher_cache.teacher import CachedTeacher
 from .backends import backend_of
 from .callbacks import ContinueLog, EndWhereDone, ProgressLines, SetEpoch, UpdateAverage
 from .checkpoints import Checkpoints, changed_for_now, check_best
 from .checks import check_last_batch, check_roles
 from .distiller import Distiller
+from .divergence import Divergence
 from .dry_run import dry_run
 from .evaluation import TeacherMemory, mean_cross_entropy, ranked_predictions
 from .exports import Exports
@@ -143,6 +145,7 @@ class DistillationTrainer(Trainer):
         if isinstance(train_dataset, StreamingImageDataset):  # Trainer asks for its length at once
             train_dataset.shard(args.process_index, args.world_size, args.train_batch_size, args.dataloader_drop_last)
         self.results = ResultsWriter()
+        self.divergence = Divergence(args, self.results)
         self.exports = Exports(args, self.results)
         # Before Trainer's constructor, which calls init_hf_repo. The reference is weak: a trainer in a circle of
         # references would outlive its last use, and its loaders' workers with it.
@@ -165,7 +168,8 @@ class DistillationTrainer(Trainer):
         self._continue_log = ContinueLog(self, self.term_log)
         self._keep_logits = False
         self._whole_state: dict[str, Tensor] | None = None
-        for callback in (self._continue_log, self.results, self.stop_on_sigterm, self.pushes, EndWhereDone()):
+        callbacks = (self._continue_log, self.results, self.stop_on_sigterm, self.pushes, EndWhereDone())
+        for callback in (*callbacks, self.divergence):  # the last one takes back a checkpoint that others ask for
             self.add_callback(callback)
         self._begin(built)
 
@@ -180,7 +184,7 @@ class DistillationTrainer(Trainer):
             # converts and Trainer, on resuming or loading the best, does not: it leaves the weights as they are.
             self.model._weight_conversions = []  # type: ignore[assignment]  # which transformers does not declare
         # Before the losses tap the student: a copy would carry their hooks along.
-        self.average = None if args.ema_decay is None else ModelEmaV3(self.model, args.ema_decay)
+        self.average = None if args.ema_decay is None else ModelEmaV3(self.model, args.ema_decay, use_warmup=True)
         self.pop_callback(UpdateAverage)
         if self.average is not None:
             self.add_callback(UpdateAverage(self.average, self.model))
@@ -193,6 +197,7 @@ class DistillationTrainer(Trainer):
         self.distiller = Distiller(self.model, losses, args.ce_weight)
         self.results.facts |= run_facts(self.exports.name, self.model, self.teacher, losses, args)
         self.results.rows = []
+        self.divergence.start()
         self.term_log.start()
         self._place_images(losses)
         self._dry_run()
@@ -251,7 +256,8 @@ class DistillationTrainer(Trainer):
 
         Raises:
             HfkdError: if there is no such checkpoint, or it does not fit this run.
-            RunError: if a checkpoint or `results.json` cannot be written; what was written before is whole.
+            RunError: if a checkpoint or `results.json` cannot be written, where what was written before is whole; or
+                if the run has diverged.
             SystemExit: with code 143 after SIGTERM, once the step in hand is in a checkpoint.
         """
         checkpoint = self.checkpoints.find(resume_from_checkpoint, self.model)
@@ -265,9 +271,18 @@ class DistillationTrainer(Trainer):
                 output = super().train(checkpoint, trial, ignore_keys_for_eval)
         if self.average is not None:  # the exported student is what was evaluated
             self.model.load_state_dict(self.average.module.state_dict())
+        if trial is None:
+            self._exported_is_finite()  # it says if they are not: no log follows the last step
+            if self.divergence.stops:
+                raise self.divergence.error()
         if self.stop_on_sigterm.stopped:
             raise SystemExit(EXIT_CODE)
         return output
+
+    def _exported_is_finite(self) -> bool:
+        """Return whether the weights that an export writes are finite; all processes must call it."""
+        exported = self.model if self.average is None else self.average.module
+        return self.divergence.weights_are_finite(exported.state_dict().values(), self.state)
 
     def _compiling(self) -> contextlib.AbstractContextManager:
         """Return the context in which compiled networks run."""
@@ -336,7 +351,10 @@ class DistillationTrainer(Trainer):
         if "loss" in logs and self.term_log.steps:
             skipped = skipped_images("skipped_images", self.train_dataset, self.args)
             logs.update(self.term_log.drain(self.accelerator, self.distiller.metrics(), skipped))
+        if "loss" in logs:
+            self.divergence.look_at_losses(logs, self.state)
         super().log(logs, start_time)
+        self.state.log_history[-1] = finite_or_none(self.state.log_history[-1])  # trainer_state.json holds it
 
     # ---- Data ------------------------------------------------------------------------------------------------------
 
@@ -442,6 +460,7 @@ class DistillationTrainer(Trainer):
             self.model = student
         if streamed:  # Trainer takes the number of batches
             output = output._replace(num_samples=dataloader.dataset.num_rows)
+        self.divergence.judge(output.metrics, metric_key_prefix, self.state)
         skipped = skipped_images(f"{metric_key_prefix}_skipped_images", dataloader.dataset, self.args)
         output.metrics.update(skipped)
         self.term_log.leave_out(time.perf_counter() - started)
@@ -457,6 +476,7 @@ class DistillationTrainer(Trainer):
         labels = inputs.get("labels")
         with self.backend.autocast():
             logits = at_least_float32(self.backend.predict(self.distiller, model)(inputs["pixel_values"]))
+        self.divergence.watch(logits)
         if prediction_loss_only and labels is not None:
             return mean_cross_entropy(logits, labels), None, None
         if self._keep_logits or labels is None:
@@ -468,6 +488,9 @@ class DistillationTrainer(Trainer):
     # ---- Checkpoints -----------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model, trial):
+        finite = self.divergence.weights_are_finite(self.distiller.state_dict().values(), self.state)
+        if not finite and self.divergence.stops:
+            raise self.divergence.error()
         run_dir = self._get_output_dir(trial=trial)
         folder = Path(run_dir, f"checkpoint-{self.state.global_step}")
         # Trainer would push and remove older checkpoints before this one is known to be whole.
@@ -513,8 +536,10 @@ class DistillationTrainer(Trainer):
         self.backend.weights_loaded(self.optimizer)
 
     def _determine_best_metric(self, metrics, trial):
-        # save_strategy: best saves only where this says that it is the best, and the last step must be saved.
-        return super()._determine_best_metric(metrics, trial) or self.stop_on_sigterm.stopping
+        # save_strategy: best saves only where this says that it is the best, and the last step must be saved. What has
+        # diverged never is, and Trainer would note an infinite best before it.
+        is_best = self.divergence.logits_are_finite and super()._determine_best_metric(metrics, trial)
+        return is_best or self.stop_on_sigterm.stopping
 
     def _load_best_model(self) -> None:
         if self.stop_on_sigterm.stopped:  # the run goes on from its last step
@@ -523,6 +548,7 @@ class DistillationTrainer(Trainer):
         super()._load_best_model()
         if self.average is not None:
             self.average.module.load_state_dict(self.model.state_dict())
+        self.divergence.logits_are_finite = True  # of the best, which an export then holds
 
     # ---- Export and Hub --------------------------------------------------------------------------------------------
 
@@ -542,8 +568,11 @@ class DistillationTrainer(Trainer):
             `export_folder`.
 
         Raises:
-            RunError: if it cannot be written, for example on a full disk; an earlier export is whole.
+            RunError: if it cannot be written, for example on a full disk, or if weights or logits are not finite; an
+                earlier export is whole.
         """
+        if not (self._exported_is_finite() and self.divergence.logits_are_finite):
+            raise self.divergence.error()
         try:
             return self.exports.write(lambda folder: self.save_model(folder, _internal_call=True), repo_id, metadata)
         except (OSError, SafetensorError) as error:
