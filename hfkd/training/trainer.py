@@ -45,10 +45,10 @@ from .divergence import Divergence
 from .dry_run import dry_run
 from .evaluation import TeacherMemory, mean_cross_entropy, ranked_predictions
 from .exports import Exports
-from .loaders import evaluation_share, first_images, place_images, skipped_images, stream_loader, without_sigterm
+from .loaders import evaluation_share, first_images, place_images, skipped_images, stream_loader, without_signals
 from .metrics import compute_metrics
 from .optimization import decayed_parameter_names, lomo_looked_up_once, multi_step_schedule, optimizer_settings
-from .preemption import EXIT_CODE, StopOnSigterm
+from .preemption import StopOnSigterm
 from .pushes import Pushes
 from .results import ResultsWriter, run_facts
 from .student import batch_spec, fit_student, prepare_teacher
@@ -83,7 +83,7 @@ class DistillationTrainer(Trainer):
         average: moving average of the student (`ema_decay`), or None; it is evaluated and exported.
         results: rows and facts of `results.json`.
         exports: the exported model on disk.
-        stop_on_sigterm: ends training at SIGTERM, or when its `time_is_up` says so.
+        stop_on_sigterm: ends training at SIGTERM, SIGINT or SIGHUP, or when its `time_is_up` says so.
 
     `evaluate()` gives `eval_loss` (cross-entropy), `eval_top1`, `eval_top5` and, with a teacher, `eval_agreement`
     (share of images on which both choose the same class) and `eval_teacher_top1`, in percent. A distilled DeiT or PiT
@@ -249,7 +249,7 @@ class DistillationTrainer(Trainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        """Train as Trainer does, but resume only from checkpoints that are whole, and end at SIGTERM.
+        """Train as Trainer does, but resume only from checkpoints that are whole, and end at a signal.
 
         Args:
             resume_from_checkpoint: a folder, or True for the last whole checkpoint of `output_dir`.
@@ -258,7 +258,8 @@ class DistillationTrainer(Trainer):
             HfkdError: if there is no such checkpoint, or it does not fit this run.
             RunError: if a checkpoint or `results.json` cannot be written, where what was written before is whole; or
                 if the run has diverged.
-            SystemExit: with code 143 after SIGTERM, once the step in hand is in a checkpoint.
+            SystemExit: with code 143 after SIGTERM, 130 after Ctrl-C and 129 after SIGHUP, once the step in hand is in
+                a checkpoint.
         """
         checkpoint = self.checkpoints.find(resume_from_checkpoint, self.model)
         self._continue_log.checkpoint = checkpoint
@@ -276,7 +277,7 @@ class DistillationTrainer(Trainer):
             if self.divergence.stops:
                 raise self.divergence.error()
         if self.stop_on_sigterm.stopped:
-            raise SystemExit(EXIT_CODE)
+            raise SystemExit(self.stop_on_sigterm.exit_code)
         return output
 
     def _exported_is_finite(self) -> bool:
@@ -360,8 +361,8 @@ class DistillationTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         if isinstance(self.train_dataset, StreamingImageDataset):
-            return without_sigterm(stream_loader(self.train_dataset, self.args, is_training=True))
-        return without_sigterm(super().get_train_dataloader())
+            return without_signals(stream_loader(self.train_dataset, self.args, is_training=True))
+        return without_signals(super().get_train_dataloader())
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -379,10 +380,10 @@ class DistillationTrainer(Trainer):
         args = self.args
         if isinstance(dataset, StreamingImageDataset):
             dataset = evaluation_share(dataset, args, args.eval_batch_size, dataset is self.train_dataset)
-            return without_sigterm(stream_loader(dataset, args, is_training=False))
+            return without_signals(stream_loader(dataset, args, is_training=False))
         # Trainer would leave the last images out of an evaluation as well.
         with changed_for_now(args, dataloader_drop_last=False):
-            return without_sigterm(trainers_own())
+            return without_signals(trainers_own())
 
     def num_examples(self, dataloader: DataLoader) -> int:
         dataset = dataloader.dataset
