@@ -125,20 +125,24 @@ def _run_trial(
 
     # Each trial has its own seed. With a common one, the samplers of all processes would suggest the same values.
     seed = trainer.args.seed + len(study.get_trials(deepcopy=False))
-    trainer.hyperparameter_search(
-        hp_space,
-        compute_objective=lambda metrics: metrics["eval_top1"],
-        n_trials=1,
-        direction="maximize",
-        backend="optuna",
-        study_name=STUDY_NAME,
-        storage=storage,
-        load_if_exists=True,
-        sampler=optuna.samplers.TPESampler(
-            n_startup_trials=STARTUP_TRIALS, multivariate=True, constant_liar=True, seed=seed
-        ),
-        pruner=EarlyMedianPruner(trainer),
-    )
+    try:
+        trainer.hyperparameter_search(
+            hp_space,
+            compute_objective=lambda metrics: metrics["eval_top1"],
+            n_trials=1,
+            direction="maximize",
+            backend="optuna",
+            study_name=STUDY_NAME,
+            storage=storage,
+            load_if_exists=True,
+            sampler=optuna.samplers.TPESampler(
+                n_startup_trials=STARTUP_TRIALS, multivariate=True, constant_liar=True, seed=seed
+            ),
+            pruner=EarlyMedianPruner(trainer),
+        )
+    except ValueError:
+        if trainer.divergence.reason is None:  # else Trainer asks for the best trial, and there may be none yet
+            raise
     stopped = ", stopped early" if trainer.state.global_step < trainer.state.max_steps else ""
     reason = trainer.divergence.reason
     print(f"diverged: {reason}" if reason else f"top-1 {trainer.objective:.2f}{stopped}", flush=True)
