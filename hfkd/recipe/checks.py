@@ -113,6 +113,12 @@ def check_training(config: Any) -> None:
             "load_best_model_at_end needs a checkpoint of each evaluation, so eval_strategy and save_strategy must be "
             f"the same, got {evaluated} and {saved}. Set both to epoch, or save_strategy to best."
         )
+    eval_steps = config.eval_steps or config.logging_steps
+    if config.load_best_model_at_end and saved == evaluated == "steps" and eval_steps != config.save_steps:
+        raise HfkdError(
+            "load_best_model_at_end needs a checkpoint of each evaluation, so save_steps must be eval_steps, got "
+            f"{config.save_steps:g} and {eval_steps:g}."
+        )
     if isinstance(config.lr_scheduler_kwargs, str) and not config.lr_scheduler_kwargs.startswith("{"):
         raise HfkdError(f"lr_scheduler_kwargs must be a mapping, got '{config.lr_scheduler_kwargs}'.")
     if config.optim_args:
