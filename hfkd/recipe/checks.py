@@ -34,7 +34,9 @@ PERCENT = Range("must be 0 or above and at most 100", lambda value: 0 <= value <
 SEED = Range("must be 0 or above and below 2**32", lambda value: 0 <= value < 2**32)
 RANGES = {
     # Model and data
-    "teacher_class_indices": NOT_NEGATIVE,
+    **dict.fromkeys(("teacher_class_indices", "teacher_image_mean"), NOT_NEGATIVE),
+    "teacher_image_size": AT_LEAST_1,
+    "teacher_image_std": POSITIVE,
     "drop_path_rate": BELOW_1,
     "patch_size": AT_LEAST_1,
     "image_size": AT_LEAST_1,

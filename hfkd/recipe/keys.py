@@ -132,7 +132,13 @@ _MODEL = {
     **dict.fromkeys(
         ("student_name_or_path", "teacher_name_or_path", "teacher_checkpoint", "teacher_cache"), Key(RESULT, path=True)
     ),
-    **dict.fromkeys(("teacher_class_indices", "drop_path_rate", "patch_size"), Key(RESULT)),
+    **dict.fromkeys(
+        (
+            *("teacher_image_size", "teacher_image_mean", "teacher_image_std", "teacher_class_indices"),
+            *("drop_path_rate", "patch_size"),
+        ),
+        Key(RESULT),
+    ),
     "teacher_device_map": Key(SPEED),
 }
 _DATA = {

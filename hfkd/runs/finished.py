@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,13 @@ class RecipeTeacher:
         names: a folder, Hub id or timm architecture for each network.
         checkpoints: for each network the file of its weights, or None.
         class_indices: for each of the student's classes, the teacher's class; None: matched by name.
+        image: input of a network from a file, as arguments of `load_teacher`; only those that the recipe gives.
     """
 
     names: tuple[str, ...] = ()
     checkpoints: tuple[str | None, ...] = ()
     class_indices: list[int] | None = None
+    image: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def members(self) -> list[tuple[str, str | None]]:
@@ -43,6 +45,7 @@ class RecipeTeacher:
             "teacher_name_or_path": list(self.names) or None,
             "teacher_checkpoint": list(self.checkpoints) if any(self.checkpoints) else None,
             "teacher_class_indices": self.class_indices,
+            **{f"teacher_{name}": value for name, value in self.image.items()},
         }
 
 
@@ -50,7 +53,9 @@ def teacher_of(recipe: Mapping[str, Any]) -> RecipeTeacher:
     """Return the teacher that a recipe names; a recipe with one teacher may give a string in place of a list."""
     names, checkpoints = (recipe.get(key) or () for key in ("teacher_name_or_path", "teacher_checkpoint"))
     names, checkpoints = ((each,) if isinstance(each, str) else tuple(each) for each in (names, checkpoints))
-    return RecipeTeacher(names, checkpoints or (None,) * len(names), recipe.get("teacher_class_indices"))
+    image = {key: recipe.get(f"teacher_{key}") for key in ("image_size", "image_mean", "image_std")}
+    given = {key: value for key, value in image.items() if value is not None}
+    return RecipeTeacher(names, checkpoints or (None,) * len(names), recipe.get("teacher_class_indices"), given)
 
 
 @dataclass(frozen=True)

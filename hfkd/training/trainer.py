@@ -52,6 +52,7 @@ from .preemption import StopOnSigterm
 from .pushes import Pushes
 from .results import ResultsWriter, run_facts
 from .student import batch_spec, fit_student, prepare_teacher
+from .teacher_report import TeacherReport
 from .term_log import TermLog
 
 logger = logging.get_logger(__name__)
@@ -81,6 +82,7 @@ class DistillationTrainer(Trainer):
     Attributes:
         distiller: student and losses, the one module that is trained.
         average: moving average of the student (`ema_decay`), or None; it is evaluated and exported.
+        num_classes: the student's number of classes; None without data.
         results: rows and facts of `results.json`.
         exports: the exported model on disk.
         stop_on_sigterm: ends training at SIGTERM, SIGINT or SIGHUP, or when its `time_is_up` says so.
@@ -168,7 +170,15 @@ class DistillationTrainer(Trainer):
         self._continue_log = ContinueLog(self, self.term_log)
         self._keep_logits = False
         self._whole_state: dict[str, Tensor] | None = None
-        callbacks = (self._continue_log, self.results, self.stop_on_sigterm, self.pushes, EndWhereDone())
+        # The report comes before the clocks of the others.
+        callbacks = (
+            TeacherReport(self),
+            self._continue_log,
+            self.results,
+            self.stop_on_sigterm,
+            self.pushes,
+            EndWhereDone(),
+        )
         for callback in (*callbacks, self.divergence):  # the last one takes back a checkpoint that others ask for
             self.add_callback(callback)
         self._begin(built)
@@ -218,6 +228,7 @@ class DistillationTrainer(Trainer):
 
     def _dry_run(self) -> None:
         self._mixup: Mixup | None = None
+        self.num_classes: int | None = None
         dataset = self.train_dataset if self.train_dataset is not None else self.eval_dataset
         batch = first_images(dataset, self.data_collator)
         if batch is None:
@@ -225,6 +236,7 @@ class DistillationTrainer(Trainer):
         batch = self._prepare_inputs(batch)
         autocast = self.backend.autocast()
         classes = dry_run(self.distiller, self.teacher, batch, self.train_dataset, self.eval_dataset, autocast)
+        self.num_classes = classes
         if self.args.mixes:
             self._mixup = Mixup(self.args.mixup, self.args.cutmix, label_smoothing=0.0, num_classes=classes)
 
@@ -466,6 +478,20 @@ class DistillationTrainer(Trainer):
         output.metrics.update(skipped)
         self.term_log.leave_out(time.perf_counter() - started)
         return output
+
+    @torch.no_grad()
+    def teacher_top1(self) -> float | None:
+        """Return the teacher's top-1 in percent on `eval_dataset`; all processes must call it.
+
+        Evaluations then find the teacher's choices remembered. None without a teacher, or where nothing is remembered.
+        """
+        dataset = self.eval_dataset
+        if self.teacher is None or dataset is None or isinstance(dataset, dict):
+            return None
+        self.teacher_memory.open(dataset)
+        with torch.random.fork_rng([]):  # a loader draws from it, and the training must not depend on this
+            batches = map(self._prepare_inputs, self.get_eval_dataloader())
+            return self.teacher_memory.top1(batches, self.args.world_size)
 
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
