@@ -95,6 +95,11 @@ def results_section(results: dict[str, Any], figure: str | None) -> str | None:
         f"In percent of {images}; the best epoch is the one with {best_words(results.get('best_by', BY_TOP1))} there.",
         _table(header, _measured(results)),
     ]
+    if "diverged" in results:
+        found = results["diverged"]
+        parts.append(
+            f"The run diverged at step {found['step']} ({found['reason']}); the figures are of finite weights."
+        )
     parts += [f"![Accuracy and loss terms over the epochs]({figure})"] if figure else []
     return "\n\n".join(parts)
 

@@ -41,7 +41,8 @@ def dry_run(
     with torch.no_grad(), autocast:
         student = distiller.predict(batch)
     distiller.student.train(was_training)
-    _check_finite("student", student.logits)
+    if student.logits.isnan().any():
+        raise HfkdError("The student's logits for the first images are NaN: give other weights, or check the images.")
     classes = student.logits.shape[1]
     needed = int(batch["labels"].max()) + 1 if source is None else source.num_classes
     if classes < needed:
@@ -54,7 +55,6 @@ def dry_run(
     names = class_names_of(distiller.student) if source is None else source.class_names
     teacher.align_classes(names if len(names) == classes else list(map(str, range(classes))), batch)
     outputs = teacher(batch)
-    _check_finite("teacher", outputs.logits)
     for name, loss in distiller.losses.items():
         if loss.views == 2 and student.strong is None:
             raise HfkdError(
@@ -68,11 +68,3 @@ def dry_run(
         except ValueError as error:
             raise HfkdError(f"losses.{name}: {error}") from error
     return classes
-
-
-def _check_finite(role: str, logits: Tensor) -> None:
-    if logits.isnan().any():
-        raise HfkdError(
-            f"The {role}'s logits for the first images are NaN: its weights may come from a run that diverged. Give "
-            "other weights, or check the images."
-        )

@@ -13,7 +13,9 @@ from transformers import TrainerCallback
 
 from hfkd import DistillationTrainer
 from hfkd.cli import main
+from hfkd.comparison.rows import compared
 from hfkd.errors import HfkdError, RunError
+from hfkd.runs.finished import read_run
 from hfkd.training.divergence import last_finite_checkpoint
 
 RECIPE = {
@@ -85,7 +87,7 @@ def test_the_command(capsys, caplog):
     assert "run diverged at step 2, before its first evaluation." in capsys.readouterr().out
 
 
-def test_it_ends_after_the_epoch_and_names_the_last_finite_checkpoint():
+def test_it_ends_after_the_epoch_and_names_the_last_finite_checkpoint(caplog):
     trainer = build(step=4, load_best_model_at_end=True, save_total_limit=1)
     with pytest.raises(
         RunError, match=r"loss_ce is nan at step 6 \(epoch 2\).*finite weights is run/checkpoint-3\."
@@ -96,8 +98,10 @@ def test_it_ends_after_the_epoch_and_names_the_last_finite_checkpoint():
     assert [row["step"] for row in trainer.results.rows] == [3], "nothing was measured of what diverged"
     assert trainer.state.best_global_step == 3
     results = strict("run/results.json")
+    assert "ends with this epoch" in caplog.text and caplog.text.count("has diverged") == 1
     assert results["diverged"] == {"step": 6, "epoch": 2.0, "reason": "loss_ce is nan"}
     assert results["best"]["step"] == results["last"]["step"] == 3
+    assert compared([read_run("run")])[0].label == "run (diverged at step 6)"
     trainer.save_state()
     losses = [entry["loss"] for entry in strict("run/trainer_state.json")["log_history"] if "loss" in entry]
     assert len(losses) == 2 and losses[1] is None
@@ -130,6 +134,15 @@ def test_one_key_goes_on():
     build(stop_when_diverged=False, save_strategy="no").train(resume_from_checkpoint="run/checkpoint-5")
 
 
+def test_a_run_that_went_on_exports_its_best():
+    trainer = build(step=4, stop_when_diverged=False, load_best_model_at_end=True)
+    trainer.train()
+    folder = trainer.export()
+    assert all(value.isfinite().all() for value in load_file(folder / "model.safetensors").values())
+    assert strict(folder / "results.json")["best"]["step"] == 3
+    assert "The run diverged at step 6 (loss_ce is nan)" in (folder / "README.md").read_text()
+
+
 def test_a_step_at_which_no_checkpoint_is_written():
     """Between two logs only the weights tell."""
     trainer = build(step=4, save_strategy="steps", save_steps=2)
@@ -152,6 +165,6 @@ def test_a_teacher_that_diverged_is_refused():
     teacher = Plain()
     with torch.no_grad():
         teacher.fc.weight[0, 0] = math.nan
-    with pytest.raises(HfkdError, match="The teacher's logits for the first images are NaN") as error:
+    with pytest.raises(HfkdError, match="logits of the teacher Plain .* are NaN") as error:
         DistillationTrainer(Plain(), teacher, config(losses={"kd": {}}), train_dataset=images(8))
     assert error.value.exit_code == 2
