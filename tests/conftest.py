@@ -16,9 +16,9 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
-# The suite builds some 3,000 trainers. Each collects garbage, for which Python looks through all that is imported: 0.3 s
-# before a training of 0.1 s (Python still collects by itself). Each asks for the versions of nine packages, which reads
-# and parses files, and sets seeds, for each of which torch keeps the whole stack if there is no GPU.
+# The suite builds some 3,000 trainers. Each collects garbage, for which Python looks through all that is imported: 0.3
+# seconds before a training of 0.1 (Python still collects by itself). Each asks for the versions of nine packages, which
+# reads and parses files, and sets seeds, for each of which torch keeps the whole stack if there is no GPU.
 accelerate.utils.memory.gc = types.SimpleNamespace(collect=lambda: None)
 importlib.metadata.version = functools.cache(importlib.metadata.version)
 if not torch.cuda.is_available():
