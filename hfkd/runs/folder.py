@@ -48,14 +48,14 @@ def finite_or_none(value: Any) -> Any:
 
 
 def check_writable(folder: Path, key: str) -> None:
-    """Make a folder if there is none, and check that files can be written to it.
+    """Check that files can be written to a folder, or where it will be made: what is refused later leaves no folder.
 
     Raises:
         HfkdError: if they cannot.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
         if error.errno == errno.ENOSPC:

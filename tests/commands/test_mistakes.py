@@ -310,7 +310,7 @@ def test_evaluate(argv, message, capsys):
         ({"load_best_model_at_end": True, "eval_strategy": "epoch"}, "must be the same, got epoch and no"),
         ({"load_best_model_at_end": True, "save_strategy": "steps"}, "must be the same, got no and steps"),
         ({"output_dir": "r.yaml/run"}, "output_dir: r.yaml/run cannot be written .Not a directory."),
-        ({"output_dir": "r.yaml"}, "output_dir: r.yaml cannot be written .File exists."),
+        ({"output_dir": "r.yaml"}, "output_dir: r.yaml cannot be written .Not a directory."),
         ({"output_dir": "/proc/run"}, "output_dir: /proc/run cannot be written"),
     ],
 )

@@ -7,16 +7,17 @@ import distributed_worker
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from interrupting import end, start_processes
 from PIL import Image
 
 from hfkd.losses import LOSSES, CRDLoss
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Results of one process, and of each of two."""
-    one, two, data = (tmp_path_factory.mktemp(name) for name in ("one", "two", "data"))
+def train_in_one_and_in_two(folder):
+    one, two, data = (folder / name for name in ("one", "two", "data"))
+    for path in (one, two, data):
+        path.mkdir(parents=True)
     for split, rows in (("train", 40), ("test", 9)):
         pixels = np.random.default_rng(rows).integers(0, 255, (rows, 20, 24, 3), dtype=np.uint8)
         columns = {"image": [Image.fromarray(picture) for picture in pixels], "label": [i % 10 for i in range(rows)]}
@@ -30,7 +31,21 @@ def runs(tmp_path_factory):
     finally:
         codes = [end(process) for process in processes]
     assert codes == [0, 0]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, worker_id):
+    """Results of one process, and of each of two.
+
+    The first of pytest's workers that needs them makes them, the others wait: they take a minute of all cores.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder if worker_id == "master" else folder.parent) / "distributed"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            train_in_one_and_in_two(folder)
     load = lambda path: torch.load(path, weights_only=False)  # noqa: E731  (written by this test)
+    one, two = folder / "one", folder / "two"
     return load(one / "rank0.pt"), load(two / "rank0.pt"), load(two / "rank1.pt"), two
 
 
@@ -153,4 +168,4 @@ def test_the_rest_of_a_streamed_epoch_needs_as_many_processes(runs):
     folder = runs[3]
     checkpoint = str(folder / "stream" / "checkpoint-3")
     with pytest.raises(ValueError, match="written by 2 processes in the middle of an epoch, and this run has 1"):
-        distributed_worker.stream(str(folder.parent / "data0"), 1, "other", resume_from_checkpoint=checkpoint)
+        distributed_worker.stream(str(folder.parent / "data"), 1, "other", resume_from_checkpoint=checkpoint)
