@@ -55,7 +55,8 @@ class ResultsWriter(TrainerCallback):
         training = next((entry for entry in reversed(state.log_history) if "loss" in entry), {})
         row |= {key: value for key, value in training.items() if key not in ("epoch", "step") and value is not None}
         names = dict.fromkeys(("loss", "top1", "top5", "agreement", "teacher_top1", self._best_by["metric"]))
-        row |= {f"eval_{name}": metrics[f"eval_{name}"] for name in names if f"eval_{name}" in metrics}
+        measured = {f"eval_{name}": metrics.get(f"eval_{name}", math.nan) for name in names}
+        row |= {key: value for key, value in measured.items() if math.isfinite(value)}
         self.rows = [other for other in self.rows if other["step"] != row["step"]] + [row]
         if args.should_save and not state.is_hyper_param_search:  # a search stores its trials in its own database
             self.write(Path(args.output_dir, RESULTS_NAME))

@@ -564,8 +564,9 @@ class DistillationTrainer(Trainer):
 
     def _determine_best_metric(self, metrics, trial):
         # save_strategy: best saves only where this says that it is the best, and the last step must be saved. What has
-        # diverged never is, and Trainer would note an infinite best before it.
+        # diverged never is.
         is_best = self.divergence.logits_are_finite and super()._determine_best_metric(metrics, trial)
+        self.state.best_metric = finite_or_none(self.state.best_metric)  # Trainer begins with an infinite one
         return is_best or self.stop_on_sigterm.stopping
 
     def _load_best_model(self) -> None:

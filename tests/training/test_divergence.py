@@ -158,6 +158,8 @@ def test_what_diverged_first_does_not_win_later(metric, greater):
     trainer.divergence.logits_are_finite = False
     assert not trainer._determine_best_metric({f"eval_{metric}": math.nan}, None) and trainer.state.best_metric is None
     trainer.divergence.logits_are_finite = True
+    infinite = {f"eval_{metric}": -math.inf if greater else math.inf}
+    assert not trainer._determine_best_metric(infinite, None) and trainer.state.best_metric is None
     assert trainer._determine_best_metric({f"eval_{metric}": 3.0}, None) and trainer.state.best_metric == 3.0
 
 
