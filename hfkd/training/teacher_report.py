@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING
 
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
-
-if TYPE_CHECKING:
-    from .trainer import DistillationTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -27,7 +23,7 @@ class TeacherReport(TrainerCallback):
     refers to the trainer weakly: a trainer in a circle of references would outlive its last use.
     """
 
-    def __init__(self, trainer: DistillationTrainer):
+    def __init__(self, trainer: Trainer):
         self.trainer = weakref.proxy(trainer)
         self.told = self.warned = False
 
