@@ -70,8 +70,9 @@ def run_trials(
             with contextlib.ExitStack() as held:
                 held.enter_context(lock)
                 optuna.storages.fail_stale_trials(study)
-                trials = _trials(study, TrialState.COMPLETE, TrialState.PRUNED)
-                running = len(_trials(study, TrialState.RUNNING))
+                known = study.get_trials(deepcopy=False)  # once: a trial that ends between two readings is in neither
+                trials = [trial for trial in known if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)]
+                running = sum(trial.state == TrialState.RUNNING for trial in known)
                 if len(trials) >= n_trials:
                     return [_searched_trial(trial) for trial in trials]
                 if len(trials) + running < n_trials:
@@ -97,10 +98,6 @@ def _open_study(folder: Path, space: Sequence[Parameter]) -> tuple[optuna.Study,
     if not any(RECIPE in trial.user_attrs for trial in alive):
         study.enqueue_trial({parameter.key: parameter.default for parameter in space}, user_attrs={RECIPE: True})
     return study, storage
-
-
-def _trials(study: optuna.Study, *states: TrialState) -> list[FrozenTrial]:
-    return study.get_trials(deepcopy=False, states=states)
 
 
 def _run_trial(
