@@ -15,6 +15,10 @@ from ..networks.teacher import Teacher, TeacherEnsemble
 from ..recipe.arguments import DistillationConfig
 from ..runs.folder import RESULTS_NAME, environment, write_whole
 from ..teacher_cache.teacher import CachedTeacher
+from .metrics import OWN, WITH_TEACHER, measured
+
+# Figures that the best and the last row of the summary have in common with every run; the others are the user's own.
+SUMMED_UP = {f"eval_{name}" for name in (*OWN, *WITH_TEACHER)}
 
 
 class ResultsWriter(TrainerCallback):
@@ -26,6 +30,8 @@ class ResultsWriter(TrainerCallback):
     Attributes:
         facts: facts of the run that are known before training: networks, losses, data set, published value, versions.
         rows: measurements, one row for each evaluation.
+        first_set: name of the first of several evaluation sets, whose figures also stand without it; None for one set.
+        recording: whether the next evaluation adds to the rows.
         planned_steps: number of steps of a run that is not stopped.
     """
 
@@ -33,10 +39,14 @@ class ResultsWriter(TrainerCallback):
         self.facts: dict[str, Any] = {}
         self.rows: list[dict[str, Any]] = []
         self.planned_steps = 0
+        self.first_set: str | None = None
+        self.recording = True
         self._started = time.perf_counter()
 
     def on_train_begin(self, args, state, control, **kwargs):
         path = Path(args.output_dir, RESULTS_NAME)
+        if state.global_step == 0:  # a second training, from the weights of the first
+            self.rows = [row for row in self.rows if row["step"] == 0]
         if state.global_step > 0 and path.is_file():
             rows = json.loads(path.read_text())["epochs"]
             self.rows = [row for row in rows if row["step"] <= state.global_step]
@@ -44,7 +54,17 @@ class ResultsWriter(TrainerCallback):
         self._started = time.perf_counter()
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
+        if not self.recording:
+            return
+        metrics = measured(metrics)
+        if self.first_set is not None:
+            prefix = f"eval_{self.first_set}_"
+            metrics |= {f"eval_{key.removeprefix(prefix)}": metrics[key] for key in metrics if key.startswith(prefix)}
         if "eval_top1" not in metrics:
+            for row in self.rows:
+                if row["step"] == state.global_step:  # of the first set, which is evaluated before the others
+                    row |= metrics
+            self._write_file(args, state)
             return
         now = time.perf_counter()
         epoch = round(state.epoch or 0.0, 4)
@@ -54,7 +74,11 @@ class ResultsWriter(TrainerCallback):
         row |= {key: value for key, value in training.items() if key not in ("epoch", "step")}
         names = ("loss", "top1", "top5", "agreement", "teacher_top1")
         row |= {f"eval_{name}": metrics[f"eval_{name}"] for name in names if f"eval_{name}" in metrics}
+        row |= metrics  # and those of the user's functions
         self.rows = [other for other in self.rows if other["step"] != row["step"]] + [row]
+        self._write_file(args, state)
+
+    def _write_file(self, args, state) -> None:
         if args.should_save and not state.is_hyper_param_search:  # a search stores its trials in its own database
             self.write(Path(args.output_dir, RESULTS_NAME))
 
@@ -89,6 +113,9 @@ class ResultsWriter(TrainerCallback):
 def _summary(row: dict[str, Any]) -> dict[str, Any]:
     keys = ("epoch", "step", "eval_top1", "eval_top5", "eval_agreement")
     summary = {key.removeprefix("eval_"): row[key] for key in keys if key in row}
+    others = {key.removeprefix("eval_"): row[key] for key in row if key.startswith("eval_") and key not in SUMMED_UP}
+    if others:
+        summary["others"] = others
     return summary | {"checkpoint": f"checkpoint-{row['step']}"}
 
 
