@@ -15,6 +15,7 @@ from ..networks.frozen import trainable_weights_in_common
 from ..networks.teacher import Teacher, TeacherEnsemble
 from ..recipe.arguments import DistillationConfig
 from .distiller import Distiller
+from .loaders import data_sets
 from .metrics import TIMES
 
 PLATEAU = ("reduce_lr_on_plateau", "greedy")  # schedules that read metric_for_best_model
@@ -113,6 +114,24 @@ def check_types(model: Any, args: Any) -> None:
         )
     if not (model is None or isinstance(model, (nn.Module, str))):
         raise HfkdError(f"The student must be a model or its name, got {type(model).__name__}.")
+
+
+def check_metric_settings(model: nn.Module, eval_dataset: Any, args: DistillationConfig) -> None:
+    """Check that the settings of a user's metrics can be met.
+
+    Raises:
+        HfkdError: if they cannot.
+    """
+    if "inputs" in args.include_for_metrics and getattr(model, "main_input_name", None) != "pixel_values":
+        raise HfkdError(
+            f"include_for_metrics: inputs needs a model of transformers or timm, and {type(model).__name__} does not "
+            "name its input: leave it out."
+        )
+    if args.batch_eval_metrics and any(isinstance(each, StreamingImageDataset) for each in data_sets(eval_dataset)):
+        raise HfkdError(
+            "batch_eval_metrics is not supported with a streamed evaluation set, which does not tell its last batch: "
+            "set streaming or batch_eval_metrics to false."
+        )
 
 
 def check_given_optimizer(optimizer: Any, distiller: Distiller) -> None:

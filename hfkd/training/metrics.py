@@ -160,29 +160,29 @@ def _own_metrics(batches: list[tuple[np.ndarray, ...]]) -> dict[str, float]:
     return metrics | {"loss": losses.mean().item()}
 
 
-def metric_names(metrics: EvaluationMetrics, labels: Tensor, with_teacher: bool, by_batch: bool) -> list[str] | None:
-    """Return the names that an evaluation gives, from logits of 0 for a few images.
+def own_names(with_teacher: bool) -> list[str]:
+    """Return the names of hfkd's own figures."""
+    return [*OWN, *(WITH_TEACHER if with_teacher else ())]
+
+
+def names_of_users(metrics: EvaluationMetrics, labels: Tensor, by_batch: bool) -> list[str] | None:
+    """Return the names that a user's `compute_metrics` gives, from logits of 0 for a few images.
 
     Args:
         labels: (B,), of the images.
         by_batch: `batch_eval_metrics` is set.
 
     Returns:
-        None if the user's function fails, which so few images may make it do.
+        None if the function fails, which so few images may make it do.
     """
-    own = [*OWN, *(WITH_TEACHER if with_teacher else ())]
-    if metrics.compute is None:
-        return own
     try:
         logits = torch.zeros(len(labels), int(labels.max()) + 1, device=labels.device)
         outputs = metrics.preprocess((labels[:, None], logits[:, 0], logits), labels)
         if by_batch:
-            found = metrics(EvalPrediction(outputs, labels), compute_result=True)  # type: ignore[arg-type]  # as Trainer
-        else:
-            found = metrics(EvalPrediction(nested_numpify(outputs), nested_numpify(labels)))
+            return list(metrics(EvalPrediction(outputs, labels), compute_result=True))  # type: ignore[arg-type]
+        return list(metrics(EvalPrediction(nested_numpify(outputs), nested_numpify(labels))))
     except Exception:  # whatever it raises, an evaluation will tell
         return None
-    return [*dict.fromkeys([*own, *found])]
 
 
 def measured(metrics: Mapping[str, Any]) -> dict[str, float]:

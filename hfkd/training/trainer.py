@@ -40,10 +40,18 @@ from ..teacher_cache.teacher import CachedTeacher
 from .backends import backend_of
 from .callbacks import ContinueLog, EndWhereDone, ProgressLines, SetEpoch, UpdateAverage
 from .checkpoints import Checkpoints, changed_for_now, check_best
-from .checks import asks_for_best, check_best_metric, check_given_optimizer, check_roles, check_types, smallest_batch
+from .checks import (
+    asks_for_best,
+    check_best_metric,
+    check_given_optimizer,
+    check_metric_settings,
+    check_roles,
+    check_types,
+    smallest_batch,
+)
 from .distiller import Distiller
 from .dry_run import check_single_image, dry_run
-from .evaluation import TeacherMemory, mean_cross_entropy, ranked_predictions
+from .evaluation import TeacherMemory, mean_cross_entropy, own_forward, ranked_predictions
 from .exports import Exports
 from .loaders import (
     check_batch,
@@ -56,7 +64,7 @@ from .loaders import (
     stream_loader,
     without_sigterm,
 )
-from .metrics import EvaluationMetrics, metric_names
+from .metrics import EvaluationMetrics, names_of_users, own_names
 from .optimization import decayed_parameter_names, lomo_looked_up_once, multi_step_schedule, optimizer_settings
 from .preemption import EXIT_CODE, StopOnSigterm
 from .pushes import Pushes
@@ -190,11 +198,13 @@ class DistillationTrainer(Trainer):
         self.teacher_memory = TeacherMemory(self.teacher, args.device)
         self._continue_log = ContinueLog(self, self.term_log)
         self._keep_logits = self._asks_teacher = False
+        self._steps_per_epoch = 1  # known once training begins, when a schedule that a user has created is replaced
         self.results.first_set = next(iter(eval_dataset), None) if isinstance(eval_dataset, dict) else None
         self._whole_state: dict[str, Tensor] | None = None
         for callback in (self._continue_log, self.results, self.stop_on_sigterm, self.pushes, EndWhereDone()):
             self.add_callback(callback)
         self._begin(built)
+        check_metric_settings(self.model, eval_dataset, args)
         check_given_optimizer(self.optimizer, self.distiller)
         if asks_for_best(args) and eval_dataset is not None:
             check_best_metric(args.metric_for_best_model, eval_dataset, self._metric_names())
@@ -222,6 +232,9 @@ class DistillationTrainer(Trainer):
             prepare_teacher(self.teacher, self.model, losses, args, images)
         self.distiller = Distiller(self.model, losses, args.ce_weight, self.compute_loss_func)
         self.results.facts |= run_facts(self.exports.name, self.model, self.teacher, losses, args)
+        if self.compute_loss_func is not None:
+            kind = type(self.compute_loss_func).__name__
+            self.results.facts["label_loss"] = getattr(self.compute_loss_func, "__name__", kind)
         self.results.rows = []
         self.term_log.start()
         self._place_images(losses)
@@ -266,11 +279,15 @@ class DistillationTrainer(Trainer):
 
     def _metric_names(self) -> list[str] | None:
         """Return the names that an evaluation gives; None if a user's function does not tell from two images."""
-        metrics = self._evaluation_metrics(keeps_logits=self.compute_metrics is not None)
-        batch = self._first_images(first_set(self.eval_dataset))
-        if self.args.prediction_loss_only or batch is None:
+        if self.args.prediction_loss_only:
             return ["loss"]
-        return metric_names(metrics, batch["labels"], self.teacher is not None, self.args.batch_eval_metrics)
+        own = own_names(with_teacher=self.teacher is not None)
+        if self.compute_metrics is None:
+            return own
+        batch: Any = self._first_images(first_set(self.eval_dataset))
+        metrics = self._evaluation_metrics(keeps_logits=True)
+        users = names_of_users(metrics, batch["labels"], self.args.batch_eval_metrics)
+        return None if users is None else own + users
 
     def _hp_search_setup(self, trial):
         # Trainer calls it in every `train()`, after model_init has made a student. It sets the values of the trial, and
@@ -517,7 +534,7 @@ class DistillationTrainer(Trainer):
         if streamed:  # nothing to leave out: its padding is marked, and accelerate does not know its length
             self.gather_function = self.accelerator.gather
         try:
-            with self._compiling(), changed_for_now(self, **users):
+            with self._compiling(), changed_for_now(self, **users), own_forward(self.model):
                 output = super().evaluation_loop(
                     dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
                 )
