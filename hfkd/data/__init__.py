@@ -7,7 +7,7 @@ The room imports only errors, names and plots; it never imports networks, traini
 from .augment import NoAugmentation, StrongAugmentation, WeakAugmentation
 from .columns import ImageSplit
 from .datasets import load_image_splits
-from .image_dataset import BATCH_ENTRIES, ImageDataset, collate_batch
+from .image_dataset import ImageDataset, collate_batch
 from .lazy import LazyImageDataset
 from .shards import StreamSplit, open_streams
 from .source import ImageSource, IndexedImageSource
@@ -15,7 +15,6 @@ from .streaming import StreamingImageDataset
 from .transforms import CenterCrop, RandomResizedCrop
 
 __all__ = [
-    "BATCH_ENTRIES",
     "CenterCrop",
     "ImageDataset",
     "ImageSource",

@@ -27,7 +27,8 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import TrainOutput, has_length
 from transformers.utils import logging
 
-from ..data import BATCH_ENTRIES, StreamingImageDataset, collate_batch
+from ..data import StreamingImageDataset, collate_batch
+from ..data.image_dataset import BATCH_ENTRIES
 from ..data.subsets import image_source
 from ..errors import HfkdError
 from ..losses import DistillationLoss, build_losses
