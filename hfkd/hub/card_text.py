@@ -100,6 +100,10 @@ def results_section(results: dict[str, Any], figure: str | None) -> str | None:
         parts.append(
             f"The run diverged at step {found['step']} ({found['reason']}); the figures are of finite weights."
         )
+    others = results[results["exported"]].get("others", {})
+    if others:
+        rows = [[code(name), f"{value:.4g}"] for name, value in others.items()]
+        parts += ["Also measured, for these weights:", _table(["metric", "value"], rows)]
     parts += [f"![Accuracy and loss terms over the epochs]({figure})"] if figure else []
     return "\n\n".join(parts)
 
@@ -158,8 +162,10 @@ def library_of(config: dict[str, Any] | None) -> str | None:
 def method_section(results: dict[str, Any]) -> str:
     """Return the losses with their settings, and the citations."""
     if not results["losses"]:
-        return "## Method\n\nCross-entropy with the labels; no teacher."
-    rows = [["cross-entropy with the labels", f"{results['ce_weight']:g}", ""]]
+        own = results.get("label_loss")
+        return f"## Method\n\n{f'{code(own)} of' if own else 'Cross-entropy with'} the labels; no teacher."
+    own = results.get("label_loss")  # the user's, in place of the cross-entropy
+    rows = [[f"{code(own)} of the labels" if own else "cross-entropy with the labels", f"{results['ce_weight']:g}", ""]]
     for name, settings in results["losses"].items():
         others = [code(f"{key}: {json.dumps(value)}") for key, value in settings.items() if key != "weight"]
         rows.append([code(name), f"{settings['weight']:g}", ", ".join(others)])

@@ -259,19 +259,25 @@ def load_pretrained(
 
 
 @overload
-def as_teacher(given: Teacher | nn.Module, standardized: bool) -> Teacher: ...
+def as_teacher(given: Teacher | nn.Module | str, standardized: bool) -> Teacher: ...
 
 
 @overload
 def as_teacher(
-    given: Teacher | TeacherEnsemble | nn.Module | Sequence[Teacher | nn.Module] | None, standardized: bool
+    given: Teacher | TeacherEnsemble | nn.Module | str | Sequence[Teacher | nn.Module | str] | None, standardized: bool
 ) -> Teacher | TeacherEnsemble | None: ...
 
 
 def as_teacher(
-    given: Teacher | TeacherEnsemble | nn.Module | Sequence[Teacher | nn.Module] | None, standardized: bool
+    given: Teacher | TeacherEnsemble | nn.Module | str | Sequence[Teacher | nn.Module | str] | None, standardized: bool
 ) -> Teacher | TeacherEnsemble | None:
-    """Return the trainer's `teacher` argument as one teacher: models are frozen, and several become an ensemble."""
+    """Return the trainer's `teacher` argument as one teacher: names are loaded, and several become an ensemble.
+
+    Raises:
+        HfkdError: if it is none of these, or as `load_teacher`.
+    """
+    if isinstance(given, str):
+        return load_teacher(given)
     if isinstance(given, nn.Module):
         # The model's configuration holds the size and normalisation that it was trained with.
         origin = hub_id(given.name_or_path or "") if isinstance(given, PreTrainedModel) else None
@@ -279,6 +285,11 @@ def as_teacher(
     if isinstance(given, Sequence):
         members = [as_teacher(member, standardized) for member in given]
         return members[0] if len(members) == 1 else TeacherEnsemble(members, standardized)
+    if not (given is None or isinstance(given, (Teacher, TeacherEnsemble))):
+        raise HfkdError(
+            f"The teacher must be a model, a Teacher, a name or a list of them, got {type(given).__name__}: "
+            "DistillationTrainer(student, teacher, args)."
+        )
     return given
 
 

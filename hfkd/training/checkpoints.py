@@ -252,11 +252,11 @@ def _check_student(checkpoint: str, student: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def changed_for_now(args: DistillationConfig, **changes: Any) -> Iterator[None]:
-    """Change settings of a run within, and put them back."""
-    former = {name: getattr(args, name) for name in changes}
-    vars(args).update(changes)
+def changed_for_now(holder: Any, **changes: Any) -> Iterator[None]:
+    """Change attributes of the settings of a run, or of its trainer, within, and put them back."""
+    former = {name: getattr(holder, name) for name in changes}
+    vars(holder).update(changes)
     try:
         yield
     finally:
-        vars(args).update(former)
+        vars(holder).update(former)

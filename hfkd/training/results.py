@@ -17,6 +17,10 @@ from ..recipe.arguments import DistillationConfig
 from ..runs.finished import BY_TOP1, best_words
 from ..runs.folder import RESULTS_NAME, environment, strict_json, write_whole
 from ..teacher_cache.teacher import CachedTeacher
+from .metrics import OWN, WITH_TEACHER, measured
+
+# Figures that the best and the last row of the summary have in common with every run; the others are the user's own.
+SUMMED_UP = {f"eval_{name}" for name in (*OWN, *WITH_TEACHER)}
 
 
 class ResultsWriter(TrainerCallback):
@@ -28,6 +32,8 @@ class ResultsWriter(TrainerCallback):
     Attributes:
         facts: facts of the run that are known before training: networks, losses, data set, published value, versions.
         rows: measurements, one row for each evaluation.
+        first_set: name of the first of several evaluation sets, whose figures also stand without it; None for one set.
+        recording: whether the next evaluation adds to the rows.
         planned_steps: number of steps of a run that is not stopped.
     """
 
@@ -35,10 +41,14 @@ class ResultsWriter(TrainerCallback):
         self.facts: dict[str, Any] = {}
         self.rows: list[dict[str, Any]] = []
         self.planned_steps = 0
+        self.first_set: str | None = None
+        self.recording = True
         self._started = time.perf_counter()
 
     def on_train_begin(self, args, state, control, **kwargs):
         path = Path(args.output_dir, RESULTS_NAME)
+        if state.global_step == 0:  # a second training, from the weights of the first
+            self.rows = [row for row in self.rows if row["step"] == 0]
         if state.global_step > 0 and path.is_file():
             rows = json.loads(path.read_text())["epochs"]
             self.rows = [row for row in rows if row["step"] <= state.global_step]
@@ -46,7 +56,21 @@ class ResultsWriter(TrainerCallback):
         self._started = time.perf_counter()
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
-        if not math.isfinite(metrics.get("eval_top1", math.nan)):  # NaN: the run has diverged
+        if not self.recording:
+            return
+        metrics = measured(metrics)
+        if self.first_set is not None:
+            prefix = f"eval_{self.first_set}_"
+            metrics |= {f"eval_{key.removeprefix(prefix)}": metrics[key] for key in metrics if key.startswith(prefix)}
+        finite = {key: value for key, value in metrics.items() if math.isfinite(value)}
+        if "eval_top1" not in metrics:
+            for row in self.rows:
+                if row["step"] == state.global_step:  # of the first set, which is evaluated before the others
+                    row |= finite
+            self._write_file(args, state)
+            return
+        if "eval_top1" not in finite:  # the run has diverged
+            return
             return
         now = time.perf_counter()
         epoch = round(state.epoch or 0.0, 4)
@@ -54,10 +78,11 @@ class ResultsWriter(TrainerCallback):
         self._started = now
         training = next((entry for entry in reversed(state.log_history) if "loss" in entry), {})
         row |= {key: value for key, value in training.items() if key not in ("epoch", "step") and value is not None}
-        names = dict.fromkeys(("loss", "top1", "top5", "agreement", "teacher_top1", self._best_by["metric"]))
-        measured = {f"eval_{name}": metrics.get(f"eval_{name}", math.nan) for name in names}
-        row |= {key: value for key, value in measured.items() if math.isfinite(value)}
+        row |= finite  # also those of the user's functions
         self.rows = [other for other in self.rows if other["step"] != row["step"]] + [row]
+        self._write_file(args, state)
+
+    def _write_file(self, args, state) -> None:
         if args.should_save and not state.is_hyper_param_search:  # a search stores its trials in its own database
             self.write(Path(args.output_dir, RESULTS_NAME))
 
@@ -103,6 +128,9 @@ class ResultsWriter(TrainerCallback):
 def _summary(row: dict[str, Any]) -> dict[str, Any]:
     keys = ("epoch", "step", "eval_top1", "eval_top5", "eval_agreement")
     summary = {key.removeprefix("eval_"): row[key] for key in keys if key in row}
+    others = {key.removeprefix("eval_"): row[key] for key in row if key.startswith("eval_") and key not in SUMMED_UP}
+    if others:
+        summary["others"] = others
     return summary | {"checkpoint": f"checkpoint-{row['step']}"}
 
 
