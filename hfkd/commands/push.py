@@ -14,6 +14,7 @@ from ..errors import HfkdError
 from ..hub.card import CARD_NAME, write_card
 from ..hub.repository import ensure_repository, export_files, upload
 from ..recipe.parser import ArgumentParser
+from ..runs.claims import check_own
 from ..runs.folder import CONFIG_NAME, RESULTS_NAME, ROLES, WEIGHTS_NAME
 from .arguments import parse_with_subject
 
@@ -67,9 +68,11 @@ def push(argv: list[str] | None = None) -> CommitInfo:
 
 def _given_metadata(folder: Path) -> dict[str, Any]:
     """Return the metadata given to `trainer.push_to_hub(license=...)`, which only the card has, to keep it."""
-    if not (folder / CARD_NAME).is_file():
+    path = folder / CARD_NAME
+    if not path.is_file():
         return {}
-    data = ModelCard.load(folder / CARD_NAME).data
+    data = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
+    check_own(folder, [CARD_NAME], "hfkd" in (data.tags or []), "FOLDER")
     return {"language": data.language, "license": data.license, "tags": data.tags}
 
 

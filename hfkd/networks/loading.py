@@ -225,6 +225,7 @@ def load_pretrained(
             ignore_mismatched_sizes=class_names is not None,
             device_map=device_map,
             output_loading_info=True,
+            trust_remote_code=False,
         )
     except OSError as error:  # no weights
         raise not_found_error("weights", name_or_path, error) from error
@@ -272,7 +273,8 @@ def check_model(name_or_path: str) -> None:
 
 def _read_config(name_or_path: str, **changes: Any) -> Any:
     try:
-        return AutoConfig.from_pretrained(name_or_path, **changes)
+        # Without the last argument transformers would ask whether to run code that comes with a model.
+        return AutoConfig.from_pretrained(name_or_path, **changes, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise not_found_error("model", name_or_path, error) from error
 
@@ -284,7 +286,7 @@ def load_processor(name_or_path: Any) -> Any:
         NotFoundError: if there is none.
     """
     try:
-        return AutoImageProcessor.from_pretrained(name_or_path)
+        return AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise not_found_error("image processor", name_or_path, error) from error
 
@@ -397,7 +399,19 @@ def exported_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 
     They are contiguous, since safetensors refuses channels_last strides.
     """
-    return {name: value.contiguous() for name, value in gathered(timm_model_of(model).state_dict()).items()}
+    state = gathered(timm_model_of(model).state_dict())
+    return with_own_memory({name: value.contiguous() for name, value in state.items()})
+
+
+def with_own_memory(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a state in which weights that share memory, as tied ones do, are copies: safetensors refuses others."""
+    seen: set[int] = set()
+    own = {}
+    for name, value in state.items():
+        place = value.untyped_storage().data_ptr()
+        own[name] = value.clone() if place in seen else value
+        seen.add(place)
+    return own
 
 
 def load_exported(model: nn.Module, state: dict[str, torch.Tensor]) -> None:

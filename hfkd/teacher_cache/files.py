@@ -10,7 +10,7 @@ then renamed, so it is either whole or missing.
 
 from __future__ import annotations
 
-import json
+import itertools
 import math
 import os
 import shutil
@@ -23,6 +23,8 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import HfkdError, RunError
+from ..runs.reading import printable, read_json
+from ..runs.writing import PARTIAL, leftovers, writing
 from .rows import RowFormat
 
 CACHE_NAME, EVALUATION_NAME = "cache.json", "evaluation.bin"
@@ -82,6 +84,7 @@ class CacheFiles:
         Raises:
             HfkdError: if a file is missing or has another size; the message names it.
         """
+        self._check_number()
         expected = {self.path(*shard): self.bytes_of(shard[1]) for shard in self.shards()}
         expected[self.folder / EVALUATION_NAME] = HEADER.size + self.facts["evaluation"]["rows"] * CHOICE_DTYPE.itemsize
         sizes = {path: path.stat().st_size if path.is_file() else None for path in expected}
@@ -95,11 +98,25 @@ class CacheFiles:
             if size != expected[path]:
                 raise HfkdError(damage_message(path, f"it has {size:,} bytes instead of {expected[path]:,}"))
 
+    def _check_number(self) -> None:
+        """Check that there are as many shards as the description says, which may be any number, before listing them.
+
+        Raises:
+            HfkdError: if there are fewer.
+        """
+        expected = self.epochs * math.ceil(self.num_rows / self.rows_a_shard)
+        found = sum(1 for _ in self.folder.glob("epoch-*/shard-*.bin"))
+        if found < expected:
+            raise HfkdError(
+                f"The teacher cache {self.folder} is not finished: {expected - found:,} of its {expected:,} shards are "
+                "missing. The command that began it completes it."
+            )
+
     def finish(self) -> bool:
         """Return True if every file is there; then remove the partial files that killed processes left."""
         paths = [self.folder / EVALUATION_NAME, *(self.path(*shard) for shard in self.shards())]
         whole = all(path.is_file() for path in paths)
-        for path in self.folder.rglob("*.partial") if whole else ():
+        for path in itertools.chain.from_iterable(leftovers(path, PARTIAL) for path in paths) if whole else ():
             path.unlink(missing_ok=True)
         return whole
 
@@ -174,15 +191,12 @@ def write_rows(path: Path, rows: np.ndarray) -> None:
     Raises:
         RunError: if the disk is full, or the file cannot be written for another reason.
     """
-    # The name holds the process id, since several processes may write the same cache.
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     content = rows.view(np.uint8).data
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
+        with writing(path) as file:
             file.write(HEADER.pack(MAGIC, len(rows), zlib.crc32(content)))
             file.write(content)
-        os.replace(partial, path)
     except FileNotFoundError:  # another process wrote the same file, finished the cache and removed partial files
         if not path.is_file():
             raise
@@ -192,8 +206,6 @@ def write_rows(path: Path, rows: np.ndarray) -> None:
             f"{path} could not be written ({error}); {free:,.0f} MiB are free on its disk. Free space and run the "
             "same command again: it goes on from the files that are whole."
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def is_whole(path: Path, dtype: np.dtype, count: int) -> bool:
@@ -215,7 +227,37 @@ def read_facts(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise HfkdError(f"{folder} holds no teacher cache: {path} is missing. `hfkd cache-teacher RECIPE` writes one.")
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        facts = printable(read_json(path))
+        _check_facts(facts)
+    except (HfkdError, LookupError, TypeError) as error:
         message = f"{path} cannot be read ({error}): remove it, and run the command that wrote it again."
         raise HfkdError(message) from error
+    return facts
+
+
+def _check_facts(facts: dict[str, Any]) -> None:
+    """Check the numbers of a description, which may be a stranger's, before memory is taken for what they say.
+
+    Raises:
+        HfkdError: for a number out of range; LookupError and TypeError for a description of another form.
+    """
+    row = facts["row"]
+    numbers = {
+        "epochs": (facts["epochs"], 10**4),  # as many as the names of their folders can tell apart
+        "rows_a_shard": (facts["rows_a_shard"], 2**40),
+        "train.rows": (facts["train"]["rows"], 2**40),
+        "evaluation.rows": (facts["evaluation"]["rows"], 2**40),
+        "row.classes": (row["classes"], 2**24),
+        "row.views": (row["views"], 2),
+        "row.top_k": (row["classes"] if row["top_k"] is None else row["top_k"], row["classes"]),
+        "the number of row.temperatures": (len(row["temperatures"]) + 1, 1000),
+    }
+    for name, (number, most) in numbers.items():
+        if type(number) is not int or not 1 <= number <= most:
+            raise HfkdError(f"{name} is {number!r}, expected 1 to {most:,}")
+    for name in ("teacher", "appearance", "given"):
+        facts[name]
+    teacher = facts["teacher"]
+    for member in teacher["members"]:
+        member["name"], member["hub_id"]
+    teacher["name"], teacher["parameters"]

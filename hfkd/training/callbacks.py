@@ -11,7 +11,8 @@ from torch import nn
 from transformers import ProgressCallback, Trainer, TrainerCallback
 
 from ..data import ImageSource, StreamingImageDataset
-from .term_log import UNLOGGED_NAME, TermLog
+from ..runs.checkpoints import UNLOGGED_NAME
+from .term_log import TermLog
 
 
 class SetEpoch(TrainerCallback):

@@ -9,12 +9,17 @@ from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback
+from transformers.utils import logging
 
+from ..errors import HfkdError
 from ..names import hub_id, public_name
 from ..networks.teacher import Teacher, TeacherEnsemble
 from ..recipe.arguments import DistillationConfig
 from ..runs.folder import RESULTS_NAME, environment, write_whole
+from ..runs.reading import read_results
 from ..teacher_cache.teacher import CachedTeacher
+
+logger = logging.get_logger(__name__)
 
 
 class ResultsWriter(TrainerCallback):
@@ -38,8 +43,7 @@ class ResultsWriter(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         path = Path(args.output_dir, RESULTS_NAME)
         if state.global_step > 0 and path.is_file():
-            rows = json.loads(path.read_text())["epochs"]
-            self.rows = [row for row in rows if row["step"] <= state.global_step]
+            self.rows = [row for row in _former_rows(path) if row["step"] <= state.global_step]
         self.planned_steps = state.max_steps
         self._started = time.perf_counter()
 
@@ -84,6 +88,16 @@ class ResultsWriter(TrainerCallback):
         rows = ",\n".join(f"    {json.dumps(row)}" for row in self.rows)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, "{\n" + ",\n".join(lines) + ',\n  "epochs": [\n' + rows + "\n  ]\n}\n")
+
+
+def _former_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of an interrupted run; none, with a warning, if the file is damaged: its checkpoints go on."""
+    try:
+        rows = read_results(path, ["epochs"])["epochs"]
+        return [row for row in rows if isinstance(row["step"], int)]
+    except (HfkdError, KeyError) as error:
+        logger.warning(f"{error} The measurements before the checkpoint are lost; the run goes on without them.")
+        return []
 
 
 def _summary(row: dict[str, Any]) -> dict[str, Any]:
