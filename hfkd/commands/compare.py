@@ -67,11 +67,11 @@ def compare(argv: list[str] | None = None) -> list[Row]:
     if not paths:
         raise HfkdError(f"Name the runs to compare: {USAGE}.")
     folder = Path(args.output_dir)
-    check_writable(folder, "output_dir")
     check_own(folder, NAMES, is_report(folder / NAMES[0]), "output_dir")
     logging.disable_progress_bar()  # for loading weights
     runs, left_out = find_runs(paths)
     rows = compared(runs)
+    check_writable(folder, "output_dir")
     report(rows, left_out, args.teacher, folder)
     return rows
 

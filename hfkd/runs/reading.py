@@ -32,16 +32,15 @@ def read_json(path: Path) -> Any:
     Raises:
         HfkdError: if it cannot be read, is empty, damaged or far too large.
     """
+    size = path.stat().st_size if path.is_file() else 0
+    if size > LARGEST_JSON:
+        raise HfkdError(f"{path} has {size:,} bytes, which is more than hfkd writes.")
+    if not size:
+        raise HfkdError(f"{path} is {'empty' if path.is_file() else 'no file'}.")
     try:
-        size = path.stat().st_size
-        if size > LARGEST_JSON:
-            raise HfkdError(f"{path} has {size:,} bytes, which is more than hfkd writes.")
-        text = path.read_text(encoding="utf-8")
-        return json.loads(text)
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, HfkdError):
-            raise
-        raise HfkdError(f"{path} is {'damaged' if size else 'empty'}: {error}") from error
+        raise HfkdError(f"{path} is damaged: {error}") from error
 
 
 def read_results(path: Path, required: Iterable[str] = ()) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def test_damaged_and_earlier_files():
     with pytest.raises(ValueError, match="earlier hfkd: it lacks recipe, seed, planned_steps"):
         read_run("cut")
     Path(finished_run("odd", [60.0]), "recipe.yaml").write_text("a: [")
-    with pytest.raises(ValueError, match="odd/recipe.yaml is damaged"):
+    with pytest.raises(ValueError, match="odd/recipe.yaml is not valid YAML"):
         read_run("odd")
 
 
