@@ -205,7 +205,7 @@ def build_search_trainer(
             evaluation split.
     """
     logging.disable_progress_bar()  # every trial loads weights
-    check_model(model_args.student_name_or_path)
+    check_model(model_args.student_name_or_path, model_args.trust_remote_code)
     teacher = open_cache(model_args) if model_args.teacher_cache else load_teachers(model_args) or None
     splits = load_splits(data_args)
 

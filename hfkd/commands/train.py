@@ -131,14 +131,14 @@ def build_trainer(
     from ..training.trainer import DistillationTrainer
     from .build import build_student, image_sets, load_splits, load_teachers, open_cache
 
-    check_model(model_args.student_name_or_path)
+    check_model(model_args.student_name_or_path, model_args.trust_remote_code)
     teacher = open_cache(model_args) if model_args.teacher_cache else load_teachers(model_args) or None
     set_seed(config.seed)  # the student's initial weights are part of the recipe
     splits = load_splits(data_args)
     student = build_student(model_args, data_args, splits[0].class_names)
     train_set, eval_set = image_sets(splits, input_spec(student), data_args, config)
     wrapped = isinstance(student, TimmWrapperForImageClassification)  # timm's config.json holds the preprocessing
-    processor = None if wrapped else load_processor(student.name_or_path)
+    processor = None if wrapped else load_processor(student.name_or_path, model_args.trust_remote_code)
     trainer = DistillationTrainer(
         student, teacher, config, train_dataset=train_set, eval_dataset=eval_set, processing_class=processor
     )

@@ -134,6 +134,8 @@ _MODEL = {
     ),
     **dict.fromkeys(("teacher_class_indices", "drop_path_rate", "patch_size"), Key(RESULT)),
     "teacher_device_map": Key(SPEED),
+    # Private: whoever repeats a published run decides anew.
+    "trust_remote_code": Key(OUTPUT, private=True),
 }
 _DATA = {
     "dataset_name": Key(RESULT, path=True),
