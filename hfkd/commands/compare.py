@@ -18,6 +18,7 @@ from ..recipe.parser import ArgumentParser
 from ..runs.claims import check_own
 from ..runs.finished import find_runs
 from ..runs.folder import check_writable, write_whole
+from ..runs.tables import plain
 from .arguments import parse_known
 
 NAMES = ("compare.md", "compare.csv", "compare.png")
@@ -79,14 +80,14 @@ def compare(argv: list[str] | None = None) -> list[Row]:
 def report(rows: Sequence[Row], left_out: Sequence[str], teacher: str | None, folder: Path) -> None:
     """Print the comparison and write its files."""
     known = next((run for row in rows for run in row.runs if run.results["dataset"] is not None), None)
-    title = f"# {evaluated_on(known) if known else 'Data set not recorded'}"
+    title = f"# {plain(evaluated_on(known)) if known else 'Data set not recorded'}"
     parts = [title, text_table(rows), LEGEND]
     if left_out:
         parts.append("Left out:\n" + "\n".join(f"- {reason}" for reason in left_out))
     print("\n\n".join(parts), flush=True)
     savings = savings_text(rows, teacher)
     if savings:
-        parts.append("## Savings of the students\n\n" + "\n".join(f"- {line}" for line in savings.splitlines()))
+        parts.append("## Savings of the students\n\n" + "\n".join(f"- {plain(line)}" for line in savings.splitlines()))
         print(f"\n{parts[-1]}")
     write_whole(folder / NAMES[0], "\n\n".join(parts) + "\n")
     write_whole(folder / NAMES[1], csv_text(rows))

@@ -42,7 +42,7 @@ from .messages import hide_token
 from .train import check_teacher_is_used
 
 SETTINGS_NAME, BEST_NAME = "search.yaml", "best.yaml"  # settings of the search, best recipe
-FILES = (SETTINGS_NAME, BEST_NAME, DATABASE_NAME, "study.lock", "trials.csv", "trials.md", "search.png")
+FILES = (SETTINGS_NAME, BEST_NAME, DATABASE_NAME, "trials.csv", "trials.md", "search.png")
 USAGE = "hfkd search recipe.yaml [--n_trials N] [--held_out SHARE] [--key value ...]"
 
 

@@ -83,6 +83,8 @@ def train(
         time_is_up: called after every step; when it returns True, the run ends as it does after SIGTERM.
     """
     folder = Path(config.output_dir)
+    if not folder.exists():
+        claim_output_dir(config, recipe)  # refused before the folder is made
     check_writable(folder, "output_dir")
     check_run_folder(folder)
     with claimed(folder, "output_dir") if config.should_save else contextlib.nullcontext():
@@ -90,6 +92,7 @@ def train(
 
 
 def _train(model_args, data_args, config, recipe, role, name, time_is_up) -> DistillationTrainer:
+    """Train as `train` does, in a folder that is claimed."""
     checkpoint = claim_output_dir(config, recipe)
     logging.disable_progress_bar()  # loading and saving weights would break the bar of the training
     trainer = build_trainer(model_args, data_args, config)

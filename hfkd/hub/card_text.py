@@ -206,7 +206,7 @@ def _settings(recipe: dict[str, Any]) -> list[list[str]]:
         schedule.append(f"schedule {code(values['lr_scheduler_type'])}")
         if warmup:
             schedule.append(f"warm-up {f'{warmup:g}' if warmup >= 1 else f'{100 * warmup:.3g} % of the'} steps")
-    batch = f"{values['per_device_train_batch_size']} images a device"
+    batch = f"{plain(str(values['per_device_train_batch_size']))} images a device"
     accumulated = values["gradient_accumulation_steps"]
     steps = values["max_steps"]
     return [
@@ -215,7 +215,7 @@ def _settings(recipe: dict[str, Any]) -> list[list[str]]:
         ["steps", f"{steps:,}"] if steps > 0 else ["epochs", f"{values['num_train_epochs']:g}"],
         ["batch size", batch + (f", {accumulated} batches a step" if accumulated > 1 else "")],
         ["precision", "bf16" if values["bf16"] else "fp16" if values["fp16"] else "float32"],
-        ["seed", str(values["seed"])],
+        ["seed", plain(str(values["seed"]))],
     ]
 
 

@@ -13,7 +13,8 @@ from ..recipe.yaml_file import read_yaml
 from .folder import RECIPE_NAME, RESULTS_NAME, ROLES, WEIGHTS_NAME
 from .reading import printable, read_results
 
-FACTS = ("role", "recipe", "seed", "planned_steps")  # facts that readers of runs rely on; others may be missing
+# Facts that readers of runs rely on; others may be missing.
+FACTS = ("role", "recipe", "seed", "planned_steps", "parameters", "dataset", "published_top1", "devices")
 
 
 @dataclass(frozen=True)
