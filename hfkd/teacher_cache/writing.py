@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from filelock import FileLock
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -24,7 +23,7 @@ from ..errors import HfkdError, RunError
 from ..networks.features import InputSpec
 from ..networks.teacher import Teacher, TeacherEnsemble, check_placement
 from ..recipe.arguments import DistillationConfig
-from ..runs.claims import LOCK_NAME, check_own
+from ..runs.claims import check_own
 from ..runs.folder import environment, write_whole
 from .files import CACHE_NAME, CHOICE_DTYPE, EVALUATION_NAME, CacheFiles, is_whole, read_facts, write_rows
 from .identity import appearance, describe_teacher, differences, same_augmentation
@@ -81,9 +80,7 @@ def write_cache(
     files = CacheFiles(folder, json.loads(json.dumps(facts)))
     processes = PartialState()  # the state that `config` has set up
     if processes.is_main_process:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with FileLock(Path(folder, LOCK_NAME)):  # another command may begin a cache here; both write the same one
-            claim_folder(files)
+        claim_folder(files)
     processes.wait_for_everyone()
     _prepare_teacher_and_images(teacher, train_set, eval_set, config, row.views)
     if processes.is_main_process:
@@ -100,6 +97,7 @@ def claim_folder(files: CacheFiles) -> None:
         RunError: if there is not enough disk space.
     """
     folder, path = files.folder, files.folder / CACHE_NAME
+    folder.mkdir(parents=True, exist_ok=True)
     epochs = [f"epoch-{epoch:04}" for epoch in range(files.epochs)]
     check_own(folder, [EVALUATION_NAME, *epochs], path.is_file(), "cache_dir")
     if path.is_file():
