@@ -10,7 +10,6 @@ then renamed, so it is either whole or missing.
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import shutil
@@ -100,7 +99,7 @@ class CacheFiles:
                 raise HfkdError(damage_message(path, f"it has {size:,} bytes instead of {expected[path]:,}"))
 
     def _check_number(self) -> None:
-        """Check that there are as many shards as the description says, which may be any number, before listing them.
+        """Check that many shards are there before they are listed: a stranger's description may say any number.
 
         Raises:
             HfkdError: if there are fewer.
@@ -117,8 +116,9 @@ class CacheFiles:
         """Return True if every file is there; then remove the partial files that killed processes left."""
         paths = [self.folder / EVALUATION_NAME, *(self.path(*shard) for shard in self.shards())]
         whole = all(path.is_file() for path in paths)
-        for path in itertools.chain.from_iterable(leftovers(path, PARTIAL) for path in paths) if whole else ():
-            path.unlink(missing_ok=True)
+        for path in (self.folder / CACHE_NAME, *paths) if whole else ():
+            for partial in leftovers(path, PARTIAL):
+                partial.unlink(missing_ok=True)
         return whole
 
     # ---- Reading ---------------------------------------------------------------------------------------------------
