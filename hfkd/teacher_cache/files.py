@@ -218,8 +218,11 @@ def is_whole(path: Path, dtype: np.dtype, count: int) -> bool:
     return True
 
 
-def read_facts(folder: str | Path) -> dict[str, Any]:
+def read_facts(folder: str | Path, whole: bool = False) -> dict[str, Any]:
     """Return the content of `cache.json`.
+
+    Args:
+        whole: check all of it, for a reader of more than the row format.
 
     Raises:
         HfkdError: if it is missing or cannot be read.
@@ -229,7 +232,9 @@ def read_facts(folder: str | Path) -> dict[str, Any]:
         raise HfkdError(f"{folder} holds no teacher cache: {path} is missing. `hfkd cache-teacher RECIPE` writes one.")
     try:
         facts = printable(read_json(path))
-        _check_facts(facts)
+        facts["row"]["top_k"]
+        if whole:
+            _check_facts(facts)
     except (HfkdError, LookupError, TypeError) as error:
         message = f"{path} cannot be read ({error}): remove it, and run the command that wrote it again."
         raise HfkdError(message) from error

@@ -101,7 +101,7 @@ def claim_folder(files: CacheFiles) -> None:
     epochs = [f"epoch-{epoch:04}" for epoch in range(files.epochs)]
     check_own(folder, [EVALUATION_NAME, *epochs], path.is_file(), "cache_dir")
     if path.is_file():
-        there = read_facts(folder)
+        there = read_facts(folder, whole=True)
         different = differences(there | {key: files.facts[key] for key in NOT_COMPARED}, files.facts)
         if not same_augmentation(there["appearance"], files.facts["appearance"]):
             different.append("augmentation: the same settings give other images now")

@@ -52,7 +52,7 @@ def changed(key, value):
 def test_a_description_that_cannot_be_used(text, message):
     Path("cache.json").write_text(text)
     with pytest.raises(HfkdError, match=message):
-        read_facts(".")
+        read_facts(".", whole=True)
 
 
 def test_many_shards_that_are_not_there_are_not_listed():
