@@ -83,7 +83,7 @@ def train(
         time_is_up: called after every step; when it returns True, the run ends as it does after SIGTERM.
     """
     folder = Path(config.output_dir)
-    if not folder.exists():
+    if not folder.exists() and str(config.resume_from_checkpoint).lower() != "true":
         claim_output_dir(config, recipe)  # refused before the folder is made
     check_writable(folder, "output_dir")
     check_run_folder(folder)
