@@ -199,13 +199,15 @@ def run_cells(cells: Sequence[Cell], limit: TimeLimit) -> dict[Path, str]:
 def attempt(cell: Cell, limit: TimeLimit) -> str | None:
     """Train one run until the time is up; return its error message, if it fails, so that the others still run."""
     try:
-        while not (cell.is_done() or limit.is_over()):
+        waiting = True
+        while waiting:
             try:
                 train(*cell.settings, role=cell.role, name=cell.name, time_is_up=limit.is_over)
-                break
+                waiting = False
             except InUseError:  # by a command for another GPU, which may finish it
                 print(f"{cell.title}: another command is training it; waiting.", flush=True)
                 wait_until_free(cell.folder, limit.is_over)
+                waiting = not (cell.is_done() or limit.is_over())
     except SystemExit as end:
         if end.code != EXIT_CODE or not limit.ended:
             raise
