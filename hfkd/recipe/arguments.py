@@ -90,6 +90,10 @@ class ModelArguments:
         default=None,
         metadata={"help": "Side of the student's patches in pixels, for a timm ViT; by default its own."},
     )
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Run code that comes with a student or teacher from a folder or the Hub. Read it first."},
+    )
 
     def __post_init__(self):
         check_ranges(self)

@@ -11,8 +11,9 @@ from torch import nn
 from transformers import ProgressCallback, Trainer, TrainerCallback
 
 from ..data import ImageSource, StreamingImageDataset
+from ..runs.checkpoints import UNLOGGED_NAME
 from .metrics import measured
-from .term_log import UNLOGGED_NAME, TermLog
+from .term_log import TermLog
 
 
 class SetEpoch(TrainerCallback):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from pathlib import Path
@@ -10,17 +9,23 @@ from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback
+from transformers.utils import logging
 
+from ..errors import HfkdError
 from ..names import hub_id, public_name
 from ..networks.teacher import Teacher, TeacherEnsemble
 from ..recipe.arguments import DistillationConfig
 from ..runs.finished import BY_TOP1, best_words
-from ..runs.folder import RESULTS_NAME, environment, strict_json, write_whole
+from ..runs.folder import RESULTS_NAME, environment
+from ..runs.reading import read_results
+from ..runs.writing import strict_json, write_whole
 from ..teacher_cache.teacher import CachedTeacher
 from .metrics import OWN, WITH_TEACHER, measured
 
 # Figures that the best and the last row of the summary have in common with every run; the others are the user's own.
 SUMMED_UP = {f"eval_{name}" for name in (*OWN, *WITH_TEACHER)}
+
+logger = logging.get_logger(__name__)
 
 
 class ResultsWriter(TrainerCallback):
@@ -50,8 +55,7 @@ class ResultsWriter(TrainerCallback):
         if state.global_step == 0:  # a second training, from the weights of the first
             self.rows = [row for row in self.rows if row["step"] == 0]
         if state.global_step > 0 and path.is_file():
-            rows = json.loads(path.read_text())["epochs"]
-            self.rows = [row for row in rows if row["step"] <= state.global_step]
+            self.rows = [row for row in _former_rows(path) if row["step"] <= state.global_step]
         self.planned_steps = state.max_steps
         self._started = time.perf_counter()
 
@@ -123,6 +127,16 @@ class ResultsWriter(TrainerCallback):
         rows = ",\n".join(f"    {strict_json(row)}" for row in self.rows)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, "{\n" + ",\n".join(lines) + ',\n  "epochs": [\n' + rows + "\n  ]\n}\n")
+
+
+def _former_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of an interrupted run; none, with a warning, if the file is damaged: its checkpoints go on."""
+    try:
+        rows = read_results(path, ["epochs"])["epochs"]
+        return [row for row in rows if isinstance(row["step"], int)]
+    except (HfkdError, KeyError) as error:
+        logger.warning(f"{error} The measurements before the checkpoint are lost; the run goes on without them.")
+        return []
 
 
 def _summary(row: dict[str, Any]) -> dict[str, Any]:

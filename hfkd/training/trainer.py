@@ -37,11 +37,11 @@ from ..networks.gradient_checkpointing import use_gradient_checkpointing
 from ..networks.loading import as_teacher, exported_state_dict
 from ..networks.teacher import Teacher, TeacherEnsemble
 from ..recipe.arguments import DistillationConfig
-from ..runs.folder import finite_or_none
+from ..runs.writing import finite_or_none, use_umask
 from ..teacher_cache.teacher import CachedTeacher
 from .backends import backend_of
 from .callbacks import ContinueLog, EndWhereDone, ProgressLines, SetEpoch, UpdateAverage
-from .checkpoints import Checkpoints, changed_for_now, check_best
+from .checkpoints import WEIGHTS_PATTERN, Checkpoints, changed_for_now, check_best
 from .checks import (
     asks_for_best,
     check_best_metric,
@@ -645,6 +645,7 @@ class DistillationTrainer(Trainer):
         if self.args.should_save:  # Trainer's pickle of the arguments holds the Hub token
             folder: Any = output_dir or self.args.output_dir  # a path once args is built
             os.remove(os.path.join(folder, TRAINING_ARGS_NAME))
+            use_umask(Path(folder).glob(WEIGHTS_PATTERN))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.args.should_save:
