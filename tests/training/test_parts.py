@@ -139,12 +139,10 @@ def test_a_checkpoint_is_found(checkpoints):
 def test_a_checkpoint_is_sealed_or_gone(checkpoints):
     folder = Path("run/checkpoint-1")
     with checkpoints.writing(folder):
-        folder.mkdir(parents=True)
         (folder / "a").write_text("a")
     assert defect(folder) is None
     with pytest.raises(RunError, match="run/checkpoint-1 could not be written .full.*There is no checkpoint yet"):
         with checkpoints.writing(folder):
-            folder.mkdir()
             raise OSError("full")
     assert not folder.exists()
 
@@ -162,7 +160,7 @@ def test_settings_are_changed_for_now():
 def test_an_export_takes_the_place_of_the_former_one(monkeypatch):
     monkeypatch.setattr("hfkd.training.exports.write_card", lambda *args, **kwargs: None)
     results = ResultsWriter()
-    results.facts = {"role": "student"}
+    results.facts = {"role": "student", "versions": {"hfkd": "1"}}
     exports = Exports(config("run"), results)
     assert exports.folder == Path("run/student")
     exports.write(lambda folder: Path(folder, "weights").write_text("1"), None, {})
