@@ -45,6 +45,7 @@ MEANS = {  # losses that are means over the batch: splitting the batch over proc
     "token_mse": {"token_mse": MAPS},
     "vkd": {"vkd": MAPS},
     "feature_queue": {"feature_queue": {"size": 16}},
+    "reviewkd": {"reviewkd": MAPS | {"warmup_epochs": 2}},
 }
 # So that logit_standardization makes others of them.
 READ_LOGITS = ("kd", "dkd", "ctkd", "ctkd_instance", "mlkd", "dist", "ttm", "wttm", "nkd", "abkd", "wsld", "hard")
@@ -65,6 +66,7 @@ COUPLED = {  # losses that compare the images of a batch with one another: each 
 LEARNT = {  # losses with parts that learn, or that change the student: every one must get a gradient in every step
     "features": {"kd": {}, **{name: {} for name in ("fitnet", "vid", "semckd", "srrl", "at", "sp", "pkt")}},
     "new_features": {name: {} for name in ("rkd", "nst", "cc", "token_mse", "srd", "itrd", "vkd", "feature_queue")},
+    "newer_features": {name: {} for name in ("reviewkd",)},
     "learnt_simkd": {"kd": {}, "simkd": {}},
 }
 

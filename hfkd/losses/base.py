@@ -71,13 +71,15 @@ class DistillationLoss(nn.Module):
     else:
         teacher_temperature = None
     takes_mixed_labels = True  # False: `labels` must be classes, so mixup and CutMix are refused
-    # The layers that `features` must hold: stage indices, module paths or "embedding". None: every stage except the
-    # first; the trainer replaces None by these stages.
+    # The layers that `features` must hold: stage indices, module paths (with ":input" behind it the module's input) or
+    # "embedding". None: every stage except the first, and `beside_stages`; the trainer replaces None by these layers.
     student_layers: Sequence[int | str] | None = ()
     teacher_layers: Sequence[int | str] | None = ()
+    beside_stages: Sequence[str] = ()
     needs_index = False  # True: `batch` holds `index`, the images' rows in the data set, and `setup_rows` is called
     replicated_buffers: Sequence[str] = ()  # kept equal in all processes by `forward`, so DDP does not copy them
     least_images = 1  # smallest batch: 2 if BatchNorm sees one value for each image and channel
+    warmup_epochs = 0.0  # of the factor `warmup`, for a loss that multiplies its terms by it
     reuses_classifier: ReusedClassifier | None = None  # not None: the student gets a module "projector"
 
     citation = ""  # BibTeX entry of the method's paper, with any indentation; a run's model card quotes it
@@ -140,6 +142,11 @@ class DistillationLoss(nn.Module):
         layers: dict[str, Any] = {"student_layers": self.student_layers, "teacher_layers": self.teacher_layers}
         actual = {key: list(value) for key, value in layers.items() if key in self.arguments}
         return {**self.arguments, **actual, "weight": self.weight}
+
+    def warmup(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return min(epoch / warmup_epochs, 1), 0-d, epochs counted from 1."""
+        # The epoch is 1 or more, so without warm-up the quotient is infinite and the clamp gives 1.
+        return (epoch_number(batch["progress"]) / self.warmup_epochs).clamp(max=1)
 
     def logits(self, student: Outputs, teacher: Outputs) -> tuple[Tensor, Tensor]:
         """Return student and teacher logits, each (B, C), standardized if the run asks for it."""

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import HfkdError
-from .base import DistillationLoss, Outputs, epoch_number, paired
+from .base import DistillationLoss, Outputs, paired
 from .checks import not_negative, positive
+from .labels import dominant_classes
 
 
 def dkd_loss(
@@ -118,8 +119,6 @@ class DKDLoss(DistillationLoss):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Mapping[str, Tensor]) -> Tensor:
         student_logits, teacher_logits = self.logits(student, teacher)
-        labels = batch["labels"].argmax(1) if batch["labels"].ndim == 2 else batch["labels"]
+        labels = dominant_classes(batch["labels"])
         loss = dkd_loss(student_logits, teacher_logits, labels, self.alpha, self.beta, self.temperature)
-        # The epoch is at least 1, so without warm-up the quotient is infinite and the clamp gives 1.
-        warmup = (epoch_number(batch["progress"]) / self.warmup_epochs).clamp(max=1)
-        return warmup * loss
+        return self.warmup(batch) * loss

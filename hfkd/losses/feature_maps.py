@@ -46,7 +46,12 @@ def summed(terms: Iterable[Tensor]) -> Tensor:
     return sum(terms)  # type: ignore[return-value]  # there is a pair, so it is no plain 0
 
 
-def _read_map(outputs: Outputs, role: str, layer: int | str) -> Tensor:
+def read_map(outputs: Outputs, role: str, layer: int | str) -> Tensor:
+    """Return the map (B, C, H, W) of a layer.
+
+    Raises:
+        HfkdError: the layer gives no map; the message names the role, "student" or "teacher", and the layer.
+    """
     try:
         return as_map(outputs.features[layer])
     except ValueError as error:
@@ -81,8 +86,8 @@ class MapsLoss(DistillationLoss):
         Raises:
             HfkdError: if the output of a layer is not a map.
         """
-        student_maps = [_read_map(student, "student", layer) for layer in self.student_layers]
-        return student_maps, [_read_map(teacher, "teacher", layer) for layer in self.teacher_layers]
+        student_maps = [read_map(student, "student", layer) for layer in self.student_layers]
+        return student_maps, [read_map(teacher, "teacher", layer) for layer in self.teacher_layers]
 
 
 class MapPairsLoss(MapsLoss):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import DistillationLoss, Outputs, epoch_number, paired
+from .base import DistillationLoss, Outputs, paired
 from .checks import not_negative, positive
 from .labels import check_classes
 
@@ -125,5 +125,4 @@ class RLDLoss(DistillationLoss):
             self.temperature,
             self.target_temperature,
         )
-        # The epoch is 1 or more, so without warm-up the quotient is infinite and the clamp gives 1.
-        return (epoch_number(batch["progress"]) / self.warmup_epochs).clamp(max=1) * loss
+        return self.warmup(batch) * loss

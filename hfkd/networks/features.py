@@ -15,10 +15,11 @@ from transformers.models.timm_wrapper import TimmWrapperForImageClassification
 from ..errors import HfkdError, WrongTypeError, nearest
 from .gradient_checkpointing import recomputing
 
-# A stage index into timm's `feature_info` (negative: from the end), a module path, or EMBEDDING.
+# A stage index into timm's `feature_info` (negative: from the end), a module path, with or without INPUT, or EMBEDDING.
 Layer = int | str
 
 EMBEDDING = "embedding"  # the pooled input of the classifier
+INPUT = ":input"  # "layer3.8.act2:input": what the module reads, for an activation the map before it
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,12 @@ _HOOKS: WeakKeyDictionary[nn.Module, list[RemovableHandle]] = WeakKeyDictionary(
 
 
 class Taps:
-    """Recorder of the outputs of named layers during a forward pass.
+    """Recorder of the outputs (or inputs) of named layers during a forward pass.
 
     Args:
         model: the network. Each layer gets a forward hook; the hooks of earlier taps are removed.
-        layers: stage indices into the `feature_info` of a timm model, module paths, or EMBEDDING.
+        layers: stage indices into the `feature_info` of a timm model, module paths, module paths that end in INPUT, or
+            EMBEDDING.
 
     Raises:
         HfkdError: for a layer that does not exist; the message names near ones.
@@ -92,6 +94,9 @@ class Taps:
         # A hook before the classifier sees the embedding of every architecture, however the model pools its features.
         if layer == EMBEDDING:
             return find_classifier(model).register_forward_pre_hook(self._record_embedding)
+        if isinstance(layer, str) and layer.endswith(INPUT):
+            module = find_layer(model, layer.removesuffix(INPUT))
+            return module.register_forward_pre_hook(functools.partial(self._record_input, layer))
         module = find_layer(model, layer)
         # With gradient checkpointing timm calls the blocks of a stage and not the stage, so a hook on the stage would
         # not run. The last block has the same output.
@@ -107,6 +112,11 @@ class Taps:
         if not isinstance(output, Tensor):
             raise HfkdError(f"The layer {layer!r} returns {type(output).__name__}, not a tensor: name another layer.")
         self._recorded[layer] = output.permute(0, 3, 1, 2) if self._channels_last and output.ndim == 4 else output
+
+    def _record_input(self, layer: Layer, module: nn.Module, arguments: tuple) -> None:
+        # timm's activations overwrite their input, so it is copied before they run.
+        overwritten = getattr(module, "inplace", False)
+        self._record(layer, module, (), arguments[0].clone() if overwritten else arguments[0])
 
     def _record_embedding(self, classifier: nn.Module, arguments: tuple) -> None:
         embedding = arguments[0]
@@ -198,16 +208,16 @@ def find_classifier(model: nn.Module) -> nn.Module:
 
 
 def settle_layers(losses: Iterable[nn.Module], student: nn.Module, teacher: nn.Module) -> None:
-    """Set the layers of losses that leave them open (None) to every stage except the stem, the published choice.
+    """Set the layers of losses that leave them open (None) to every stage except the stem, and `beside_stages`.
 
     Raises:
         HfkdError: for a network without stages.
     """
     for loss in losses:
         if loss.student_layers is None:
-            loss.student_layers = list(range(1, len(stages_of(student))))
+            loss.student_layers = [*range(1, len(stages_of(student))), *loss.beside_stages]
         if loss.teacher_layers is None:
-            loss.teacher_layers = list(range(1, len(stages_of(teacher))))
+            loss.teacher_layers = [*range(1, len(stages_of(teacher))), *loss.beside_stages]
 
 
 def logits_of(model: nn.Module, pixel_values: Tensor) -> Tensor:

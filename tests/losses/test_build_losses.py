@@ -131,6 +131,7 @@ RANGES = [
     *(("itrd", key, (-1,)) for key in ("correlation", "mutual")),
     ("itrd", "alpha", (0.4,)),
     ("feature_queue", "temperature", (0,)),
+    *(("reviewkd", key, (-1, float("nan"))) for key in ("warmup_epochs", "weight")),
 ]
 
 
