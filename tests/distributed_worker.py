@@ -46,6 +46,7 @@ MEANS = {  # losses that are means over the batch: splitting the batch over proc
     "vkd": {"vkd": MAPS},
     "feature_queue": {"feature_queue": {"size": 16}},
     "reviewkd": {"reviewkd": MAPS | {"warmup_epochs": 2}},
+    "cat_kd": {"cat_kd": {}},
 }
 # So that logit_standardization makes others of them.
 READ_LOGITS = ("kd", "dkd", "ctkd", "ctkd_instance", "mlkd", "dist", "ttm", "wttm", "nkd", "abkd", "wsld", "hard")
@@ -66,7 +67,7 @@ COUPLED = {  # losses that compare the images of a batch with one another: each 
 LEARNT = {  # losses with parts that learn, or that change the student: every one must get a gradient in every step
     "features": {"kd": {}, **{name: {} for name in ("fitnet", "vid", "semckd", "srrl", "at", "sp", "pkt")}},
     "new_features": {name: {} for name in ("rkd", "nst", "cc", "token_mse", "srd", "itrd", "vkd", "feature_queue")},
-    "newer_features": {name: {} for name in ("reviewkd",)},
+    "newer_features": {name: {} for name in ("reviewkd", "cat_kd")},
     "learnt_simkd": {"kd": {}, "simkd": {}},
 }
 
@@ -85,7 +86,7 @@ class Deeper(Plain):
 def networks_in_float64(name):
     """A student and a teacher for a run of `MEANS` or `COUPLED`."""
     torch.manual_seed(0)
-    if name == "simkd":  # it cuts students of timm
+    if name in ("simkd", "cat_kd"):  # one cuts students of timm, the other taps a pooling
         return resnets()
     student, teacher = Deeper(8), Deeper(12)
     if name == "batch_norm":

@@ -19,7 +19,9 @@ class Outputs(Protocol):
     logits: Tensor  # (B, C)
     features: Mapping[int | str, Tensor]  # outputs of the layers that losses name
     embedding: Tensor  # (B, D), input of the classifier, if a loss names the layer "embedding"
-    classifier: nn.Linear | None  # of a teacher, frozen; None unless one linear layer gives its logits
+    averaged_map: Tensor  # (B, D, H, W), input of the global pooling, if a loss names the layer "averaged_map"
+    # With "embedding", if one linear layer makes it the logits: this layer, of a teacher frozen; else None.
+    classifier: nn.Linear | None
     standardized: bool  # of a teacher: True if its logits are already Z-scores
     strong: "Outputs | None"  # the same images, strongly augmented, if a loss has views = 2
 
@@ -71,8 +73,8 @@ class DistillationLoss(nn.Module):
     else:
         teacher_temperature = None
     takes_mixed_labels = True  # False: `labels` must be classes, so mixup and CutMix are refused
-    # The layers that `features` must hold: stage indices, module paths (with ":input" behind it the module's input) or
-    # "embedding". None: every stage except the first, and `beside_stages`; the trainer replaces None by these layers.
+    # The layers that `features` must hold: stage indices, module paths (with ":input" behind it the module's input),
+    # "embedding" or "averaged_map". None: every stage except the first, and `beside_stages`; the trainer replaces None.
     student_layers: Sequence[int | str] | None = ()
     teacher_layers: Sequence[int | str] | None = ()
     beside_stages: Sequence[str] = ()

@@ -58,6 +58,30 @@ def read_map(outputs: Outputs, role: str, layer: int | str) -> Tensor:
         raise HfkdError(f"{role}_layers: {layer!r}: {error}") from error
 
 
+def check_averaged(role: str, outputs: Outputs) -> None:
+    """Check that a network averages its last map, and that one linear layer makes the average its logits.
+
+    Args:
+        role: "student" or "teacher", for the message.
+        outputs: of the network, with the layers "averaged_map" and "embedding".
+
+    Raises:
+        HfkdError: if it does not.
+    """
+    if outputs.classifier is None:
+        raise HfkdError(
+            f"this {role}'s logits do not come from one linear layer over its embedding, as those of two averaged "
+            f"heads: give another {role}"
+        )
+    averaged, embedding = outputs.averaged_map.mean(dim=(2, 3)), outputs.embedding
+    # In bf16 both differ by about 0.01.
+    if averaged.shape != embedding.shape or (averaged - embedding).abs().max() > 0.05 * embedding.abs().max():
+        raise HfkdError(
+            f"the {role}'s classifier reads an embedding {tuple(embedding.shape)} that is not the average of its last "
+            f"map {tuple(outputs.averaged_map.shape)}: give another {role}"
+        )
+
+
 class MapsLoss(DistillationLoss):
     """Base of the losses that compare maps of the student with maps of the teacher.
 

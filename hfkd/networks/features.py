@@ -15,10 +15,12 @@ from transformers.models.timm_wrapper import TimmWrapperForImageClassification
 from ..errors import HfkdError, WrongTypeError, nearest
 from .gradient_checkpointing import recomputing
 
-# A stage index into timm's `feature_info` (negative: from the end), a module path, with or without INPUT, or EMBEDDING.
+# A stage index into timm's `feature_info` (negative: from the end), a module path, with or without INPUT, EMBEDDING
+# or AVERAGED_MAP.
 Layer = int | str
 
 EMBEDDING = "embedding"  # the pooled input of the classifier
+AVERAGED_MAP = "averaged_map"  # the input of the global pooling
 INPUT = ":input"  # "layer3.8.act2:input": what the module reads, for an activation the map before it
 
 
@@ -40,8 +42,8 @@ class Outputs:
             head's.
         class_logits: (B, C), read by the cross-entropy. For two heads, the class head's; for one head, `logits`.
         features: outputs of the tapped layers, by the names under which they were requested.
-        classifier: for a teacher whose logits are one linear layer over its embedding: this layer, frozen, reduced to
-            the student's classes. None for other networks.
+        classifier: for a network whose logits are one linear layer over its embedding, if EMBEDDING is recorded: this
+            layer. A teacher's is frozen and reduced to the student's classes. None for other networks.
         standardized: True if the teacher's logits are Z-scores already.
         strong: outputs for the strongly augmented view of the same images, if a loss requested two views.
     """
@@ -61,6 +63,11 @@ class Outputs:
         """
         return self.features[EMBEDDING]
 
+    @property
+    def averaged_map(self) -> Tensor:
+        """(B, D, H, W), input of the global pooling. Only recorded for losses that name AVERAGED_MAP."""
+        return self.features[AVERAGED_MAP]
+
     def views(self) -> list[Outputs]:
         """Return the outputs of each view: the weak one and, if there is one, the strong one."""
         return [self] if self.strong is None else [self, self.strong]
@@ -76,8 +83,8 @@ class Taps:
 
     Args:
         model: the network. Each layer gets a forward hook; the hooks of earlier taps are removed.
-        layers: stage indices into the `feature_info` of a timm model, module paths, module paths that end in INPUT, or
-            EMBEDDING.
+        layers: stage indices into the `feature_info` of a timm model, module paths, module paths that end in INPUT,
+            EMBEDDING, or AVERAGED_MAP.
 
     Raises:
         HfkdError: for a layer that does not exist; the message names near ones.
@@ -94,6 +101,8 @@ class Taps:
         # A hook before the classifier sees the embedding of every architecture, however the model pools its features.
         if layer == EMBEDDING:
             return find_classifier(model).register_forward_pre_hook(self._record_embedding)
+        if layer == AVERAGED_MAP:
+            return find_pooling(model).register_forward_pre_hook(functools.partial(self._record_input, layer))
         if isinstance(layer, str) and layer.endswith(INPUT):
             module = find_layer(model, layer.removesuffix(INPUT))
             return module.register_forward_pre_hook(functools.partial(self._record_input, layer))
@@ -205,6 +214,29 @@ def find_classifier(model: nn.Module) -> nn.Module:
     if not linear:
         raise HfkdError(f"{type(inner).__name__} has no linear layer that could be its classifier.")
     return linear[-1]
+
+
+def is_classifier_of(outputs: Outputs, classifier: nn.Linear) -> bool:
+    """Return True if the logits are the classifier's output for the embedding.
+
+    They are not if two heads are averaged, for example. The structure of a network does not tell, a batch does.
+    """
+    logits = classifier(outputs.embedding.to(classifier.weight.dtype))
+    return bool((logits - outputs.logits).abs().max() <= 0.05 * outputs.logits.abs().max())  # bf16 is 0.01 off
+
+
+def find_pooling(model: nn.Module) -> nn.Module:
+    """Return the module that averages the last map: timm's `global_pool`, else the last that averages to a fixed size.
+
+    Raises:
+        HfkdError: if there is none.
+    """
+    modules = list(timm_model_of(model).named_modules())
+    pools = [module for path, module in modules if path.rpartition(".")[2] == "global_pool"]
+    pools = pools or [module for _, module in modules if isinstance(module, nn.AdaptiveAvgPool2d)]
+    if not pools:
+        raise HfkdError(f"{type(timm_model_of(model)).__name__} has no module that averages its last map.")
+    return pools[-1]
 
 
 def settle_layers(losses: Iterable[nn.Module], student: nn.Module, teacher: nn.Module) -> None:

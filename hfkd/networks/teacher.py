@@ -16,7 +16,17 @@ from ..losses.standardize import at_least_float32, standardize
 from ..names import architecture_of
 from .class_matching import check_class_indices, match_classes
 from .costs import parameter_count
-from .features import EMBEDDING, InputSpec, Layer, Outputs, Taps, find_classifier, forward_views, remove_taps
+from .features import (
+    EMBEDDING,
+    InputSpec,
+    Layer,
+    Outputs,
+    Taps,
+    find_classifier,
+    forward_views,
+    is_classifier_of,
+    remove_taps,
+)
 from .sharding import shard_frozen
 
 VIEWS = ("pixel_values", "pixel_values_strong")
@@ -150,7 +160,7 @@ class Teacher:
         classes = outputs.logits.shape[1]
         # The structure of a network does not tell whether its logits are one linear layer over the embedding, so it is
         # checked on a batch. Losses that reuse the classifier then find None.
-        if self._classifier is not None and not _is_linear(outputs, self._classifier):
+        if self._classifier is not None and not is_classifier_of(outputs, self._classifier):
             self._classifier = None
         indices = self.class_indices
         if indices is None:
@@ -209,15 +219,6 @@ class Teacher:
     def parameter_count(self) -> int:
         """Return the number of parameters."""
         return parameter_count(self.model)
-
-
-def _is_linear(outputs: Outputs, classifier: nn.Linear) -> bool:
-    """Return True if the logits are the classifier's output for the embedding.
-
-    They are not if two heads are averaged, for example.
-    """
-    logits = classifier(outputs.embedding.to(classifier.weight.dtype))
-    return bool((logits - outputs.logits).abs().max() <= 0.05 * outputs.logits.abs().max())  # bf16 is 0.01 off
 
 
 def _copy_of_classifier(model: nn.Module) -> nn.Linear | None:

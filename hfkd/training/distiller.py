@@ -8,7 +8,17 @@ from torch import Tensor, nn
 
 from ..errors import HfkdError
 from ..losses.standardize import at_least_float32
-from ..networks.features import Outputs, Taps, forward_views, has_two_heads, logits_of, train_heads_apart
+from ..networks.features import (
+    EMBEDDING,
+    Outputs,
+    Taps,
+    find_classifier,
+    forward_views,
+    has_two_heads,
+    is_classifier_of,
+    logits_of,
+    train_heads_apart,
+)
 
 
 class Distiller(nn.Module):
@@ -33,6 +43,8 @@ class Distiller(nn.Module):
         self.ce_weight = ce_weight
         layers = [layer for loss in losses.values() for layer in loss.student_layers]
         self.taps = Taps(student, layers) if layers else None
+        # In a list, for it is a part of the student and no second module. See `check_classifier`.
+        self.classifiers = [find_classifier(student)] if EMBEDDING in layers else []
         # DDP reads this attribute and does not broadcast these buffers before every forward. They are equal in all
         # processes without it, and broadcasting CRD's memory would take most of a step.
         self._ddp_params_and_buffers_to_ignore = [
@@ -53,9 +65,20 @@ class Distiller(nn.Module):
         """Return the student's outputs for every view in `batch`, in float32 or wider."""
         outputs = forward_views(self.student, batch, self.taps, self.two_heads)
         outputs.features = {layer: at_least_float32(feature) for layer, feature in outputs.features.items()}
+        outputs.classifier = next(iter(self.classifiers), None)
         for view in outputs.views():
             view.logits, view.class_logits = at_least_float32(view.logits), at_least_float32(view.class_logits)
         return outputs
+
+    def check_classifier(self, outputs: Outputs) -> None:
+        """Forget the student's classifier if it is no linear layer that makes the embedding its logits.
+
+        Losses that read the classifier then find None.
+        """
+        if self.classifiers and not (
+            isinstance(self.classifiers[0], nn.Linear) and is_classifier_of(outputs, self.classifiers[0])
+        ):
+            self.classifiers, outputs.classifier = [], None
 
     def logits(self, pixel_values: Tensor) -> Tensor:
         """Return the student's logits (B, C), for evaluation."""

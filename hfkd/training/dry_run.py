@@ -40,6 +40,7 @@ def dry_run(
     distiller.student.eval()
     with torch.no_grad(), autocast:
         student = distiller.predict(batch)
+        distiller.check_classifier(student)
     distiller.student.train(was_training)
     classes = student.logits.shape[1]
     needed = int(batch["labels"].max()) + 1 if source is None else source.num_classes

@@ -132,6 +132,7 @@ RANGES = [
     ("itrd", "alpha", (0.4,)),
     ("feature_queue", "temperature", (0,)),
     *(("reviewkd", key, (-1, float("nan"))) for key in ("warmup_epochs", "weight")),
+    ("cat_kd", "weight", (-1,)),
 ]
 
 
