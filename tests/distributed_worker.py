@@ -21,6 +21,12 @@ class DrawnByRow(CRDLoss):
 
 MAPS = {"student_layers": ["conv", "deep"], "teacher_layers": ["conv", "deep"], "weight": 1.0}  # of `Deeper`
 
+OFD = {  # of ResNets
+    "student_layers": ["layer2.0.act2:input", "layer3.0.act2:input"],
+    "teacher_layers": ["layer2.1.act2:input", "layer3.1.act2:input"],
+    "teacher_norms": ["layer2.1.bn2", "layer3.1.bn2"],
+}
+
 MEANS = {  # losses that are means over the batch: splitting the batch over processes must not change them
     "kd": {"kd": {}},
     "dkd": {"dkd": {"warmup_epochs": 2}},
@@ -47,6 +53,7 @@ MEANS = {  # losses that are means over the batch: splitting the batch over proc
     "feature_queue": {"feature_queue": {"size": 16}},
     "reviewkd": {"reviewkd": MAPS | {"warmup_epochs": 2}},
     "cat_kd": {"cat_kd": {}},
+    "ofd": {"ofd": OFD},
 }
 # So that logit_standardization makes others of them.
 READ_LOGITS = ("kd", "dkd", "ctkd", "ctkd_instance", "mlkd", "dist", "ttm", "wttm", "nkd", "abkd", "wsld", "hard")
@@ -67,7 +74,7 @@ COUPLED = {  # losses that compare the images of a batch with one another: each 
 LEARNT = {  # losses with parts that learn, or that change the student: every one must get a gradient in every step
     "features": {"kd": {}, **{name: {} for name in ("fitnet", "vid", "semckd", "srrl", "at", "sp", "pkt")}},
     "new_features": {name: {} for name in ("rkd", "nst", "cc", "token_mse", "srd", "itrd", "vkd", "feature_queue")},
-    "newer_features": {name: {} for name in ("reviewkd", "cat_kd")},
+    "newer_features": {"reviewkd": {}, "cat_kd": {}, "ofd": OFD},
     "learnt_simkd": {"kd": {}, "simkd": {}},
 }
 
@@ -86,7 +93,7 @@ class Deeper(Plain):
 def networks_in_float64(name):
     """A student and a teacher for a run of `MEANS` or `COUPLED`."""
     torch.manual_seed(0)
-    if name in ("simkd", "cat_kd"):  # one cuts students of timm, the other taps a pooling
+    if name in ("simkd", "cat_kd", "ofd"):  # which need layers that `Deeper` has not
         return resnets()
     student, teacher = Deeper(8), Deeper(12)
     if name == "batch_norm":

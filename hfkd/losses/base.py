@@ -78,6 +78,8 @@ class DistillationLoss(nn.Module):
     student_layers: Sequence[int | str] | None = ()
     teacher_layers: Sequence[int | str] | None = ()
     beside_stages: Sequence[str] = ()
+    # BatchNorms of the teacher whose scale and shift, (2, C), `features` must hold under f"{path}:affine".
+    teacher_norms: Sequence[str] = ()
     needs_index = False  # True: `batch` holds `index`, the images' rows in the data set, and `setup_rows` is called
     replicated_buffers: Sequence[str] = ()  # kept equal in all processes by `forward`, so DDP does not copy them
     least_images = 1  # smallest batch: 2 if BatchNorm sees one value for each image and channel

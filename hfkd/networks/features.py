@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import DeiTForImageClassificationWithTeacher
@@ -15,12 +16,13 @@ from transformers.models.timm_wrapper import TimmWrapperForImageClassification
 from ..errors import HfkdError, WrongTypeError, nearest
 from .gradient_checkpointing import recomputing
 
-# A stage index into timm's `feature_info` (negative: from the end), a module path, with or without INPUT, EMBEDDING
-# or AVERAGED_MAP.
+# A stage index into timm's `feature_info` (negative: from the end), a module path, with or without INPUT or AFFINE,
+# EMBEDDING or AVERAGED_MAP.
 Layer = int | str
 
 EMBEDDING = "embedding"  # the pooled input of the classifier
 AVERAGED_MAP = "averaged_map"  # the input of the global pooling
+AFFINE = ":affine"  # "layer3.8.bn2:affine": scale and shift of a norm, (2, C)
 INPUT = ":input"  # "layer3.8.act2:input": what the module reads, for an activation the map before it
 
 
@@ -83,8 +85,8 @@ class Taps:
 
     Args:
         model: the network. Each layer gets a forward hook; the hooks of earlier taps are removed.
-        layers: stage indices into the `feature_info` of a timm model, module paths, module paths that end in INPUT,
-            EMBEDDING, or AVERAGED_MAP.
+        layers: stage indices into the `feature_info` of a timm model, module paths, module paths that end in INPUT
+            or AFFINE, EMBEDDING, or AVERAGED_MAP.
 
     Raises:
         HfkdError: for a layer that does not exist; the message names near ones.
@@ -106,12 +108,24 @@ class Taps:
         if isinstance(layer, str) and layer.endswith(INPUT):
             module = find_layer(model, layer.removesuffix(INPUT))
             return module.register_forward_pre_hook(functools.partial(self._record_input, layer))
+        if isinstance(layer, str) and layer.endswith(AFFINE):
+            return self._tap_affine(model, layer)
         module = find_layer(model, layer)
         # With gradient checkpointing timm calls the blocks of a stage and not the stage, so a hook on the stage would
         # not run. The last block has the same output.
         while type(module) is nn.Sequential and len(module):
             module = module[-1]
         return module.register_forward_hook(functools.partial(self._record, layer))
+
+    def _tap_affine(self, model: nn.Module, layer: str) -> RemovableHandle:
+        norm = find_layer(model, layer.removesuffix(AFFINE))
+        if not all(isinstance(getattr(norm, name, None), nn.Parameter) for name in ("weight", "bias")):
+            raise HfkdError(f"{layer.removesuffix(AFFINE)!r} is no norm with a learnt scale and shift: name another.")
+        # In the forward pass, during which also a sharded network's parameters are whole.
+        return norm.register_forward_hook(lambda module, *_: self._record_affine(layer, module))
+
+    def _record_affine(self, layer: str, norm: nn.Module) -> None:
+        self._recorded[layer] = torch.stack([norm.weight, norm.bias])
 
     def _record(self, layer: Layer, module: nn.Module, arguments, output) -> None:
         # The backward pass runs checkpointed blocks again. Its outputs would be taken for those of the next forward.

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, set_seed
 
 from ..data import ImageSource
 from ..data.subsets import image_source
-from ..networks.features import InputSpec, remove_taps, settle_layers
+from ..networks.features import AFFINE, InputSpec, remove_taps, settle_layers
 from ..networks.loading import known_input_spec, wrap_timm
 from ..networks.simkd_rebuild import with_teacher_classifier
 from ..networks.teacher import Teacher, TeacherEnsemble, check_placement
@@ -70,6 +70,7 @@ def prepare_teacher(
     for loss in losses.values():
         loss.autocast_dtype = autocast_dtype
     layers = [layer for loss in losses.values() for layer in loss.teacher_layers]
+    layers += [norm + AFFINE for loss in losses.values() for norm in loss.teacher_norms]
     teacher.prepare(args.device, autocast_dtype, args.channels_last, images, layers, args.shard_teacher)
     check_ensemble(teacher, losses, args)
 

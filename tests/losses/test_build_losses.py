@@ -53,7 +53,8 @@ def test_no_losses_is_training_without_a_teacher():
     assert len(build_losses({}, logit_standardization=True)) == 0
 
 
-REQUIRED = {"locality_guidance": {"student_layers": [0], "teacher_layers": [0]}}  # what has no default
+LAYERS = {"student_layers": [0], "teacher_layers": [0]}
+REQUIRED = {"locality_guidance": LAYERS, "ofd": LAYERS | {"teacher_norms": ["bn1"]}}  # what has no default
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -30,6 +30,11 @@ LOSS_ARGUMENTS = {
     "locality_guidance": {"student_layers": [1, 2], "teacher_layers": [1, 2]},
     "crd": {"negatives": 16},
     "semckd": {"batch_size": 8},
+    "ofd": {
+        "student_layers": ["layer3.0.act2:input"],
+        "teacher_layers": ["layer3.0.act2:input"],
+        "teacher_norms": ["layer3.0.bn2"],
+    },
 }
 
 
