@@ -54,6 +54,7 @@ MEANS = {  # losses that are means over the batch: splitting the batch over proc
     "reviewkd": {"reviewkd": MAPS | {"warmup_epochs": 2}},
     "cat_kd": {"cat_kd": {}},
     "ofd": {"ofd": OFD},
+    "mgd": {"mgd": MAPS | {"dropped": 0.5, "weight": 1e-3}},
 }
 # So that logit_standardization makes others of them.
 READ_LOGITS = ("kd", "dkd", "ctkd", "ctkd_instance", "mlkd", "dist", "ttm", "wttm", "nkd", "abkd", "wsld", "hard")
@@ -74,7 +75,7 @@ COUPLED = {  # losses that compare the images of a batch with one another: each 
 LEARNT = {  # losses with parts that learn, or that change the student: every one must get a gradient in every step
     "features": {"kd": {}, **{name: {} for name in ("fitnet", "vid", "semckd", "srrl", "at", "sp", "pkt")}},
     "new_features": {name: {} for name in ("rkd", "nst", "cc", "token_mse", "srd", "itrd", "vkd", "feature_queue")},
-    "newer_features": {"reviewkd": {}, "cat_kd": {}, "ofd": OFD},
+    "newer_features": {"reviewkd": {}, "cat_kd": {}, "ofd": OFD, "mgd": {}},
     "learnt_simkd": {"kd": {}, "simkd": {}},
 }
 

@@ -43,6 +43,7 @@ from .semckd import SemCKDLoss as SemCKDLoss, semckd_loss as semckd_loss
 from .reviewkd import ReviewKDLoss as ReviewKDLoss, reviewkd_loss as reviewkd_loss
 from .cat_kd import CATKDLoss as CATKDLoss, cat_kd_loss as cat_kd_loss
 from .ofd import OFDLoss as OFDLoss, ofd_loss as ofd_loss, ofd_margin as ofd_margin
+from .mgd import MGDLoss as MGDLoss, mgd_loss as mgd_loss
 from .pkt import PKTLoss as PKTLoss, pkt_loss as pkt_loss
 from .crd import CRDLoss as CRDLoss, crd_loss as crd_loss
 from .srrl import SRRLLoss as SRRLLoss, srrl_loss as srrl_loss

@@ -81,6 +81,7 @@ class DistillationLoss(nn.Module):
     # BatchNorms of the teacher whose scale and shift, (2, C), `features` must hold under f"{path}:affine".
     teacher_norms: Sequence[str] = ()
     needs_index = False  # True: `batch` holds `index`, the images' rows in the data set, and `setup_rows` is called
+    draws_noise = False  # True: `batch` holds `index` and `step`, for `uniform_noise` with `seed`
     replicated_buffers: Sequence[str] = ()  # kept equal in all processes by `forward`, so DDP does not copy them
     least_images = 1  # smallest batch: 2 if BatchNorm sees one value for each image and channel
     warmup_epochs = 0.0  # of the factor `warmup`, for a loss that multiplies its terms by it
@@ -92,6 +93,7 @@ class DistillationLoss(nn.Module):
     logit_standardization = False
     arguments: Mapping[str, Any] = {}  # of the constructor, with defaults; set by `build_losses`
     autocast_dtype: torch.dtype | None = None  # the run's precision, None for float32; set by the trainer
+    seed = 0  # of the run; set by the trainer
 
     def __init__(self, weight: float = 1.0):
         super().__init__()
@@ -132,8 +134,8 @@ class DistillationLoss(nn.Module):
         """Return the unweighted terms: one 0-d tensor, or {term: 0-d tensor}.
 
         Args:
-            batch: holds `labels`, (B,) int64, or after mixup (B, C), the share of each class; and `progress`, 0-d, the
-                epochs done: 2.5 half way through the third epoch.
+            batch: holds `labels`, (B,) int64, or after mixup (B, C), the share of each class; `progress`, 0-d, the
+                epochs done: 2.5 half way through the third epoch; and `step`, 0-d int64, the steps done.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define forward")
 

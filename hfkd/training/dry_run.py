@@ -60,6 +60,11 @@ def dry_run(
                 f"The loss '{name}' needs two views of every image: the batches must hold 'pixel_values_strong' "
                 f"beside 'pixel_values', but hold {sorted(batch)}."
             )
+        if loss.draws_noise and "index" not in batch:
+            raise HfkdError(
+                f"The loss '{name}' draws noise for each image, so the batches must hold 'index', the images' rows in "
+                f"the data set, as those of hfkd.data do. They hold {sorted(batch)}."
+            )
         try:
             if loss.needs_index and train_dataset is not None:
                 loss.setup_rows(training_labels(train_dataset))

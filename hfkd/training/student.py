@@ -48,17 +48,28 @@ def _wrap(model: nn.Module, source: ImageSource | None) -> PreTrainedModel:
     return wrap_timm(model, [*names, *map(str, range(len(names), model.num_classes))][: model.num_classes])
 
 
+def tell_losses(losses: nn.ModuleDict, args: DistillationConfig) -> torch.dtype | None:
+    """Tell the losses the seed and the precision of the run, and return the latter, None for float32."""
+    autocast_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    for loss in losses.values():
+        loss.autocast_dtype = autocast_dtype
+        loss.seed = args.seed
+    return autocast_dtype
+
+
 def prepare_teacher(
     teacher: Teacher | TeacherEnsemble | CachedTeacher,
     student: nn.Module,
     losses: nn.ModuleDict,
     args: DistillationConfig,
     images: InputSpec | None,
+    autocast_dtype: torch.dtype | None,
 ) -> None:
-    """Bring teacher and losses into the precision of the run, and tap the teacher's layers that the losses read.
+    """Bring the teacher into the precision of the run, and tap those of its layers that the losses read.
 
     Args:
         images: size and normalisation of the batches.
+        autocast_dtype: precision of the run, None for float32.
 
     Raises:
         HfkdError: for layers or a placement that the teacher does not have.
@@ -66,9 +77,6 @@ def prepare_teacher(
     if not isinstance(teacher, CachedTeacher):  # which has no network
         check_placement(teacher, args.world_size, args.torch_compile)
         settle_layers(losses.values(), student, teacher.members[0].model)
-    autocast_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-    for loss in losses.values():
-        loss.autocast_dtype = autocast_dtype
     layers = [layer for loss in losses.values() for layer in loss.teacher_layers]
     layers += [norm + AFFINE for loss in losses.values() for norm in loss.teacher_norms]
     teacher.prepare(args.device, autocast_dtype, args.channels_last, images, layers, args.shard_teacher)

@@ -133,7 +133,8 @@ RANGES = [
     ("itrd", "alpha", (0.4,)),
     ("feature_queue", "temperature", (0,)),
     *(("reviewkd", key, (-1, float("nan"))) for key in ("warmup_epochs", "weight")),
-    ("cat_kd", "weight", (-1,)),
+    *((method, "weight", (-1,)) for method in ("cat_kd", "mgd")),
+    ("mgd", "dropped", (-0.1, 1.1)),
 ]
 
 
