@@ -46,6 +46,7 @@ MEANS = {  # losses that are means over the batch: splitting the batch over proc
     "wsld": {"wsld": {}},
     "hard": {"hard": {}},
     "rld": {"rld": {"warmup_epochs": 2}},
+    "tf_kd": {"tf_kd": {"multiplier": 10.0}},
     "crld": {"crld": {"weak_threshold": 0.3}},
     "nst": {"nst": MAPS},
     "token_mse": {"token_mse": MAPS},
@@ -70,12 +71,13 @@ COUPLED = {  # losses that compare the images of a batch with one another: each 
     "cc": {"cc": {"dimension": 4, "weight": 1.0}},
     "srd": {"srd": {}},
     "itrd": {"itrd": {}},
+    "uskd": {"uskd": {"student_layer": "conv", "mu": 1.0}},
 }
 
 LEARNT = {  # losses with parts that learn, or that change the student: every one must get a gradient in every step
     "features": {"kd": {}, **{name: {} for name in ("fitnet", "vid", "semckd", "srrl", "at", "sp", "pkt")}},
     "new_features": {name: {} for name in ("rkd", "nst", "cc", "token_mse", "srd", "itrd", "vkd", "feature_queue")},
-    "newer_features": {"reviewkd": {}, "cat_kd": {}, "ofd": OFD, "mgd": {}},
+    "newer_features": {"reviewkd": {}, "cat_kd": {}, "ofd": OFD, "mgd": {}, "uskd": {}},
     "learnt_simkd": {"kd": {}, "simkd": {}},
 }
 

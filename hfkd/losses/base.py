@@ -62,6 +62,7 @@ class DistillationLoss(nn.Module):
     """
 
     views = 1  # 2: `student.strong` and `teacher.strong` are filled
+    needs_teacher = True  # False: it works without a teacher, and `forward` may get None for it
     reads_logits = True  # False: this loss does not train a student's distillation head
     reads_raw_logits = False  # True: it reads logits besides `self.logits()`, so also unstandardized ones
     # The one temperature at which `forward` reads the teacher's logits. None: it reads them in another way.
@@ -134,6 +135,7 @@ class DistillationLoss(nn.Module):
         """Return the unweighted terms: one 0-d tensor, or {term: 0-d tensor}.
 
         Args:
+            teacher: None in a run without a teacher, for a loss that needs none.
             batch: holds `labels`, (B,) int64, or after mixup (B, C), the share of each class; `progress`, 0-d, the
                 epochs done: 2.5 half way through the third epoch; and `step`, 0-d int64, the steps done.
         """

@@ -6,13 +6,12 @@ Approach with Normalized Loss and Customized Soft Labels, ICCV 2023.
 
 from collections.abc import Mapping
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .base import DistillationLoss, Outputs, paired
 from .checks import not_negative, positive
-from .labels import check_classes, dominant_classes
+from .labels import check_classes, dominant_classes, log_probs_of_others
 
 
 def nkd_loss(
@@ -42,15 +41,10 @@ def nkd_loss(
     student_label = F.log_softmax(student_logits, dim=1).gather(1, label_column)
     teacher_label = F.softmax(teacher_logits, dim=1).gather(1, label_column)
     target = -(teacher_label * student_label).mean()
-    student_others = _log_probs_of_others(student_logits / temperature, label_column)
-    teacher_others = _log_probs_of_others(teacher_logits / temperature, label_column).exp()
+    student_others = log_probs_of_others(student_logits / temperature, label_column)
+    teacher_others = log_probs_of_others(teacher_logits / temperature, label_column).exp()
     others = -(teacher_others * student_others).sum(dim=1).mean()
     return target + gamma * temperature**2 * others
-
-
-def _log_probs_of_others(logits: Tensor, label_column: Tensor) -> Tensor:
-    """Return log-probabilities (B, C) among all classes but the label, whose entry is 0."""
-    return F.log_softmax(logits.scatter(1, label_column, -torch.inf), dim=1).scatter(1, label_column, 0.0)
 
 
 class NKDLoss(DistillationLoss):

@@ -50,9 +50,11 @@ class Distiller(nn.Module):
         self._ddp_params_and_buffers_to_ignore = [
             f"losses.{name}.{buffer}" for name, loss in losses.items() for buffer in loss.replicated_buffers
         ]
-        # Without a loss that reads logits, nothing would train the distillation head alone, but evaluation averages it
-        # in. Then both heads learn the labels through their average.
-        self.two_heads = has_two_heads(student) and any(loss.reads_logits for loss in losses.values())
+        self.needs_teacher = any(loss.needs_teacher for loss in losses.values())
+        # Without a loss that compares logits with a teacher's, nothing would train the distillation head alone, but
+        # evaluation averages it in. Then both heads learn the labels through their average.
+        taught = any(loss.reads_logits and loss.needs_teacher for loss in losses.values())
+        self.two_heads = has_two_heads(student) and taught
         if has_two_heads(student):
             train_heads_apart(student, self.two_heads)
         if self.two_heads and ce_weight == 0:

@@ -48,12 +48,12 @@ def dry_run(
         raise HfkdError(
             f"The student has {classes} classes and the data set {needed}: build the student with num_classes={needed}."
         )
-    if teacher is None:
-        return classes
-    # The labels are in the data set's order, so its names decide.
-    names = class_names_of(distiller.student) if source is None else source.class_names
-    teacher.align_classes(names if len(names) == classes else list(map(str, range(classes))), batch)
-    outputs = teacher(batch)
+    outputs = None
+    if teacher is not None:
+        # The labels are in the data set's order, so its names decide.
+        names = class_names_of(distiller.student) if source is None else source.class_names
+        teacher.align_classes(names if len(names) == classes else list(map(str, range(classes))), batch)
+        outputs = teacher(batch)
     for name, loss in distiller.losses.items():
         if loss.views == 2 and student.strong is None:
             raise HfkdError(

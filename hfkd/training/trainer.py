@@ -328,7 +328,7 @@ class DistillationTrainer(Trainer):
         if self._mixup is not None:
             # It draws from numpy's generator, whose state is in Trainer's checkpoints, and which no hfkd data set uses.
             batch["pixel_values"], batch["labels"] = self._mixup(batch["pixel_values"], batch["labels"])
-        teacher = self.teacher(batch) if self.distiller.losses else None
+        teacher = self.teacher(batch) if self.distiller.needs_teacher else None
         with self.backend.autocast():
             terms = model(batch, teacher)
         loss = self.term_log.add(terms, len(inputs["labels"]))

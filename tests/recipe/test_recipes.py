@@ -36,7 +36,10 @@ METHODS = [method + suffix for method in ("kd", "dkd", "mlkd", "ctkd") for suffi
 FEATURE_METHODS = ["fitnet", "at", "sp", "vid", "pkt", "crd", "srrl", "semckd"]
 TOOLBOX_METHODS = [method + suffix for method in ("kd_ce1", *FEATURE_METHODS) for suffix in ("", "_zscore")]
 TOOLBOX_METHODS += ["simkd", "simkd_f4", "simkd_f8"]
-MLKD_TERMS = {"loss_mlkd_kd", "loss_mlkd_class_correlation", "loss_mlkd_batch_correlation"}
+TERMS = {  # of methods with several
+    "mlkd": ("kd", "class_correlation", "batch_correlation"),
+    "uskd": ("target", "others", "weak"),
+}
 CLASSES = {"digits": 10, "uoft-cs/cifar100": 100, "ILSVRC/imagenet-1k": 1000}
 HUB = {"resnet34-resnet18": ("timm/resnet34.tv_in1k", "resnet18")}
 HUB["resnet50-mobilenetv1"] = ("timm/resnet50.tv_in1k", "mobilenetv1_100")
@@ -73,8 +76,8 @@ def test_the_published_pairs_are_complete():
     assert stems() == sorted([*VITS, "deit_tiny_32px"])
     assert len(stems("cifar100", "teachers")) == 7
     students = {pair.split("-")[1] for pair in PAIRS}
-    assert set(stems("cifar100", "students")) == students | {"deit_tiny_32px"}
-    assert {path.name for path in (FOLDER / "imagenet").iterdir() if path.is_dir()} == set(HUB)
+    assert set(stems("cifar100", "students")) == students | {"deit_tiny_32px", "resnet20_tf_kd", "resnet20_uskd"}
+    assert {path.name for path in (FOLDER / "imagenet").iterdir() if path.is_dir()} == {*HUB, "students"}
     for pair in HUB:
         assert stems("imagenet", pair) == sorted(METHODS)
 
@@ -111,7 +114,7 @@ def test_one_step(path):
     terms = {key: value for key, value in log.items() if key.startswith("loss_")}
     expected = {"loss_ce"} if config.ce_weight > 0 else set()
     for loss in config.losses:
-        expected |= MLKD_TERMS if loss == "mlkd" else {f"loss_{loss}"}
+        expected |= {f"loss_{loss}_{term}" for term in TERMS[loss]} if loss in TERMS else {f"loss_{loss}"}
     assert set(terms) == expected
     assert all(map(math.isfinite, terms.values()))
     assert log["loss"] == pytest.approx(sum(terms.values()), rel=1e-4)
