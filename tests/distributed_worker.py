@@ -59,7 +59,7 @@ MEANS = {  # losses that are means over the batch: splitting the batch over proc
 }
 # So that logit_standardization makes others of them.
 READ_LOGITS = ("kd", "dkd", "ctkd", "ctkd_instance", "mlkd", "dist", "ttm", "wttm", "nkd", "abkd", "wsld", "hard")
-READ_LOGITS += ("rld", "crld")
+READ_LOGITS += ("rld", "crld", "skd")
 
 COUPLED = {  # losses that compare the images of a batch with one another: each process compares its own
     "mlkd": {"mlkd": {}},
@@ -71,6 +71,7 @@ COUPLED = {  # losses that compare the images of a batch with one another: each 
     "cc": {"cc": {"dimension": 4, "weight": 1.0}},
     "srd": {"srd": {}},
     "itrd": {"itrd": {}},
+    "skd": {"skd": {}},
     "uskd": {"uskd": {"student_layer": "conv", "mu": 1.0}},
 }
 

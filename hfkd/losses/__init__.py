@@ -31,6 +31,7 @@ from .wsld import WSLDLoss as WSLDLoss, wsld_loss as wsld_loss
 from .hard import HardLoss as HardLoss, hard_loss as hard_loss
 from .rld import RLDLoss as RLDLoss, rld_loss as rld_loss
 from .crld import CRLDLoss as CRLDLoss, crld_loss as crld_loss
+from .skd import SKDLoss as SKDLoss, skd_loss as skd_loss
 from .tf_kd import TfKDLoss as TfKDLoss, tf_kd_loss as tf_kd_loss
 from .uskd import USKDLoss as USKDLoss, uskd_loss as uskd_loss
 from .locality_guidance import (

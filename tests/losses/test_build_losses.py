@@ -135,6 +135,8 @@ RANGES = [
     *(("reviewkd", key, (-1, float("nan"))) for key in ("warmup_epochs", "weight")),
     *((method, "weight", (-1,)) for method in ("cat_kd", "mgd")),
     ("mgd", "dropped", (-0.1, 1.1)),
+    *(("skd", key, (-1, float("nan"))) for key in ("instance", "direction", "weight")),
+    *(("skd", key, (0, -1)) for key in ("temperature", "damping")),
     *(("tf_kd", key, (-1, float("nan"))) for key in ("alpha", "multiplier", "weight")),
     ("tf_kd", "temperature", (0,)),
     *(("uskd", key, (-1, float("nan"))) for key in ("alpha", "beta", "mu", "weight")),

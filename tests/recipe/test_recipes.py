@@ -38,6 +38,7 @@ TOOLBOX_METHODS = [method + suffix for method in ("kd_ce1", *FEATURE_METHODS) fo
 TOOLBOX_METHODS += ["simkd", "simkd_f4", "simkd_f8"]
 TERMS = {  # of methods with several
     "mlkd": ("kd", "class_correlation", "batch_correlation"),
+    "skd": ("instance", "direction"),
     "uskd": ("target", "others", "weak"),
 }
 CLASSES = {"digits": 10, "uoft-cs/cifar100": 100, "ILSVRC/imagenet-1k": 1000}
