@@ -55,11 +55,12 @@ MEANS = {  # losses that are means over the batch: splitting the batch over proc
     "reviewkd": {"reviewkd": MAPS | {"warmup_epochs": 2}},
     "cat_kd": {"cat_kd": {}},
     "ofd": {"ofd": OFD},
+    "ca_mkd": {"ca_mkd": {}},
     "mgd": {"mgd": MAPS | {"dropped": 0.5, "weight": 1e-3}},
 }
 # So that logit_standardization makes others of them.
 READ_LOGITS = ("kd", "dkd", "ctkd", "ctkd_instance", "mlkd", "dist", "ttm", "wttm", "nkd", "abkd", "wsld", "hard")
-READ_LOGITS += ("rld", "crld", "skd")
+READ_LOGITS += ("rld", "crld", "skd", "ca_mkd")
 
 COUPLED = {  # losses that compare the images of a batch with one another: each process compares its own
     "mlkd": {"mlkd": {}},
@@ -97,8 +98,9 @@ class Deeper(Plain):
 def networks_in_float64(name):
     """A student and a teacher for a run of `MEANS` or `COUPLED`."""
     torch.manual_seed(0)
-    if name in ("simkd", "cat_kd", "ofd"):  # which need layers that `Deeper` has not
-        return resnets()
+    if name in ("simkd", "cat_kd", "ofd", "ca_mkd"):  # which need layers that `Deeper` has not
+        student, teacher = resnets()
+        return student, [teacher, load_student("cifar_resnet8x4", num_classes=10)] if name == "ca_mkd" else teacher
     student, teacher = Deeper(8), Deeper(12)
     if name == "batch_norm":
         student.deep = nn.Sequential(student.deep, nn.BatchNorm2d(8))

@@ -32,6 +32,12 @@ from .hard import HardLoss as HardLoss, hard_loss as hard_loss
 from .rld import RLDLoss as RLDLoss, rld_loss as rld_loss
 from .crld import CRLDLoss as CRLDLoss, crld_loss as crld_loss
 from .skd import SKDLoss as SKDLoss, skd_loss as skd_loss
+from .ca_mkd import (
+    CAMKDLoss as CAMKDLoss,
+    ca_mkd_features_loss as ca_mkd_features_loss,
+    ca_mkd_logits_loss as ca_mkd_logits_loss,
+    ca_mkd_weights as ca_mkd_weights,
+)
 from .tf_kd import TfKDLoss as TfKDLoss, tf_kd_loss as tf_kd_loss
 from .uskd import USKDLoss as USKDLoss, uskd_loss as uskd_loss
 from .locality_guidance import (

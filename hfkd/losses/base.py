@@ -23,6 +23,7 @@ class Outputs(Protocol):
     # With "embedding", if one linear layer makes it the logits: this layer, of a teacher frozen; else None.
     classifier: nn.Linear | None
     standardized: bool  # of a teacher: True if its logits are already Z-scores
+    members: "Sequence[Outputs]"  # of several teachers: the outputs of each, with its layers if a loss `reads_members`
     strong: "Outputs | None"  # the same images, strongly augmented, if a loss has views = 2
 
 
@@ -81,6 +82,7 @@ class DistillationLoss(nn.Module):
     beside_stages: Sequence[str] = ()
     # BatchNorms of the teacher whose scale and shift, (2, C), `features` must hold under f"{path}:affine".
     teacher_norms: Sequence[str] = ()
+    reads_members = False  # True: it reads `members`, and its `teacher_layers` are those of each teacher
     needs_index = False  # True: `batch` holds `index`, the images' rows in the data set, and `setup_rows` is called
     draws_noise = False  # True: `batch` holds `index` and `step`, for `uniform_noise` with `seed`
     replicated_buffers: Sequence[str] = ()  # kept equal in all processes by `forward`, so DDP does not copy them

@@ -47,6 +47,7 @@ class Outputs:
         classifier: for a network whose logits are one linear layer over its embedding, if EMBEDDING is recorded: this
             layer. A teacher's is frozen and reduced to the student's classes. None for other networks.
         standardized: True if the teacher's logits are Z-scores already.
+        members: for several teachers: the outputs of each one for this view. Empty for one network.
         strong: outputs for the strongly augmented view of the same images, if a loss requested two views.
     """
 
@@ -55,6 +56,7 @@ class Outputs:
     features: dict[Layer, Tensor] = field(default_factory=dict)
     classifier: nn.Linear | None = None
     standardized: bool = False
+    members: Sequence[Outputs] = ()
     strong: Outputs | None = None
 
     @property

@@ -104,6 +104,7 @@ class Teacher:
         student_input: InputSpec | None = None,
         layers: Sequence[Layer] = (),
         shard: bool = False,
+        member_layers: Sequence[Layer] = (),
     ) -> None:
         """Move the teacher to a device and into the precision and layout of the run.
 
@@ -115,11 +116,13 @@ class Teacher:
             student_input: normalisation of the images. None: they are normalised for this teacher.
             layers: layers whose outputs are recorded in `features`.
             shard: shard it among the processes (FSDP); the value must be the same in all of them.
+            member_layers: further layers, which losses read of each of several teachers.
 
         Raises:
             HfkdError: if the weights were converted to another type before, if a layer does not exist, or if a teacher
                 with a device_map is to be sharded.
         """
+        layers = [*layers, *member_layers]
         weights = [module for module in self.model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
         half = {module.weight.dtype for module in weights} & {torch.float16, torch.bfloat16}
         if half - {autocast_dtype}:
@@ -266,11 +269,12 @@ class TeacherEnsemble:
         student_input: InputSpec | None = None,
         layers: Sequence[Layer] = (),
         shard: bool = False,
+        member_layers: Sequence[Layer] = (),
     ) -> None:
         """Call `Teacher.prepare` of each member.
 
         Raises:
-            HfkdError: as `Teacher.prepare`; also for layers, since an ensemble has no features of its own.
+            HfkdError: as `Teacher.prepare`; also for `layers`, since an ensemble has no features of its own.
         """
         if layers:
             raise HfkdError(
@@ -278,7 +282,7 @@ class TeacherEnsemble:
                 "common: give one teacher, or only losses that read logits."
             )
         for member in self.members:
-            member.prepare(device, autocast_dtype, channels_last, student_input, shard=shard)
+            member.prepare(device, autocast_dtype, channels_last, student_input, member_layers, shard)
 
     def align_classes(self, student_names: Sequence[str], batch: dict[str, Tensor]) -> None:
         """Call `Teacher.align_classes` of each member."""
@@ -296,7 +300,7 @@ class TeacherEnsemble:
     def _mean(self, outputs: Sequence[Outputs]) -> Outputs:
         logits = [standardize(output.logits) if self.standardized else output.logits for output in outputs]
         mean = torch.stack(logits).mean(dim=0)
-        return Outputs(mean, mean)
+        return Outputs(mean, mean, members=outputs)
 
     def compile(self, **options) -> None:
         """Compile each member with torch.compile."""

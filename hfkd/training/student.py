@@ -77,9 +77,12 @@ def prepare_teacher(
     if not isinstance(teacher, CachedTeacher):  # which has no network
         check_placement(teacher, args.world_size, args.torch_compile)
         settle_layers(losses.values(), student, teacher.members[0].model)
-    layers = [layer for loss in losses.values() for layer in loss.teacher_layers]
-    layers += [norm + AFFINE for loss in losses.values() for norm in loss.teacher_norms]
-    teacher.prepare(args.device, autocast_dtype, args.channels_last, images, layers, args.shard_teacher)
+    layers, member_layers = [], []
+    for loss in losses.values():
+        read = [*loss.teacher_layers, *(norm + AFFINE for norm in loss.teacher_norms)]
+        (member_layers if loss.reads_members else layers).extend(read)
+    precision = args.device, autocast_dtype, args.channels_last
+    teacher.prepare(*precision, images, layers, args.shard_teacher, member_layers)
     check_ensemble(teacher, losses, args)
 
 

@@ -38,6 +38,7 @@ TOOLBOX_METHODS = [method + suffix for method in ("kd_ce1", *FEATURE_METHODS) fo
 TOOLBOX_METHODS += ["simkd", "simkd_f4", "simkd_f8"]
 TERMS = {  # of methods with several
     "mlkd": ("kd", "class_correlation", "batch_correlation"),
+    "ca_mkd": ("logits", "features"),
     "skd": ("instance", "direction"),
     "uskd": ("target", "others", "weak"),
 }
@@ -107,8 +108,8 @@ def test_one_step(path):
     )
     teacher = None
     if model_args.teacher_name_or_path:
-        (architecture,) = map(teacher_architecture, model_args.teacher_name_or_path)
-        teacher = Teacher(network_of(architecture, classes), class_indices=range(classes))
+        architectures = map(teacher_architecture, model_args.teacher_name_or_path)
+        teacher = [Teacher(network_of(each, classes), class_indices=range(classes)) for each in architectures]
     trainer = DistillationTrainer(student, teacher, config, train_dataset=images(4, classes=classes, size=size))
     trainer.train()
     log = trainer.state.log_history[0]
