@@ -153,9 +153,10 @@ class DistillationLoss(nn.Module):
         actual = {key: list(value) for key, value in layers.items() if key in self.arguments}
         return {**self.arguments, **actual, "weight": self.weight}
 
-    def warmup(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def warmup(self, batch: Mapping[str, Tensor]) -> Tensor | float:
         """Return min(epoch / warmup_epochs, 1), 0-d, epochs counted from 1."""
-        # The epoch is 1 or more, so without warm-up the quotient is infinite and the clamp gives 1.
+        if self.warmup_epochs == 0:
+            return 1.0
         return (epoch_number(batch["progress"]) / self.warmup_epochs).clamp(max=1)
 
     def logits(self, student: Outputs, teacher: Outputs) -> tuple[Tensor, Tensor]:
@@ -179,6 +180,17 @@ def paired(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tens
     if student_logits.ndim != 2 or student_logits.shape[1] < 2:
         raise HfkdError(f"logits of shape (B, C) with C >= 2 expected, got {tuple(student_logits.shape)}")
     return at_least_float32(student_logits), at_least_float32(teacher_logits)
+
+
+def reduced(values: Tensor, reduction: str) -> Tensor:
+    """Return the mean of the values (B,) of the images, or, for the reduction "none", the values.
+
+    Raises:
+        HfkdError: for another reduction.
+    """
+    if reduction not in ("mean", "none"):
+        raise HfkdError(f'reduction is {reduction!r}: give "mean" or "none"')
+    return values if reduction == "none" else values.mean()
 
 
 def epoch_number(progress: Tensor) -> Tensor:

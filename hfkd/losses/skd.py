@@ -89,7 +89,7 @@ class SKDLoss(DistillationLoss):
     citation = """
         @inproceedings{jeong2026streamlined,
             title = {Streamlined Knowledge Distillation},
-            author = {Jeong and others},
+            author = {Jeong, {} and others},
             booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},
             year = {2026},
         }

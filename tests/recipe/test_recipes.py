@@ -73,7 +73,9 @@ def test_the_published_pairs_are_complete():
     assert set(PAIRS) == {*CIFAR, *VIT_PAIRS, *TOOLBOX}
     for pair in PAIRS:
         published = {*METHODS * (pair in CIFAR), *TOOLBOX_METHODS * (pair in TOOLBOX)} or {"locality_guidance"}
-        others = {method + suffix for method in LOSSES for suffix in ("", "_zscore")}
+        others = {
+            prefix + method + suffix for method in LOSSES for prefix in ("", "sdd_") for suffix in ("", "_zscore")
+        }
         assert published <= set(stems("cifar100", pair)) <= published | others
     assert stems() == sorted([*VITS, "deit_tiny_32px"])
     assert len(stems("cifar100", "teachers")) == 7
