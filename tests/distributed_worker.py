@@ -56,11 +56,13 @@ MEANS = {  # losses that are means over the batch: splitting the batch over proc
     "cat_kd": {"cat_kd": {}},
     "ofd": {"ofd": OFD},
     "ca_mkd": {"ca_mkd": {}},
+    "ofa": {"ofa": {"student_layers": ["conv", "deep"]}},
+    "regions": {"kd": {"regions": [1, 2, 4]}},
     "mgd": {"mgd": MAPS | {"dropped": 0.5, "weight": 1e-3}},
 }
 # So that logit_standardization makes others of them.
 READ_LOGITS = ("kd", "dkd", "ctkd", "ctkd_instance", "mlkd", "dist", "ttm", "wttm", "nkd", "abkd", "wsld", "hard")
-READ_LOGITS += ("rld", "crld", "skd", "ca_mkd")
+READ_LOGITS += ("rld", "crld", "skd", "ca_mkd", "ofa", "regions")
 
 COUPLED = {  # losses that compare the images of a batch with one another: each process compares its own
     "mlkd": {"mlkd": {}},
@@ -79,7 +81,7 @@ COUPLED = {  # losses that compare the images of a batch with one another: each 
 LEARNT = {  # losses with parts that learn, or that change the student: every one must get a gradient in every step
     "features": {"kd": {}, **{name: {} for name in ("fitnet", "vid", "semckd", "srrl", "at", "sp", "pkt")}},
     "new_features": {name: {} for name in ("rkd", "nst", "cc", "token_mse", "srd", "itrd", "vkd", "feature_queue")},
-    "newer_features": {"reviewkd": {}, "cat_kd": {}, "ofd": OFD, "mgd": {}, "uskd": {}},
+    "newer_features": {"reviewkd": {}, "cat_kd": {}, "ofd": OFD, "mgd": {}, "uskd": {}, "ofa": {}},
     "learnt_simkd": {"kd": {}, "simkd": {}},
 }
 
@@ -98,7 +100,7 @@ class Deeper(Plain):
 def networks_in_float64(name):
     """A student and a teacher for a run of `MEANS` or `COUPLED`."""
     torch.manual_seed(0)
-    if name in ("simkd", "cat_kd", "ofd", "ca_mkd"):  # which need layers that `Deeper` has not
+    if name in ("simkd", "cat_kd", "ofd", "ca_mkd", "regions"):  # which need layers that `Deeper` has not
         student, teacher = resnets()
         return student, [teacher, load_student("cifar_resnet8x4", num_classes=10)] if name == "ca_mkd" else teacher
     student, teacher = Deeper(8), Deeper(12)

@@ -32,6 +32,7 @@ from .hard import HardLoss as HardLoss, hard_loss as hard_loss
 from .rld import RLDLoss as RLDLoss, rld_loss as rld_loss
 from .crld import CRLDLoss as CRLDLoss, crld_loss as crld_loss
 from .skd import SKDLoss as SKDLoss, skd_loss as skd_loss
+from .ofa import OFALoss as OFALoss, ofa_loss as ofa_loss
 from .ca_mkd import (
     CAMKDLoss as CAMKDLoss,
     ca_mkd_features_loss as ca_mkd_features_loss,

@@ -137,6 +137,8 @@ RANGES = [
     ("mgd", "dropped", (-0.1, 1.1)),
     *(("skd", key, (-1, float("nan"))) for key in ("instance", "direction", "weight")),
     *(("skd", key, (0, -1)) for key in ("temperature", "damping")),
+    *(("ofa", key, (-1, float("nan"))) for key in ("logits", "branches", "weight")),
+    *(("ofa", key, (0,)) for key in ("eps", "temperature")),
     *(("ca_mkd", key, (-1, float("nan"))) for key in ("logits", "features", "weight")),
     ("ca_mkd", "temperature", (0,)),
     *(("tf_kd", key, (-1, float("nan"))) for key in ("alpha", "multiplier", "weight")),

@@ -38,6 +38,7 @@ TOOLBOX_METHODS = [method + suffix for method in ("kd_ce1", *FEATURE_METHODS) fo
 TOOLBOX_METHODS += ["simkd", "simkd_f4", "simkd_f8"]
 TERMS = {  # of methods with several
     "mlkd": ("kd", "class_correlation", "batch_correlation"),
+    "ofa": ("logits", "branches"),
     "ca_mkd": ("logits", "features"),
     "skd": ("instance", "direction"),
     "uskd": ("target", "others", "weak"),
