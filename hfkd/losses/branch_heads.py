@@ -15,7 +15,7 @@ def map_head(in_channels: int, halvings: int, channels: int, classes: int) -> nn
     Each block doubles the channels, the last has `channels`. Without a block there is a 1 x 1 convolution.
     """
     widths = [in_channels * 2**number for number in range(halvings)] + [channels]
-    blocks = [_separable(one, following) for one, following in zip(widths, widths[1:], strict=False)]
+    blocks: list[nn.Module] = [_separable(one, following) for one, following in zip(widths, widths[1:], strict=False)]
     stem = blocks or [nn.Conv2d(in_channels, channels, 1)]
     head = nn.Sequential(*stem, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
     head.apply(_initialize)

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import HfkdError
-from .base import DistillationLoss, Outputs, paired
+from .base import DistillationLoss, Outputs
 from .checks import not_negative, positive
 from .feature_maps import check_averaged
+from .kd import kd_loss
 from .projectors import comparable
 from .standardize import at_least_float32
 
@@ -70,9 +71,8 @@ def ca_mkd_logits_loss(
     """
     divergences = []
     for student, teacher in zip(student_logits, teacher_logits, strict=True):
-        log_probs = [F.log_softmax(logits / temperature, dim=1) for logits in paired(student, teacher)]
-        divergences.append(F.kl_div(*log_probs, reduction="none", log_target=True).sum(dim=1))
-    return temperature**2 * (weights * torch.stack(divergences)).mean()
+        divergences.append(kd_loss(student, teacher, temperature, reduction="none"))
+    return (weights * torch.stack(divergences)).mean()
 
 
 class CAMKDLoss(DistillationLoss):
