@@ -62,7 +62,7 @@ MEANS = {  # losses that are means over the batch: splitting the batch over proc
 }
 # So that logit_standardization makes others of them.
 READ_LOGITS = ("kd", "dkd", "ctkd", "ctkd_instance", "mlkd", "dist", "ttm", "wttm", "nkd", "abkd", "wsld", "hard")
-READ_LOGITS += ("rld", "crld", "skd", "ca_mkd", "ofa", "regions")
+READ_LOGITS += ("rld", "crld", "skd", "ofa")
 
 COUPLED = {  # losses that compare the images of a batch with one another: each process compares its own
     "mlkd": {"mlkd": {}},
