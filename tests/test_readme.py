@@ -20,6 +20,7 @@ from PIL import Image as PILImage
 
 from hfkd.cli import main
 from hfkd.losses import LOSSES
+from hfkd.losses.regions import CITATION as REGIONS_CITATION
 from hfkd.losses.standardize import CITATION
 
 README = (ROOT / "README.md").read_text()
@@ -83,6 +84,7 @@ def test_the_table_of_methods():
     section = README.partition("\n## Methods\n")[2].partition("\n## ")[0]
     _, *rows = [row for row in section.splitlines() if row.startswith("| ")]
     expected = [f"| `{name}` | {paper(loss.citation)} | `{parameters(loss)}` |" for name, loss in LOSSES.items()]
+    expected.append(f"| `regions: [1, 2, 4]` | {paper(REGIONS_CITATION)} | of the logit methods that have it |")
     expected.append(f"| `logit_standardization: true` | {paper(CITATION)} | over every logit loss |")
     missing, outdated = set(expected) - set(rows), set(rows) - set(expected)
     assert not missing and not outdated, "\n".join(["add:", *missing, "remove:", *outdated])

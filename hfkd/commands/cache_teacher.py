@@ -129,9 +129,10 @@ def temperatures_of(losses: Mapping[str, DistillationLoss], cache_args: CacheArg
     """
     if cache_args.top_k is None:
         return ()
-    temperatures = cache_args.temperatures or [loss.teacher_temperature for loss in losses.values()]
+    needed = {name: loss.teacher_temperature for name, loss in losses.items() if loss.needs_teacher}
+    temperatures = cache_args.temperatures or list(needed.values())
     if not temperatures or None in temperatures:
-        names = [name for name, loss in losses.items() if loss.teacher_temperature is None]
+        names = [name for name, temperature in needed.items() if temperature is None]
         reason = f"the loss '{names[0]}' needs all logits" if names else "the recipe has no loss that tells it"
         raise HfkdError(
             f"top_k needs the temperature at which losses will read the logits, and {reason}: leave top_k out, or set "

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from transformers.utils import logging
 
 from ..errors import HfkdError
+from ..losses import build_losses
 from ..names import hub_id, last_part
 from ..recipe.arguments import DataArguments, DistillationConfig, ModelArguments
 from ..recipe.differences import recipe_differences
@@ -51,13 +52,17 @@ def train_teacher(argv: list[str] | None = None) -> DistillationTrainer:
 
 
 def check_teacher_is_used(model_args: ModelArguments, config: DistillationConfig) -> None:
-    """Check that a recipe with a teacher has a loss that reads it.
+    """Check that a recipe with a teacher has a loss that reads it, and that one with such a loss has a teacher.
 
     Raises:
-        HfkdError: if it has none.
+        HfkdError: if either is missing.
     """
+    losses = build_losses(config.losses, config.logit_standardization)  # type: ignore[arg-type]  # a mapping by now
+    taught = sorted(name for name, loss in losses.items() if loss.needs_teacher)
+    if taught and not (model_args.teacher_name_or_path or model_args.teacher_cache):
+        raise HfkdError(f"The losses {taught} need a teacher: set teacher_name_or_path, or remove them.")
     key = "teacher_name_or_path" if model_args.teacher_name_or_path else "teacher_cache"
-    if getattr(model_args, key) and not config.losses:
+    if getattr(model_args, key) and not taught:
         raise HfkdError(
             f"{key} names a teacher, and no loss learns from it. Add a loss, such as --losses.kd.temperature 4, or "
             f"leave {key} out."

@@ -31,6 +31,16 @@ from .wsld import WSLDLoss as WSLDLoss, wsld_loss as wsld_loss
 from .hard import HardLoss as HardLoss, hard_loss as hard_loss
 from .rld import RLDLoss as RLDLoss, rld_loss as rld_loss
 from .crld import CRLDLoss as CRLDLoss, crld_loss as crld_loss
+from .skd import SKDLoss as SKDLoss, skd_loss as skd_loss
+from .ofa import OFALoss as OFALoss, ofa_loss as ofa_loss
+from .ca_mkd import (
+    CAMKDLoss as CAMKDLoss,
+    ca_mkd_features_loss as ca_mkd_features_loss,
+    ca_mkd_logits_loss as ca_mkd_logits_loss,
+    ca_mkd_weights as ca_mkd_weights,
+)
+from .tf_kd import TfKDLoss as TfKDLoss, tf_kd_loss as tf_kd_loss
+from .uskd import USKDLoss as USKDLoss, uskd_loss as uskd_loss
 from .locality_guidance import (
     LocalityGuidanceLoss as LocalityGuidanceLoss,
     locality_guidance_loss as locality_guidance_loss,
@@ -40,6 +50,10 @@ from .at import ATLoss as ATLoss, at_loss as at_loss
 from .sp import SPLoss as SPLoss, sp_loss as sp_loss
 from .vid import VIDLoss as VIDLoss, vid_loss as vid_loss
 from .semckd import SemCKDLoss as SemCKDLoss, semckd_loss as semckd_loss
+from .reviewkd import ReviewKDLoss as ReviewKDLoss, reviewkd_loss as reviewkd_loss
+from .cat_kd import CATKDLoss as CATKDLoss, cat_kd_loss as cat_kd_loss
+from .ofd import OFDLoss as OFDLoss, ofd_loss as ofd_loss, ofd_margin as ofd_margin
+from .mgd import MGDLoss as MGDLoss, mgd_loss as mgd_loss
 from .pkt import PKTLoss as PKTLoss, pkt_loss as pkt_loss
 from .crd import CRDLoss as CRDLoss, crd_loss as crd_loss
 from .srrl import SRRLLoss as SRRLLoss, srrl_loss as srrl_loss

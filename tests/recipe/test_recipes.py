@@ -36,7 +36,13 @@ METHODS = [method + suffix for method in ("kd", "dkd", "mlkd", "ctkd") for suffi
 FEATURE_METHODS = ["fitnet", "at", "sp", "vid", "pkt", "crd", "srrl", "semckd"]
 TOOLBOX_METHODS = [method + suffix for method in ("kd_ce1", *FEATURE_METHODS) for suffix in ("", "_zscore")]
 TOOLBOX_METHODS += ["simkd", "simkd_f4", "simkd_f8"]
-MLKD_TERMS = {"loss_mlkd_kd", "loss_mlkd_class_correlation", "loss_mlkd_batch_correlation"}
+TERMS = {  # of methods with several
+    "mlkd": ("kd", "class_correlation", "batch_correlation"),
+    "ofa": ("logits", "branches"),
+    "ca_mkd": ("logits", "features"),
+    "skd": ("instance", "direction"),
+    "uskd": ("target", "others", "weak"),
+}
 CLASSES = {"digits": 10, "uoft-cs/cifar100": 100, "ILSVRC/imagenet-1k": 1000}
 HUB = {"resnet34-resnet18": ("timm/resnet34.tv_in1k", "resnet18")}
 HUB["resnet50-mobilenetv1"] = ("timm/resnet50.tv_in1k", "mobilenetv1_100")
@@ -68,13 +74,15 @@ def test_the_published_pairs_are_complete():
     assert set(PAIRS) == {*CIFAR, *VIT_PAIRS, *TOOLBOX}
     for pair in PAIRS:
         published = {*METHODS * (pair in CIFAR), *TOOLBOX_METHODS * (pair in TOOLBOX)} or {"locality_guidance"}
-        others = {method + suffix for method in LOSSES for suffix in ("", "_zscore")}
+        others = {
+            prefix + method + suffix for method in LOSSES for prefix in ("", "sdd_") for suffix in ("", "_zscore")
+        }
         assert published <= set(stems("cifar100", pair)) <= published | others
     assert stems() == sorted([*VITS, "deit_tiny_32px"])
     assert len(stems("cifar100", "teachers")) == 7
     students = {pair.split("-")[1] for pair in PAIRS}
-    assert set(stems("cifar100", "students")) == students | {"deit_tiny_32px"}
-    assert {path.name for path in (FOLDER / "imagenet").iterdir() if path.is_dir()} == set(HUB)
+    assert set(stems("cifar100", "students")) == students | {"deit_tiny_32px", "resnet20_tf_kd", "resnet20_uskd"}
+    assert {path.name for path in (FOLDER / "imagenet").iterdir() if path.is_dir()} == {*HUB, "students"}
     for pair in HUB:
         assert stems("imagenet", pair) == sorted(METHODS)
 
@@ -103,15 +111,15 @@ def test_one_step(path):
     )
     teacher = None
     if model_args.teacher_name_or_path:
-        (architecture,) = map(teacher_architecture, model_args.teacher_name_or_path)
-        teacher = Teacher(network_of(architecture, classes), class_indices=range(classes))
+        architectures = map(teacher_architecture, model_args.teacher_name_or_path)
+        teacher = [Teacher(network_of(each, classes), class_indices=range(classes)) for each in architectures]
     trainer = DistillationTrainer(student, teacher, config, train_dataset=images(4, classes=classes, size=size))
     trainer.train()
     log = trainer.state.log_history[0]
     terms = {key: value for key, value in log.items() if key.startswith("loss_")}
     expected = {"loss_ce"} if config.ce_weight > 0 else set()
     for loss in config.losses:
-        expected |= MLKD_TERMS if loss == "mlkd" else {f"loss_{loss}"}
+        expected |= {f"loss_{loss}_{term}" for term in TERMS[loss]} if loss in TERMS else {f"loss_{loss}"}
     assert set(terms) == expected
     assert all(map(math.isfinite, terms.values()))
     assert log["loss"] == pytest.approx(sum(terms.values()), rel=1e-4)
