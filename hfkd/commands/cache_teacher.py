@@ -11,8 +11,9 @@ from pathlib import Path
 from ..errors import HfkdError
 from ..losses import DistillationLoss, build_losses
 from ..networks.loading import as_teacher, input_spec
+from ..recipe.finding import find_recipe
 from ..recipe.parser import ArgumentParser
-from ..recipe.reading import ARGUMENT_CLASSES, parse_recipe, recipe_name
+from ..recipe.reading import ARGUMENT_CLASSES, parse_recipe
 from ..runs.folder import check_writable
 from ..teacher_cache.files import CacheFiles
 from ..teacher_cache.identity import given_teachers
@@ -22,7 +23,7 @@ from ..teacher_cache.writing import write_cache
 from .arguments import parse_known, split_subject
 from .build import build_student, image_sets, load_splits, load_teachers
 
-USAGE = "hfkd cache-teacher recipe.yaml [--epochs N] [--top_k K] [--key value ...]"
+USAGE = "hfkd cache-teacher RECIPE [--epochs N] [--top_k K] [--key value ...]"
 
 
 @dataclass
@@ -48,7 +49,7 @@ class CacheArguments:
     )
     cache_dir: str | None = field(
         default=None,
-        metadata={"help": "Folder of the cache. By default runs/cache/ and the recipe's path below its recipes folder"},
+        metadata={"help": "Folder of the cache. By default runs/cache/ and the recipe's name."},
     )
 
     def __post_init__(self):
@@ -82,7 +83,7 @@ def cache_teacher(argv: list[str] | None = None) -> Path:
     model_args, data_args, config, _ = parse_recipe([path, *rest], command="hfkd cache-teacher")
     if any(token.partition("=")[0] == "--output_dir" for token in rest):
         raise HfkdError("--output_dir is the folder of a run. --cache_dir says where the cache is written.")
-    folder = Path(cache_args.cache_dir or Path("runs", "cache", recipe_name(path)))
+    folder = Path(cache_args.cache_dir or Path("runs", "cache", find_recipe(path).name))
     if not model_args.teacher_name_or_path:
         raise HfkdError(f"{path} names no teacher to cache: set teacher_name_or_path.")
     if config.shard_teacher:

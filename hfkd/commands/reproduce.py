@@ -18,17 +18,17 @@ from ..recipe.keys import SCHEDULE_KEYS, SEEDS
 from ..recipe.parser import ArgumentParser
 from ..recipe.reading import ARGUMENT_CLASSES
 from ..runs.folder import write_whole
-from ..runs.published_cells import RUNS, Cell, planned_cells, recipe_folder, recipes_of
+from ..runs.published_cells import RUNS, Cell, find_pair, planned_cells, recipes_of
 from ..training.preemption import EXIT_CODE
 from .arguments import parse_known, split_subject
 from .train import train
 
 USAGE = "hfkd reproduce PAIR [--methods a,b] [--seeds N] [--epochs_scale S] [--time_limit SECONDS] [--key value ...]"
 DESCRIPTION = (
-    "Repeat the runs of a published table. PAIR is a folder of recipes such as resnet32x4-resnet8x4. Its teacher is\n"
-    "trained first, then every method with every seed. Stopped runs are resumed and finished runs are skipped. Any\n"
-    "other `--key value` of `hfkd distill` is passed to every run. The measured values are printed beside the\n"
-    "published ones, and written to the pair's folder as reproduce.md and reproduce.csv.\n\n"
+    "Repeat the runs of a published table. PAIR is a file of recipes such as resnet32x4-resnet8x4 (`hfkd recipes`\n"
+    "lists them). Its teacher is trained first, then every method with every seed. Stopped runs are resumed and\n"
+    "finished runs are skipped. Any other `--key value` of `hfkd distill` is passed to every run. The measured values\n"
+    "are printed beside the published ones, and written to the pair's folder as reproduce.md and reproduce.csv.\n\n"
     "The exit code is 0 when all runs are finished, 75 when the time was up before, and 1 when a run failed."
 )
 UNFINISHED_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: a temporary failure, try again
@@ -107,15 +107,14 @@ def reproduce(argv: list[str] | None = None) -> list[Row]:
         The rows of the table.
 
     Raises:
-        NotFoundError: if the recipes do not exist.
         HfkdError: for an unknown pair, method or key, a number out of range, or a folder that holds other runs.
         SystemExit: with 75 if the time was up before all runs were finished, 1 if a run failed.
     """
     argv = sys.argv[1:] if argv is None else argv
     pair, args, overrides = parse(argv)
     limit = TimeLimit(args.time_limit)
-    folder = recipe_folder(pair)
-    recipes = recipes_of(folder, [name.strip() for name in args.methods.split(",")] if args.methods else [])
+    pair = find_pair(pair)
+    recipes = recipes_of(pair, [name.strip() for name in args.methods.split(",")] if args.methods else [])
     root = Path(args.output_dir)
     if args.epochs_scale != 1:
         root /= f"epochs_x{args.epochs_scale:g}"
@@ -123,8 +122,7 @@ def reproduce(argv: list[str] | None = None) -> list[Row]:
     for cell in cells:
         cell.check_folder()
     failures = run_cells(cells, limit)
-    name = f"{folder.parent.name}/{folder.name}"
-    rows = report(name, cells, failures, args.epochs_scale, root / name)
+    rows = report(pair, cells, failures, args.epochs_scale, root / pair)
     left = sum(not cell.is_done() for cell in cells)
     print(f"\n{len(cells) - left} of {len(cells)} trainings are done, in {limit.elapsed:,.0f} s of this call.", end=" ")
     print("Run the same command again to continue." if left else "Nothing is left to run.")

@@ -18,8 +18,9 @@ from ..errors import HfkdError, require
 from ..networks.loading import check_model, input_spec
 from ..recipe.arguments import DataArguments, DistillationConfig, ModelArguments
 from ..recipe.differences import recipe_differences
+from ..recipe.finding import find_recipe
 from ..recipe.parser import ArgumentParser
-from ..recipe.reading import ARGUMENT_CLASSES, load_recipe, parse_recipe, recipe_name
+from ..recipe.reading import ARGUMENT_CLASSES, load_recipe, parse_recipe
 from ..recipe.yaml_file import dump_yaml
 from ..runs.folder import check_writable, write_whole
 from ..search.figure import save_search
@@ -33,7 +34,7 @@ from .messages import hide_token
 from .train import check_teacher_is_used
 
 SETTINGS_NAME, BEST_NAME = "search.yaml", "best.yaml"  # settings of the search, best recipe
-USAGE = "hfkd search recipe.yaml [--n_trials N] [--held_out SHARE] [--key value ...]"
+USAGE = "hfkd search RECIPE [--n_trials N] [--held_out SHARE] [--key value ...]"
 
 
 @dataclass
@@ -55,9 +56,7 @@ class SearchArguments:
     )
     search_dir: str | None = field(
         default=None,
-        metadata={
-            "help": "Folder of the search. By default runs/search/ and the recipe's path below its recipes folder."
-        },
+        metadata={"help": "Folder of the search. By default runs/search/ and the recipe's name."},
     )
 
     def __post_init__(self):
@@ -68,7 +67,7 @@ class SearchArguments:
 
 
 def search(argv: list[str] | None = None) -> list[SearchedTrial]:
-    """Search for the best values of a recipe's keys: `recipe.yaml [--n_trials 20 --key value ...]`.
+    """Search for the best values of a recipe's keys: `RECIPE [--n_trials 20 --key value ...]`.
 
     Each trial trains the student with other values of the keys in the recipe's `search` section. The same command
     resumes an interrupted search. If several processes run it, they share the trials.
@@ -89,7 +88,7 @@ def search(argv: list[str] | None = None) -> list[SearchedTrial]:
     written = load_recipe(argv[0])
     space = search_space(written.get("search"), config)
     _check(search_args, model_args, data_args, config, space)
-    folder = Path(search_args.search_dir or Path("runs", "search", recipe_name(argv[0])))
+    folder = Path(search_args.search_dir or Path("runs", "search", find_recipe(argv[0]).name))
     config.output_dir = str(folder)
     check_writable(folder, "search_dir")
     lock = FileLock(folder / "study.lock")  # several processes may share the search
@@ -107,7 +106,7 @@ def search(argv: list[str] | None = None) -> list[SearchedTrial]:
     found = summary_table(trials, space, f"{images:,} {kind}", images)
     given = {key: value for key, value in recipe.items() if written.get(key) != value}
     with lock:
-        best = best_recipe(Path(argv[0]), folder, given, losses, best_of(trials))
+        best = best_recipe(find_recipe(argv[0]), folder, given, losses, best_of(trials))
         write_whole(folder / BEST_NAME, _header(argv, found, folder) + dump_yaml(best))
         write_whole(folder / "trials.csv", trials_csv(trials, space))
         write_whole(folder / "trials.md", f"{trials_markdown(trials, space)}\n\n{found}\n")

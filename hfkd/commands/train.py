@@ -13,7 +13,8 @@ from ..errors import HfkdError
 from ..names import hub_id, last_part
 from ..recipe.arguments import DataArguments, DistillationConfig, ModelArguments
 from ..recipe.differences import recipe_differences
-from ..recipe.reading import parse_recipe, recipe_name
+from ..recipe.finding import find_recipe
+from ..recipe.reading import parse_recipe
 from ..recipe.yaml_file import dump_yaml
 from ..runs.checkpoints import checkpoints, last_checkpoint
 from ..runs.folder import RECIPE_NAME, RESULTS_NAME, check_writable, write_whole
@@ -29,7 +30,7 @@ def distill(argv: list[str] | None = None) -> DistillationTrainer:
     argv = sys.argv[1:] if argv is None else argv
     model_args, data_args, config, recipe = parse_recipe(argv)
     check_teacher_is_used(model_args, config)
-    return train(model_args, data_args, config, recipe, role="student", name=recipe_name(argv[0]))
+    return train(model_args, data_args, config, recipe, role="student", name=find_recipe(argv[0]).name)
 
 
 def train_teacher(argv: list[str] | None = None) -> DistillationTrainer:
@@ -42,7 +43,7 @@ def train_teacher(argv: list[str] | None = None) -> DistillationTrainer:
     model_args, data_args, config, recipe = parse_recipe(argv, command="hfkd train-teacher")
     if model_args.teacher_name_or_path or model_args.teacher_cache or config.losses:
         raise HfkdError("train-teacher trains from the labels alone: use distill for a recipe with a teacher.")
-    return train(model_args, data_args, config, recipe, role="teacher", name=recipe_name(argv[0]))
+    return train(model_args, data_args, config, recipe, role="teacher", name=find_recipe(argv[0]).name)
 
 
 def check_teacher_is_used(model_args: ModelArguments, config: DistillationConfig) -> None:

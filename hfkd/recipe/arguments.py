@@ -234,8 +234,7 @@ class DistillationConfig(TrainingArguments):
     output_dir: str | None = field(
         default=None,
         metadata={
-            "help": "Folder of the run. By default runs/ and the recipe's path below its recipes folder, or its name; "
-            "trainer_output without a recipe."
+            "help": "Folder of the run. By default runs/ and the recipe's name; trainer_output without a recipe."
         },
     )
     report_to: list[str] | str = field(

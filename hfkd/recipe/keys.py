@@ -10,7 +10,7 @@ from typing import Any
 
 from ..names import DIGITS, is_local, last_part
 
-SECTIONS = ("extends", "search")  # parts of a recipe file that are not keys: its parent, the space of `hfkd search`
+SECTIONS = ("extends", "search")  # parts of a recipe that are not keys: its parent, the space of `hfkd search`
 
 
 class Effect(Enum):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import json
@@ -9,70 +10,69 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..errors import HfkdError, NotFoundError, nearest, unknown_key_error
+from ..errors import HfkdError, unknown_key_error
 from ..losses import LOSSES, build_losses
 from .arguments import DataArguments, DistillationConfig, ModelArguments
+from .finding import RecipeSource, find_recipe
 from .keys import NOT_RECORDED, SECTIONS
 from .parser import ArgumentParser, to_argv
-from .yaml_file import parse_yaml, read_yaml
+from .yaml_file import parse_yaml
 
 ARGUMENT_CLASSES = (ModelArguments, DataArguments, DistillationConfig)
 KEYS = [field.name for cls in ARGUMENT_CLASSES for field in dataclasses.fields(cls) if field.init]
 
 RECIPE_HELP = (
-    "A recipe is a YAML file of the keys below. Its keys override the recipe that it `extends`,\n"
-    "and keys on the command line override both. null gives a key its default again."
+    "RECIPE is the name of a recipe that comes with hfkd (`hfkd recipes` lists them) or the path of a YAML file\n"
+    "of the keys below. Its keys override the recipe that it `extends`, and keys on the command line override\n"
+    "both. null gives a key its default again."
 )
 
 
-def load_recipe(path: str | Path) -> dict[str, Any]:
-    """Read a recipe, including the keys of the recipe that it `extends`, whose path is relative to it.
+def load_recipe(name: str | Path) -> dict[str, Any]:
+    """Read a recipe, found by `find_recipe`, including the keys of the recipe that it `extends`.
 
-    The parent may extend a recipe in turn. Mappings such as `losses` are replaced and not merged, so that all losses of
-    a recipe are in one place.
+    The parent is looked for in the recipe's folder first. It may extend a recipe in turn. Mappings such as `losses` are
+    replaced and not merged, so that all losses of a recipe are in one place.
 
     Raises:
         NotFoundError: if the recipe or one that it extends does not exist.
-        HfkdError: for invalid YAML, an unknown key, or a recipe that extends itself.
+        HfkdError: for invalid YAML, an unknown key, a recipe that extends itself, or a file of several recipes.
     """
+    source = find_recipe(name)
+    several = source.section_names() if source.section is None else []
+    if several:
+        raise HfkdError(f"{source} holds several recipes. Name one of them: {', '.join(several)}.")
     recipe: dict[str, Any] = {}
-    paths: list[Path] = []
+    sources: list[RecipeSource] = []
     while True:
-        path = Path(path)
-        if path.resolve() in [other.resolve() for other in paths]:
-            chain = " extends ".join(map(str, [*paths, path]))
+        if source.identity in [other.identity for other in sources]:
+            chain = " extends ".join(map(str, [*sources, source]))
             raise HfkdError(f"{chain}: a recipe cannot extend itself. Remove one of the `extends`.")
-        paths.append(path)
-        recipe = _read_yaml(path) | recipe
+        sources.append(source)
+        recipe = _own_keys(source) | recipe
         parent = recipe.pop("extends", None)
         if parent is None:
             return recipe
         if not isinstance(parent, str):
-            raise HfkdError(f"extends in {path} must be the path of one recipe, got {parent!r}.")
-        path = path.parent / parent
+            raise HfkdError(f"extends in {source} must be the name or path of one recipe, got {parent!r}.")
+        source = find_recipe(parent, source.path.parent)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        near = nearest(path.name, [other.name for other in path.parent.glob("*.yaml")])
-        hint = f" Did you mean {path.parent / near[0]}?" if near else ""
-        raise NotFoundError(f"There is no recipe at {path}.{hint}")
-    recipe = read_yaml(path)
-    if not isinstance(recipe, dict):
-        raise HfkdError(f"{path} must hold a mapping of keys to values, got {type(recipe).__name__}.")
-    for key in recipe:
+def _own_keys(source: RecipeSource) -> dict[str, Any]:
+    keys = source.keys()
+    for key in keys:
         if key not in (*KEYS, *SECTIONS):
-            raise unknown_key_error(str(key), [*KEYS, *SECTIONS], str(path))
-    return recipe
+            raise unknown_key_error(str(key), [*KEYS, *SECTIONS], str(source))
+    return copy.deepcopy(keys)  # a file may be read once for several recipes
 
 
 def parse_recipe(
     argv: list[str] | None = None, command: str = "hfkd distill"
 ) -> tuple[ModelArguments, DataArguments, DistillationConfig, dict]:
-    """Parse `recipe.yaml [--key value ...]`; the command line overrides the recipe, the recipe the defaults.
+    """Parse `RECIPE [--key value ...]`; the command line overrides the recipe, the recipe the defaults.
 
     A loss parameter is set by its path (`--losses.dkd.beta 2`). The default of `output_dir` is `runs/` followed by the
-    recipe's path below the `recipes` folder.
+    recipe's name.
 
     Returns:
         The three argument objects and the resolved recipe, a flat mapping of every key that was set.
@@ -82,7 +82,7 @@ def parse_recipe(
         HfkdError: if no recipe is given, for an unknown key, or for a value of the wrong type.
     """
     argv = sys.argv[1:] if argv is None else argv
-    usage = f"{command} recipe.yaml [--key value ...]"
+    usage = f"{command} RECIPE [--key value ...]"
     parser = ArgumentParser(ARGUMENT_CLASSES, usage, RECIPE_HELP, methods_help())
     parser.answer_help(argv)
     path, overrides = argv[0] if argv else "", argv[1:]
@@ -93,7 +93,7 @@ def parse_recipe(
     overrides, unset = parser.settle(overrides)
     recipe = {key: value for key, value in recipe.items() if value is not None and key not in unset}
     recipe["losses"], overrides = _split_loss_overrides(recipe.get("losses") or {}, overrides)
-    recipe.setdefault("output_dir", default_output_dir(path))
+    recipe.setdefault("output_dir", str(Path("runs", find_recipe(path).name)))
     argv = to_argv(recipe, parser) + overrides
     model_args, data_args, config = parser.parse(argv)
     build_losses(config.losses, config.logit_standardization)  # finds mistakes before data and networks are loaded
@@ -118,19 +118,6 @@ def _resolve(parser: ArgumentParser, argv: list[str]) -> dict[str, Any]:
         if isinstance(value, str) and value.startswith("{"):
             resolved[key] = json.loads(value)
     return {key: value for key, value in resolved.items() if key not in NOT_RECORDED}
-
-
-def recipe_name(path: str | Path) -> str:
-    """Return the path below the `recipes` folder without its suffix, or the file's name for a recipe from elsewhere."""
-    parts = Path(path).resolve().with_suffix("").parts
-    if "recipes" in parts:
-        return str(Path(*parts[len(parts) - parts[::-1].index("recipes") :]))
-    return parts[-1]
-
-
-def default_output_dir(path: str | Path) -> str:
-    """Return the default folder of a run: `runs/cifar100/a-b/kd` for `recipes/cifar100/a-b/kd.yaml`."""
-    return str(Path("runs", recipe_name(path)))
 
 
 def _split_loss_overrides(losses: dict, argv: list[str]) -> tuple[dict, list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,17 +12,17 @@ from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
 
-from ..errors import HfkdError, NotFoundError, did_you_mean
+from ..errors import HfkdError, did_you_mean
 from ..losses import LOSSES
 from ..recipe.arguments import DataArguments, DistillationConfig, ModelArguments
 from ..recipe.differences import recipe_differences
-from ..recipe.reading import load_recipe, parse_recipe, recipe_name
+from ..recipe.finding import LOCAL, names_below, packaged_names
+from ..recipe.reading import load_recipe, parse_recipe
 from .checkpoints import last_checkpoint
 from .finished import FinishedRun, read_run, teacher_of
 from .folder import RECIPE_NAME, RESULTS_NAME, WEIGHTS_NAME
 from .published import published_runs
 
-CHECKOUT = Path(__file__).parents[2]
 RUNS = Path("runs")  # where recipes expect their teachers
 DEFAULTS = {field: DistillationConfig.__dataclass_fields__[field].default for field in ("num_train_epochs", "seed")}
 
@@ -104,50 +105,44 @@ class Cell:
             raise HfkdError(f"{self.folder} holds a run with other settings:\n  {lines}\n{way_out}.")
 
 
-def recipe_folder(pair: str) -> Path:
-    """Find the recipes of a pair: below `recipes` in the current folder, else in the checkout that hfkd runs from.
+def find_pair(pair: str) -> str:
+    """Return the full name of a pair whose recipes come with hfkd or lie below `recipes` in the current folder.
 
     Args:
-        pair: `resnet32x4-resnet8x4`, `imagenet/resnet34-resnet18` or the folder's path.
+        pair: `resnet32x4-resnet8x4`, `imagenet/resnet34-resnet18` or the path of its file or folder.
 
     Raises:
-        NotFoundError: if there are no recipes.
         HfkdError: if the pair is unknown; the message names the nearest.
     """
-    folders = {}
-    for place in (CHECKOUT / "recipes", Path("recipes")):
-        folders |= {f"{path.parent.name}/{path.name}": path for path in sorted(place.glob("*/*-*")) if path.is_dir()}
-    if not folders:
-        raise NotFoundError(
-            "There is no folder `recipes` here. The recipes of the published tables are in hfkd's repository, and pip "
-            "does not install them: start in a checkout of it, or copy its folder `recipes` to here."
-        )
-    name = pair.strip("/").removeprefix("recipes/")
-    for full_name, folder in folders.items():
-        if name in (full_name, folder.name):
-            return folder
-    names = folders if "/" in name else [folder.name for folder in folders.values()]
-    raise HfkdError(f"There are no recipes of the pair '{pair}'.{did_you_mean(name, names)}")
+    pairs = sorted({name.rpartition("/")[0] for name in _all_names() if re.fullmatch("[^/]+/[^/]+-[^/]+/[^/]+", name)})
+    given = pair.strip("/").removeprefix("recipes/").removesuffix(".yaml")
+    for name in pairs:
+        if given in (name, name.rpartition("/")[2]):
+            return name
+    valid = pairs if "/" in given else [name.rpartition("/")[2] for name in pairs]
+    raise HfkdError(f"There are no recipes of the pair '{pair}'.{did_you_mean(given, valid)}")
 
 
-def recipes_of(folder: Path, methods: Sequence[str]) -> list[Path]:
-    """Return a pair's recipes of some methods; without methods, all recipes with a published top-1.
+def _all_names() -> list[str]:
+    return [*packaged_names(), *names_below(LOCAL)]
+
+
+def recipes_of(pair: str, methods: Sequence[str]) -> list[str]:
+    """Return the names of a pair's recipes of some methods; without methods, of all that have a published top-1.
 
     Raises:
         HfkdError: for a method without a recipe; the message names the nearest.
     """
-    recipes = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    recipes = {name.rpartition("/")[2]: name for name in sorted(_all_names()) if name.rpartition("/")[0] == pair}
     if not methods:
-        return [path for path in recipes.values() if recipe_name(path) in published_runs()]
+        return [name for name in recipes.values() if name in published_runs()]
     for method in methods:
         if method not in recipes:
-            raise HfkdError(f"There is no recipe '{method}' of {folder.name}.{did_you_mean(method, recipes)}")
+            raise HfkdError(f"There is no recipe '{method}' of {pair}.{did_you_mean(method, recipes)}")
     return [recipes[method] for method in dict.fromkeys(methods)]
 
 
-def planned_cells(
-    recipes: Sequence[Path], seeds: int, scale: float, root: Path, overrides: Sequence[str]
-) -> list[Cell]:
+def planned_cells(recipes: Sequence[str], seeds: int, scale: float, root: Path, overrides: Sequence[str]) -> list[Cell]:
     """Return the trainings in order: the teachers, then all recipes with their own seed, then with the next, ...
 
     Args:
@@ -162,30 +157,29 @@ def planned_cells(
     given = not keys.isdisjoint({"teacher_name_or_path", "teacher_cache"})
     teachers, students = {}, []
     for number in range(seeds):
-        for path in recipes:
-            recipe, argv = load_recipe(path), []
-            teacher = None if given else _own_teacher(recipe)
+        for name in recipes:
+            argv, teacher = [], None if given else _own_teacher(load_recipe(name))
             if teacher is not None:
-                teacher_path = path.parents[2] / teacher.with_suffix(".yaml")
-                teachers[teacher] = _cell("teacher", teacher_path, scale, root, overrides)
+                teachers[teacher] = _cell("teacher", teacher, scale, root, overrides)
                 argv = ["--teacher_name_or_path", str(root / teacher / "teacher")]
-            students.append(_cell("student", path, scale, root, [*argv, *overrides], number))
+            students.append(_cell("student", name, scale, root, [*argv, *overrides], number))
     return [*teachers.values(), *students]
 
 
-def _own_teacher(recipe: Mapping[str, Any]) -> Path | None:
-    """Return the recipe of a recipe's teacher, as a path below `recipes` without its ending, or None.
+def _own_teacher(recipe: Mapping[str, Any]) -> str | None:
+    """Return the name of the recipe of a recipe's teacher, or None.
 
     Only a teacher that another recipe trains has one.
     """
     names = teacher_of(recipe).names
     path = Path(names[0]) if len(names) == 1 else Path()
-    return path.parent.relative_to(RUNS) if path.parts[:1] == RUNS.parts and path.name == "teacher" else None
+    ours = path.parts[:1] == RUNS.parts and path.name == "teacher"
+    return str(path.parent.relative_to(RUNS)) if ours else None
 
 
-def _cell(role: str, path: Path, scale: float, root: Path, overrides: Sequence[str], number: int = 0) -> Cell:
+def _cell(role: str, name: str, scale: float, root: Path, overrides: Sequence[str], number: int = 0) -> Cell:
     """Return a recipe with its own seed, or with the `number`-th after it."""
-    recipe, name = load_recipe(path), recipe_name(path)
+    recipe = load_recipe(name)
     seed = recipe.get("seed", DEFAULTS["seed"]) + number
     folder = root / (f"{name}-seed{seed}" if number else name)
     argv = [*shortened(recipe, scale, name), "--output_dir", str(folder)]
@@ -193,7 +187,7 @@ def _cell(role: str, path: Path, scale: float, root: Path, overrides: Sequence[s
         argv += ["--seed", str(seed)]
     if (folder / RECIPE_NAME).is_file():
         argv += ["--resume_from_checkpoint", "true"]
-    return Cell(name, role, parse_recipe([str(path), *argv, *overrides]))
+    return Cell(name, role, parse_recipe([name, *argv, *overrides]))
 
 
 def shortened(recipe: Mapping[str, Any], scale: float, name: str) -> list[str]:

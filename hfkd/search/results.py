@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..recipe.finding import RecipeSource, find_recipe
 from ..recipe.keys import SCHEDULE_KEYS
-from ..recipe.yaml_file import read_yaml
 from ..runs.tables import csv_table, markdown_table
 from .space import TRIAL_SETTINGS, Parameter, settings, short
 
@@ -115,7 +114,7 @@ def _note(trial: SearchedTrial) -> str:
 
 
 def best_recipe(
-    path: Path, folder: Path, given: Mapping[str, Any], losses: Mapping[str, Any], best: SearchedTrial
+    source: RecipeSource, folder: Path, given: Mapping[str, Any], losses: Mapping[str, Any], best: SearchedTrial
 ) -> dict[str, Any]:
     """Return the searched recipe with the best values, for a file in the folder.
 
@@ -123,17 +122,19 @@ def best_recipe(
     repeats the searched recipe's lines.
 
     Args:
-        path: path of the searched recipe.
+        source: the searched recipe.
         folder: folder of the new recipe.
         given: keys of the command line; keys that make trials shorter are left out.
         losses: losses of recipe and command line before the search.
         best: trial with the best values.
     """
-    own = read_yaml(path)
+    own = source.keys()
     parent = own.pop("extends", None)
     if parent is None:
-        parent, own = path.name, {}
-    recipe = {"extends": os.path.relpath(path.resolve().parent / parent, folder.resolve())} | own
+        extended, own = source, {}
+    else:
+        extended = find_recipe(parent, source.path.parent)
+    recipe = {"extends": extended.reference(folder)} | own
     recipe.pop("search", None)
     recipe |= {key: value for key, value in given.items() if key not in TRIAL_ONLY_KEYS}
     recipe |= settings(best.values, losses)

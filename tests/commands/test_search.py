@@ -16,6 +16,7 @@ from hfkd.cli import main
 from hfkd.commands.search import build_search_trainer, search
 from hfkd.commands.train import distill
 from hfkd.recipe.arguments import DistillationConfig
+from hfkd.recipe.finding import find_recipe
 from hfkd.recipe.reading import load_recipe, parse_recipe
 from hfkd.search import study as search_study
 from hfkd.search.figure import search_figure
@@ -142,7 +143,7 @@ def test_the_best_recipe_extends_what_may_be_extended(recipe, tmp_path):
     for path, parent in ((PATH, "base.yaml"), (PATH.with_name("whole.yaml"), "whole.yaml")):
         if parent == "whole.yaml":
             path.write_text(yaml.safe_dump(load_recipe(PATH)))
-        best = best_recipe(path, folder, given, OWN["losses"] | {"pkt": {}}, TRIALS[1])
+        best = best_recipe(find_recipe(path), folder, given, OWN["losses"] | {"pkt": {}}, TRIALS[1])
         assert best["extends"] == f"../../recipes/digits/{parent}" and not Path(best["extends"]).is_absolute()
         (folder / "best.yaml").write_text(yaml.safe_dump(best))
         model_args, data_args, config, _ = parse_recipe([str(folder / "best.yaml")])
@@ -216,5 +217,5 @@ def test_help(capsys):
     with pytest.raises(SystemExit) as ending:
         main(["search", "--help"])
     shown = capsys.readouterr().out
-    assert ending.value.code == 0 and shown.startswith("usage: hfkd search recipe.yaml [--n_trials N]")
+    assert ending.value.code == 0 and shown.startswith("usage: hfkd search RECIPE [--n_trials N]")
     assert "--n_trials" in shown and "--ce_weight" in shown and not os.listdir()
