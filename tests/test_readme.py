@@ -58,7 +58,7 @@ OUTPUT_OF = {
     "--teacher_cache": "runs/cached",
 }
 TESTED_APART = {"scripts/benchmark/run.py", "export", "reproduce", "search", "visualize"}  # each takes long
-EVALUATES = ("evaluate", "compare", "push", "--help")  # commands that train nothing
+EVALUATES = ("evaluate", "compare", "push", "recipes", "--help")  # commands that train nothing
 
 
 def paper(citation):
@@ -172,7 +172,9 @@ def test_the_commands(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     verbs = [re.search(r"hfkd ([\w-]+)|scripts/([\w/]+)\.py", command).group(1, 2) for command in COMMANDS]
     expected = "train_teacher distill evaluate distill distill distill train-teacher distill train_teacher distill"
-    expected += " distill distill distill distill distill distill cache-teacher distill benchmark/run compare"
+    expected += (
+        " distill distill distill distill recipes recipes distill distill cache-teacher distill benchmark/run compare"
+    )
     expected += " visualize export reproduce search distill push"
     assert [verb for pair in verbs for verb in pair if verb] == expected.split()
     with writable_hub(folder / "hub", monkeypatch) as hub:

@@ -15,6 +15,7 @@ from ..recipe.finding import find_recipe
 from ..recipe.parser import ArgumentParser
 from ..recipe.reading import ARGUMENT_CLASSES, parse_recipe
 from ..runs.folder import check_writable
+from ..runs.planned import missing_teacher
 from ..teacher_cache.files import CacheFiles
 from ..teacher_cache.identity import given_teachers
 from ..teacher_cache.rows import RowFormat
@@ -22,6 +23,7 @@ from ..teacher_cache.teacher import check_supported
 from ..teacher_cache.writing import write_cache
 from .arguments import parse_known, split_subject
 from .build import build_student, image_sets, load_splits, load_teachers
+from .train import train_first
 
 USAGE = "hfkd cache-teacher RECIPE [--epochs N] [--top_k K] [--key value ...]"
 
@@ -80,7 +82,8 @@ def cache_teacher(argv: list[str] | None = None) -> Path:
     path, rest = split_subject(argv, parser, "a recipe")
     parser.check_keys(rest)
     cache_args, rest = parse_known(rest, ArgumentParser((CacheArguments,), USAGE))
-    model_args, data_args, config, _ = parse_recipe([path, *rest], command="hfkd cache-teacher")
+    settings = parse_recipe([path, *rest], command="hfkd cache-teacher")
+    model_args, data_args, config, _ = settings
     if any(token.partition("=")[0] == "--output_dir" for token in rest):
         raise HfkdError("--output_dir is the folder of a run. --cache_dir says where the cache is written.")
     folder = Path(cache_args.cache_dir or Path("runs", "cache", find_recipe(path).name))
@@ -91,6 +94,10 @@ def cache_teacher(argv: list[str] | None = None) -> Path:
     if data_args.streaming:
         raise HfkdError("A teacher cache finds images by their row, and a stream has no rows: set streaming: false.")
     check_writable(folder, "cache_dir")
+    teacher = missing_teacher(path, model_args, settings[3])
+    if teacher is not None:
+        train_first(teacher, model_args)
+        model_args, data_args, config, _ = parse_recipe([path, *rest])
     files = _write_from_arguments(folder, cache_args, model_args, data_args, config)
     if files is not None:
         size = sum(files.bytes_of(shard) for _, shard in files.shards()) / 2**20

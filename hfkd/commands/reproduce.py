@@ -18,7 +18,8 @@ from ..recipe.keys import SCHEDULE_KEYS, SEEDS
 from ..recipe.parser import ArgumentParser
 from ..recipe.reading import ARGUMENT_CLASSES
 from ..runs.folder import write_whole
-from ..runs.published_cells import RUNS, Cell, find_pair, planned_cells, recipes_of
+from ..runs.planned import PlannedRun
+from ..runs.published_cells import find_pair, planned_cells, recipes_of
 from ..training.preemption import EXIT_CODE
 from .arguments import parse_known, split_subject
 from .train import train
@@ -70,7 +71,7 @@ class ReproductionArguments:
         },
     )
     output_dir: str = field(
-        default=str(RUNS),
+        default="runs",
         metadata={"help": "Folder of all results; runs lie below it as `hfkd distill` places them below runs."},
     )
 
@@ -169,7 +170,7 @@ def parse(argv: list[str]) -> tuple[str, ReproductionArguments, list[str]]:
     return pair, args, overrides
 
 
-def run_cells(cells: Sequence[Cell], limit: TimeLimit) -> dict[Path, str]:
+def run_cells(cells: Sequence[PlannedRun], limit: TimeLimit) -> dict[Path, str]:
     """Train all unfinished runs until the time is up.
 
     Returns:
@@ -191,7 +192,7 @@ def run_cells(cells: Sequence[Cell], limit: TimeLimit) -> dict[Path, str]:
     return failures
 
 
-def attempt(cell: Cell, limit: TimeLimit) -> str | None:
+def attempt(cell: PlannedRun, limit: TimeLimit) -> str | None:
     """Train one run until the time is up; return its error message, if it fails, so that the others still run."""
     try:
         train(*cell.settings, role=cell.role, name=cell.name, time_is_up=limit.is_over)
@@ -207,7 +208,9 @@ def attempt(cell: Cell, limit: TimeLimit) -> str | None:
     return None
 
 
-def report(name: str, cells: Sequence[Cell], failures: Mapping[Path, str], scale: float, folder: Path) -> list[Row]:
+def report(
+    name: str, cells: Sequence[PlannedRun], failures: Mapping[Path, str], scale: float, folder: Path
+) -> list[Row]:
     """Print the measured beside the published values, write them as Markdown and CSV, and return the rows."""
     runs = [run for run in (cell.run() for cell in cells) if run is not None]
     rows, gaps = compared(runs), _gaps(cells)
@@ -228,7 +231,7 @@ def report(name: str, cells: Sequence[Cell], failures: Mapping[Path, str], scale
     return rows
 
 
-def _gaps(cells: Sequence[Cell]) -> list[Gap]:
+def _gaps(cells: Sequence[PlannedRun]) -> list[Gap]:
     """Return a row for every recipe with seeds that are not measured yet."""
     seeds: dict[str, list[int]] = {}
     published = {}

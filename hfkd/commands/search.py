@@ -23,6 +23,7 @@ from ..recipe.parser import ArgumentParser
 from ..recipe.reading import ARGUMENT_CLASSES, load_recipe, parse_recipe
 from ..recipe.yaml_file import dump_yaml
 from ..runs.folder import check_writable, write_whole
+from ..runs.planned import missing_teacher
 from ..search.figure import save_search
 from ..search.results import SearchedTrial, best_of, best_recipe, summary_table, trials_csv, trials_markdown
 from ..search.space import TRIAL_SETTINGS, Parameter, search_space
@@ -31,7 +32,7 @@ from ..training.trainer import DistillationTrainer
 from .arguments import parse_known, split_subject
 from .build import build_student, image_sets, load_splits, load_teachers, open_cache
 from .messages import hide_token
-from .train import check_teacher_is_used
+from .train import check_teacher_is_used, train_first
 
 SETTINGS_NAME, BEST_NAME = "search.yaml", "best.yaml"  # settings of the search, best recipe
 USAGE = "hfkd search RECIPE [--n_trials N] [--held_out SHARE] [--key value ...]"
@@ -95,6 +96,11 @@ def search(argv: list[str] | None = None) -> list[SearchedTrial]:
     with lock:
         searched = {each.key: each.entry() for each in space}
         _claim_folder(folder, recipe | {"held_out": search_args.held_out, "search": searched})
+        teacher = missing_teacher(argv[0], model_args, recipe)
+        if teacher is not None:
+            train_first(teacher, model_args)  # while other processes of the search wait
+            _, model_args, data_args, config, recipe = _parse(argv)
+            config.output_dir = str(folder)
 
     losses = config.losses  # before trials change them
     trainer = build_search_trainer(model_args, data_args, config, search_args.held_out)

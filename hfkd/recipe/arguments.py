@@ -44,6 +44,17 @@ class ModelArguments:
             "or a published .pth file holding {'model': state_dict}."
         },
     )
+    teacher_recipe: str | None = field(
+        default=None,
+        metadata={
+            "help": "Recipe that trains the teacher first, on the same images, if teacher_name_or_path is a run's "
+            "folder that does not exist."
+        },
+    )
+    train_missing_teacher: bool = field(
+        default=True,
+        metadata={"help": "Train a missing teacher by its teacher_recipe; otherwise it is an error."},
+    )
     teacher_class_indices: list[int] | None = field(
         default=None,
         metadata={

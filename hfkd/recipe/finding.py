@@ -107,6 +107,12 @@ def find_recipe(name: str | Path, folder: Path = Path()) -> RecipeSource:
     raise NotFoundError(f"There is no recipe at {folder / path}. {hint}")
 
 
+def name_from(name: str, folder: Path) -> str:
+    """Return the path of a recipe that is named from a folder, or the name as it is if it is not found there."""
+    source = _source_at(folder / name)
+    return name if source is None else str(source)
+
+
 @functools.cache
 def packaged_names() -> list[str]:
     """Return the names of all recipes that come with hfkd, sorted."""

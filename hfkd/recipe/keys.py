@@ -19,7 +19,7 @@ class Effect(Enum):
     RESULT = "changes the student or its measurements"
     SPEED = "changes only speed and memory"
     OUTPUT = "changes only files, logs and reports"
-    CONTROL = "controls how a run is resumed, and is not recorded"
+    CONTROL = "controls how a run is begun or resumed, and is not recorded"
 
 
 RESULT, SPEED, OUTPUT, CONTROL = Effect
@@ -134,6 +134,8 @@ _MODEL = {
     ),
     **dict.fromkeys(("teacher_class_indices", "drop_path_rate", "patch_size"), Key(RESULT)),
     "teacher_device_map": Key(SPEED),
+    "teacher_recipe": Key(OUTPUT, path=True),  # the teacher that it trained is named by teacher_name_or_path
+    "train_missing_teacher": Key(CONTROL),
 }
 _DATA = {
     "dataset_name": Key(RESULT, path=True),

@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import HfkdError, unknown_key_error
 from ..losses import LOSSES, build_losses
 from .arguments import DataArguments, DistillationConfig, ModelArguments
-from .finding import RecipeSource, find_recipe
+from .finding import RecipeSource, find_recipe, name_from
 from .keys import NOT_RECORDED, SECTIONS
 from .parser import ArgumentParser, to_argv
 from .yaml_file import parse_yaml
@@ -63,6 +63,9 @@ def _own_keys(source: RecipeSource) -> dict[str, Any]:
     for key in keys:
         if key not in (*KEYS, *SECTIONS):
             raise unknown_key_error(str(key), [*KEYS, *SECTIONS], str(source))
+    teacher = keys.get("teacher_recipe")
+    if isinstance(teacher, str):
+        keys["teacher_recipe"] = name_from(teacher, source.path.parent)
     return copy.deepcopy(keys)  # a file may be read once for several recipes
 
 

@@ -3,106 +3,20 @@
 from __future__ import annotations
 
 import inspect
-import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer import TRAINER_STATE_NAME
-
 from ..errors import HfkdError, did_you_mean
 from ..losses import LOSSES
-from ..recipe.arguments import DataArguments, DistillationConfig, ModelArguments
-from ..recipe.differences import recipe_differences
-from ..recipe.finding import LOCAL, names_below, packaged_names
-from ..recipe.reading import load_recipe, parse_recipe
-from .checkpoints import last_checkpoint
-from .finished import FinishedRun, read_run, teacher_of
-from .folder import RECIPE_NAME, RESULTS_NAME, WEIGHTS_NAME
+from ..recipe.arguments import DistillationConfig
+from ..recipe.finding import LOCAL, find_recipe, names_below, packaged_names
+from ..recipe.reading import load_recipe
+from .planned import PlannedRun, plan_run
 from .published import published_runs
 
-RUNS = Path("runs")  # where recipes expect their teachers
 DEFAULTS = {field: DistillationConfig.__dataclass_fields__[field].default for field in ("num_train_epochs", "seed")}
-
-
-@dataclass(frozen=True)
-class Cell:
-    """Training of a recipe with one seed, or of the teacher that it needs.
-
-    Attributes:
-        name: name of the recipe.
-        role: "student" or "teacher".
-        settings: result of `parse_recipe`.
-    """
-
-    name: str
-    role: str
-    settings: tuple[ModelArguments, DataArguments, DistillationConfig, dict[str, Any]]
-
-    @property
-    def config(self) -> DistillationConfig:
-        """Configuration of the training."""
-        return self.settings[2]
-
-    @property
-    def folder(self) -> Path:
-        """Folder of the run."""
-        return Path(self.config.output_dir)
-
-    @property
-    def title(self) -> str:
-        """Recipe and seed, for a person."""
-        return f"{self.name}, seed {self.config.seed}"
-
-    @property
-    def published_top1(self) -> float | None:
-        """Top-1 of the paper, at the published schedule."""
-        published = published_runs().get(self.name)
-        return None if published is None else published.top1
-
-    def run(self) -> FinishedRun | None:
-        """Read the run as far as it went; None before the first evaluation."""
-        if not (self.folder / RESULTS_NAME).is_file():
-            return None
-        run = read_run(self.folder)
-        return run if run.results["epochs"] else None
-
-    def is_done(self) -> bool:
-        """Return True if the training ended and the model was written.
-
-        A teacher's model is enough: it may have been copied without its run.
-        """
-        run = self.run()
-        if run is None:
-            return self.role == "teacher" and (self.folder / self.role / WEIGHTS_NAME).is_file()
-        return run.is_whole and run.export is not None
-
-    def state(self) -> str:
-        """Return how far the training is, for a person."""
-        if self.is_done():
-            return "done"
-        checkpoint = last_checkpoint(self.folder)
-        if checkpoint is None:
-            begun = (self.folder / RECIPE_NAME).is_file()
-            return "ended before its first checkpoint" if begun else "not begun"
-        state = json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text())
-        return f"stopped at step {state['global_step']:,} of {state['max_steps']:,}"
-
-    def check_folder(self) -> None:
-        """Check that the folder holds no run with other settings, unless `allow_recipe_change` is set.
-
-        Raises:
-            HfkdError: if it does; the message names the settings.
-        """
-        different = recipe_differences(self.folder / RECIPE_NAME, self.settings[3])
-        if different and not self.config.allow_recipe_change:
-            way_out = "Give another --output_dir, or remove the folder"
-            if self.role == "teacher":
-                way_out += f", or take the teacher as it is: --teacher_name_or_path {self.folder / self.role}"
-            lines = "\n  ".join(different)
-            raise HfkdError(f"{self.folder} holds a run with other settings:\n  {lines}\n{way_out}.")
 
 
 def find_pair(pair: str) -> str:
@@ -142,7 +56,9 @@ def recipes_of(pair: str, methods: Sequence[str]) -> list[str]:
     return [recipes[method] for method in dict.fromkeys(methods)]
 
 
-def planned_cells(recipes: Sequence[str], seeds: int, scale: float, root: Path, overrides: Sequence[str]) -> list[Cell]:
+def planned_cells(
+    recipes: Sequence[str], seeds: int, scale: float, root: Path, overrides: Sequence[str]
+) -> list[PlannedRun]:
     """Return the trainings in order: the teachers, then all recipes with their own seed, then with the next, ...
 
     Args:
@@ -158,36 +74,23 @@ def planned_cells(recipes: Sequence[str], seeds: int, scale: float, root: Path, 
     teachers, students = {}, []
     for number in range(seeds):
         for name in recipes:
-            argv, teacher = [], None if given else _own_teacher(load_recipe(name))
+            argv, teacher = [], None if given else load_recipe(name).get("teacher_recipe")
             if teacher is not None:
-                teachers[teacher] = _cell("teacher", teacher, scale, root, overrides)
-                argv = ["--teacher_name_or_path", str(root / teacher / "teacher")]
+                planned = teachers[teacher] = _cell("teacher", teacher, scale, root, overrides)
+                argv = ["--teacher_name_or_path", str(planned.folder / planned.role)]
             students.append(_cell("student", name, scale, root, [*argv, *overrides], number))
     return [*teachers.values(), *students]
 
 
-def _own_teacher(recipe: Mapping[str, Any]) -> str | None:
-    """Return the name of the recipe of a recipe's teacher, or None.
-
-    Only a teacher that another recipe trains has one.
-    """
-    names = teacher_of(recipe).names
-    path = Path(names[0]) if len(names) == 1 else Path()
-    ours = path.parts[:1] == RUNS.parts and path.name == "teacher"
-    return str(path.parent.relative_to(RUNS)) if ours else None
-
-
-def _cell(role: str, name: str, scale: float, root: Path, overrides: Sequence[str], number: int = 0) -> Cell:
+def _cell(role: str, name: str, scale: float, root: Path, overrides: Sequence[str], number: int = 0) -> PlannedRun:
     """Return a recipe with its own seed, or with the `number`-th after it."""
-    recipe = load_recipe(name)
+    recipe, name = load_recipe(name), find_recipe(name).name
     seed = recipe.get("seed", DEFAULTS["seed"]) + number
     folder = root / (f"{name}-seed{seed}" if number else name)
-    argv = [*shortened(recipe, scale, name), "--output_dir", str(folder)]
+    argv = shortened(recipe, scale, name)
     if number:  # the first run has the recipe's seed, as with `hfkd distill`
         argv += ["--seed", str(seed)]
-    if (folder / RECIPE_NAME).is_file():
-        argv += ["--resume_from_checkpoint", "true"]
-    return Cell(name, role, parse_recipe([name, *argv, *overrides]))
+    return plan_run(name, role, folder, [*argv, *overrides])
 
 
 def shortened(recipe: Mapping[str, Any], scale: float, name: str) -> list[str]:

@@ -45,6 +45,7 @@ STUDENT = {
     "extends": "../base.yaml",
     "student_name_or_path": "cifar_resnet8",
     "teacher_name_or_path": "runs/cifar100/teachers/tall/teacher",
+    "teacher_recipe": "cifar100/teachers/tall",
 }
 PAIR = Path("runs/cifar100/tall-short")
 DIGITS = functools.cache(hfkd.data.datasets._digits)
