@@ -198,7 +198,8 @@ class DistillationConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Distillation losses: a mapping from each method to its parameters, which may include 'weight'. "
-            "On the command line: --losses.METHOD.PARAMETER VALUE."
+            "On the command line: --losses.METHOD.PARAMETER VALUE, or the mapping as YAML. A method is one of those "
+            "below, of an installed package (entry points hfkd.losses), or module:Class."
         },
     )
     logit_standardization: bool = field(

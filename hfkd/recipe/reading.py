@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import inspect
 import json
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import HfkdError, unknown_key_error
-from ..losses import LOSSES, build_losses
+from ..losses import LOSSES, build_losses, installed_losses
 from .arguments import DataArguments, DistillationConfig, ModelArguments
 from .finding import RecipeSource, find_recipe, name_from
 from .keys import NOT_RECORDED, SECTIONS
@@ -38,24 +39,32 @@ def load_recipe(name: str | Path) -> dict[str, Any]:
         NotFoundError: if the recipe or one that it extends does not exist.
         HfkdError: for invalid YAML, an unknown key, a recipe that extends itself, or a file of several recipes.
     """
+    return _merged(_lineage(name))
+
+
+def _lineage(name: str | Path) -> list[tuple[RecipeSource, dict[str, Any]]]:
+    """Return a recipe and all that it extends, the nearest first, each with its own keys."""
     source = find_recipe(name)
     several = source.section_names() if source.section is None else []
     if several:
         raise HfkdError(f"{source} holds several recipes. Name one of them: {', '.join(several)}.")
-    recipe: dict[str, Any] = {}
-    sources: list[RecipeSource] = []
+    lineage: list[tuple[RecipeSource, dict[str, Any]]] = []
     while True:
-        if source.identity in [other.identity for other in sources]:
-            chain = " extends ".join(map(str, [*sources, source]))
+        if source.identity in [other.identity for other, _ in lineage]:
+            chain = " extends ".join(map(str, [*(other for other, _ in lineage), source]))
             raise HfkdError(f"{chain}: a recipe cannot extend itself. Remove one of the `extends`.")
-        sources.append(source)
-        recipe = _own_keys(source) | recipe
-        parent = recipe.pop("extends", None)
+        keys = _own_keys(source)
+        lineage.append((source, keys))
+        parent = keys.pop("extends", None)
         if parent is None:
-            return recipe
+            return lineage
         if not isinstance(parent, str):
             raise HfkdError(f"extends in {source} must be the name or path of one recipe, got {parent!r}.")
         source = find_recipe(parent, source.path.parent)
+
+
+def _merged(lineage: list[tuple[RecipeSource, dict[str, Any]]]) -> dict[str, Any]:
+    return functools.reduce(lambda recipe, step: recipe | step[1], reversed(lineage), {})
 
 
 def _own_keys(source: RecipeSource) -> dict[str, Any]:
@@ -91,16 +100,27 @@ def parse_recipe(
     path, overrides = argv[0] if argv else "", argv[1:]
     if not path or path.startswith("-"):
         raise HfkdError(f"The first argument must be a recipe, got '{path}': {usage}. `--help` explains the keys.")
-    recipe = load_recipe(path)
+    lineage = _lineage(path)
+    recipe = _merged(lineage)
     recipe.pop("search", None)
     overrides, unset = parser.settle(overrides)
     recipe = {key: value for key, value in recipe.items() if value is not None and key not in unset}
     recipe["losses"], overrides = _split_loss_overrides(recipe.get("losses") or {}, overrides)
-    recipe.setdefault("output_dir", str(Path("runs", find_recipe(path).name)))
+    recipe.setdefault("output_dir", str(Path("runs", lineage[0][0].name)))
     argv = to_argv(recipe, parser) + overrides
     model_args, data_args, config = parser.parse(argv)
+    if any(":" in str(method) for method in config.losses):
+        _look_for_code([source.path.parent for source, _ in lineage if not source.is_packaged])
     build_losses(config.losses, config.logit_standardization)  # finds mistakes before data and networks are loaded
     return model_args, data_args, config, _resolve(parser, argv)
+
+
+def _look_for_code(folders: list[Path]) -> None:
+    """Let Python find modules beside recipes and in the current folder, after those that are on its path."""
+    for folder in [*folders, Path()]:
+        place = str(folder.resolve())
+        if place not in sys.path:
+            sys.path.append(place)
 
 
 def methods_help() -> str:
@@ -109,6 +129,8 @@ def methods_help() -> str:
     for name, loss in LOSSES.items():
         parameters = inspect.signature(loss).parameters.values()
         lines.append(f"  {name}: {', '.join(str(p.replace(annotation=p.empty)) for p in parameters)}")
+    lines += [f"  {name}: of the package {entry.value.partition(':')[0]}" for name, entry in installed_losses().items()]
+    lines.append("  module:Class: a loss of your own, in a module beside the recipe or on Python's path")
     return "\n".join(lines)
 
 
@@ -142,15 +164,15 @@ def _split_loss_overrides(losses: dict, argv: list[str]) -> tuple[dict, list[str
             rest.append(token)
             continue
         name, has_value, value = token.partition("=")
-        path = name[len("--losses.") :].split(".")
+        method, _, parameter = name[len("--losses.") :].rpartition(".")
         value = value if has_value else next(tokens, None)
-        if len(path) != 2 or not value:
+        if not method or ("." in method and ":" not in method) or not value:
             raise HfkdError(f"'{token}' must have the form --losses.METHOD.PARAMETER VALUE.")
         if any(other.partition("=")[0] == "--losses" for other in argv):
             raise HfkdError(f"--losses replaces all losses: give it or '{token}', not both.")
         given = parse_yaml(value, token)
         if given is None:  # the default again
-            losses.setdefault(path[0], {}).pop(path[1], None)
+            losses.setdefault(method, {}).pop(parameter, None)
         else:
-            losses.setdefault(path[0], {})[path[1]] = given
+            losses.setdefault(method, {})[parameter] = given
     return losses, rest

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import HfkdError, did_you_mean
-from ..losses import LOSSES
+from ..losses import loss_class
 from ..recipe.arguments import DistillationConfig
 from ..recipe.finding import LOCAL, find_recipe, names_below, packaged_names
 from ..recipe.reading import load_recipe
@@ -52,7 +52,8 @@ def recipes_of(pair: str, methods: Sequence[str]) -> list[str]:
         return [name for name in recipes.values() if name in published_runs()]
     for method in methods:
         if method not in recipes:
-            raise HfkdError(f"There is no recipe '{method}' of {pair}.{did_you_mean(method, recipes)}")
+            short = pair.rpartition("/")[2]
+            raise HfkdError(f"There is no recipe '{method}' of {short}.{did_you_mean(method, recipes)}")
     return [recipes[method] for method in dict.fromkeys(methods)]
 
 
@@ -117,7 +118,7 @@ def shortened(recipe: Mapping[str, Any], scale: float, name: str) -> list[str]:
     if recipe.get("warmup_steps", 0) >= 1:
         argv += ["--warmup_steps", str(round(ratio * recipe["warmup_steps"]))]
     for method, parameters in (recipe.get("losses") or {}).items():
-        for key, parameter in inspect.signature(LOSSES[method]).parameters.items():
+        for key, parameter in inspect.signature(loss_class(method)).parameters.items():
             if key.endswith("_epochs"):
                 value = (parameters or {}).get(key, parameter.default)
                 argv += [f"--losses.{method}.{key}", f"{ratio * value:.10g}"]

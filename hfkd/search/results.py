@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..recipe.finding import RecipeSource, find_recipe
+from ..recipe.finding import RecipeSource
 from ..recipe.keys import SCHEDULE_KEYS
 from ..runs.tables import csv_table, markdown_table
 from .space import TRIAL_SETTINGS, Parameter, settings, short
@@ -118,8 +118,7 @@ def best_recipe(
 ) -> dict[str, Any]:
     """Return the searched recipe with the best values, for a file in the folder.
 
-    The new recipe extends the searched one. If the searched one has a parent, the new recipe extends the parent and
-    repeats the searched recipe's lines.
+    The new recipe extends the searched one.
 
     Args:
         source: the searched recipe.
@@ -128,14 +127,7 @@ def best_recipe(
         losses: losses of recipe and command line before the search.
         best: trial with the best values.
     """
-    own = source.keys()
-    parent = own.pop("extends", None)
-    if parent is None:
-        extended, own = source, {}
-    else:
-        extended = find_recipe(parent, source.path.parent)
-    recipe = {"extends": extended.reference(folder)} | own
-    recipe.pop("search", None)
+    recipe: dict[str, Any] = {"extends": source.reference(folder)}
     recipe |= {key: value for key, value in given.items() if key not in TRIAL_ONLY_KEYS}
     recipe |= settings(best.values, losses)
     # The published top-1 was measured with other values. The run goes into the folder of the search.
