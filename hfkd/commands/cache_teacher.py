@@ -24,6 +24,7 @@ from ..teacher_cache.writing import write_cache
 from .arguments import parse_known, split_subject
 from .build import build_student, image_sets, load_splits, load_teachers
 from .train import train_first
+from .without_recipe import with_recipe
 
 USAGE = "hfkd cache-teacher RECIPE [--epochs N] [--top_k K] [--key value ...]"
 
@@ -77,7 +78,7 @@ def cache_teacher(argv: list[str] | None = None) -> Path:
         HfkdError: if the recipe has no teacher or a setting that cannot be cached, or the folder holds another cache.
         RunError: if writing fails, as on a full disk.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    argv = with_recipe(sys.argv[1:] if argv is None else argv)
     parser = ArgumentParser((CacheArguments, *ARGUMENT_CLASSES), USAGE)
     path, rest = split_subject(argv, parser, "a recipe")
     parser.check_keys(rest)

@@ -39,7 +39,7 @@ RESERVED_KEYS = {  # keys that cannot be given to `reproduce`, with the reason
     **dict.fromkeys(SCHEDULE_KEYS, "--epochs_scale shortens all settings that are counted in epochs"),
     "resume_from_checkpoint": "every stopped run is resumed",
     **dict.fromkeys(
-        ("student_name_or_path", "losses", "logit_standardization", "ce_weight"),
+        ("student_name_or_path", "student", "losses", "logit_standardization", "ce_weight"),
         "it defines the recipe; to change it, use `hfkd distill`",
     ),
 }

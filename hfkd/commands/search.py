@@ -33,6 +33,7 @@ from .arguments import parse_known, split_subject
 from .build import build_student, image_sets, load_splits, load_teachers, open_cache
 from .messages import hide_token
 from .train import check_teacher_is_used, train_first
+from .without_recipe import with_recipe
 
 SETTINGS_NAME, BEST_NAME = "search.yaml", "best.yaml"  # settings of the search, best recipe
 USAGE = "hfkd search RECIPE [--n_trials N] [--held_out SHARE] [--key value ...]"
@@ -81,7 +82,7 @@ def search(argv: list[str] | None = None) -> list[SearchedTrial]:
         HfkdError: for a space that cannot be searched (see `search_space`), several processes a trial, a stream with
             `held_out`, or a folder that holds another search.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    argv = with_recipe(sys.argv[1:] if argv is None else argv)
     search_args, model_args, data_args, config, recipe = _parse(argv)
     check_teacher_is_used(model_args, config)
     for module in ("optuna", "matplotlib"):

@@ -20,6 +20,7 @@ from ..recipe.yaml_file import dump_yaml
 from ..runs.checkpoints import checkpoints, last_checkpoint
 from ..runs.folder import RECIPE_NAME, RESULTS_NAME, check_writable, write_whole
 from ..runs.planned import PlannedRun, check_learns_from_labels, missing_teacher
+from .without_recipe import with_recipe
 
 if TYPE_CHECKING:
     from ..training.trainer import DistillationTrainer
@@ -29,7 +30,7 @@ logger = logging.get_logger(__name__)
 
 def distill(argv: list[str] | None = None) -> DistillationTrainer:
     """Train the student of a recipe, after its teacher if that is missing, and export it to `<output_dir>/student`."""
-    argv = sys.argv[1:] if argv is None else argv
+    argv = with_recipe(sys.argv[1:] if argv is None else argv)
     settings = parse_recipe(argv)
     model_args, _, config, recipe = settings
     check_teacher_is_used(model_args, config)
@@ -48,7 +49,7 @@ def train_teacher(argv: list[str] | None = None) -> DistillationTrainer:
     Raises:
         HfkdError: if the recipe names a teacher or losses.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    argv = with_recipe(sys.argv[1:] if argv is None else argv, role="teacher")
     settings = parse_recipe(argv, command="hfkd train-teacher")
     check_learns_from_labels(settings)
     return train(*settings, role="teacher", name=find_recipe(argv[0]).name)

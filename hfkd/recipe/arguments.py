@@ -28,13 +28,17 @@ class ModelArguments:
     _argument_group_name = "model"  # in `--help`
 
     student_name_or_path: str = field(
-        metadata={"help": "A timm architecture, a folder written by save_pretrained, or a Hub id."},
+        metadata={
+            "help": "A timm architecture, a folder written by save_pretrained, or a Hub id. Short: --student.",
+            "aliases": ["--student"],
+        },
     )
     teacher_name_or_path: list[str] | None = field(
         default=None,
         metadata={
             "help": "Like student_name_or_path; several names form an ensemble. Without a teacher the student learns "
-            "from the labels alone."
+            "from the labels alone. Short: --teacher.",
+            "aliases": ["--teacher"],
         },
     )
     teacher_checkpoint: list[str] | None = field(
@@ -74,6 +78,13 @@ class ModelArguments:
         metadata={
             "help": "Folder written by `hfkd cache-teacher`. The logits are read from it, and no teacher is loaded; "
             "teacher_name_or_path, if set, must name the teacher of the cache."
+        },
+    )
+    pretrained: bool = field(
+        default=False,
+        metadata={
+            "help": "Start a student that is a timm architecture without a tag from timm's default weights for it; a "
+            "tag, a folder or a Hub id names weights itself."
         },
     )
     drop_path_rate: float | None = field(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import HfkdError, NotFoundError, nearest
+from .keys import SHORT_FORMS
 from .yaml_file import read_yaml
 
 PACKAGED = Path(__file__).parents[1] / "recipes"  # in a checkout a link to its folder `recipes`
@@ -61,16 +62,17 @@ class RecipeSource:
         """Return the keys that the recipe itself sets; those of a section lie over the keys that its file shares.
 
         Raises:
-            HfkdError: if the file or the section holds no mapping.
+            HfkdError: if the file or the section holds no mapping, or a key in its short and in its long form.
         """
-        keys = dict(_read(self.path))
-        sections = keys.pop(SECTIONS_KEY, None)
+        shared = dict(_read(self.path))
+        sections = shared.pop(SECTIONS_KEY, None)
+        keys = _long_forms(shared, self.path)
         if self.section is None:
             return keys
         own = _sections(self.path, sections)[self.section]
         if not isinstance(own, dict):
             raise HfkdError(f"{self} must hold a mapping of keys to values, got {type(own).__name__}.")
-        return keys | own
+        return keys | _long_forms(own, self)
 
     def section_names(self) -> list[str]:
         """Return the full names of the recipes in the file; none for a file that is itself a recipe."""
@@ -120,14 +122,22 @@ def packaged_names() -> list[str]:
 
 
 def names_below(folder: Path) -> list[str]:
-    """Return the names of all recipes below a folder, sorted; a file without a student is only a parent of others."""
+    """Return the names of all recipes below a folder, sorted; one without a student is only a parent of others."""
     names = []
     for path in folder.rglob(f"*{SUFFIX}"):
         if path.parent.name == NO_RECIPES:
             continue
-        source = RecipeSource(path)
-        names += source.section_names() or ([source.name] if "student_name_or_path" in source.keys() else [])
+        sections = _sections(path, _read(path).get(SECTIONS_KEY, {}))
+        sources = [RecipeSource(path, section) for section in sections] or [RecipeSource(path)]
+        names += [source.name for source in sources if "student_name_or_path" in source.keys()]
     return sorted(set(names))
+
+
+def _long_forms(keys: Mapping[str, Any], where: object) -> dict[str, Any]:
+    for short, long in SHORT_FORMS.items():
+        if short in keys and long in keys:
+            raise HfkdError(f"{where} has {short} and {long}, which are the same key: remove one.")
+    return {SHORT_FORMS.get(key, key): value for key, value in keys.items()}
 
 
 def _source_at(path: Path) -> RecipeSource | None:

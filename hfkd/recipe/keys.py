@@ -11,6 +11,7 @@ from typing import Any
 from ..names import DIGITS, is_local, last_part
 
 SECTIONS = ("extends", "search")  # parts of a recipe that are not keys: its parent, the space of `hfkd search`
+SHORT_FORMS = {"student": "student_name_or_path", "teacher": "teacher_name_or_path"}
 
 
 class Effect(Enum):
@@ -132,7 +133,7 @@ _MODEL = {
     **dict.fromkeys(
         ("student_name_or_path", "teacher_name_or_path", "teacher_checkpoint", "teacher_cache"), Key(RESULT, path=True)
     ),
-    **dict.fromkeys(("teacher_class_indices", "drop_path_rate", "patch_size"), Key(RESULT)),
+    **dict.fromkeys(("teacher_class_indices", "pretrained", "drop_path_rate", "patch_size"), Key(RESULT)),
     "teacher_device_map": Key(SPEED),
     "teacher_recipe": Key(OUTPUT, path=True),  # the teacher that it trained is named by teacher_name_or_path
     "train_missing_teacher": Key(CONTROL),

@@ -25,7 +25,8 @@ KEYS = [field.name for cls in ARGUMENT_CLASSES for field in dataclasses.fields(c
 RECIPE_HELP = (
     "RECIPE is the name of a recipe that comes with hfkd (`hfkd recipes` lists them) or the path of a YAML file\n"
     "of the keys below. Its keys override the recipe that it `extends`, and keys on the command line override\n"
-    "both. null gives a key its default again."
+    "both. null gives a key its default again. Without RECIPE, --dataset_name, --teacher and --student are enough:\n"
+    "the other keys are then those of the recipe photographs/student, and what suits the student and the machine."
 )
 
 
@@ -99,7 +100,10 @@ def parse_recipe(
     parser.answer_help(argv)
     path, overrides = argv[0] if argv else "", argv[1:]
     if not path or path.startswith("-"):
-        raise HfkdError(f"The first argument must be a recipe, got '{path}': {usage}. `--help` explains the keys.")
+        raise HfkdError(
+            f"The first argument must be a recipe, got '{path}': {usage}. Without one, give --dataset_name, --teacher "
+            "and --student."
+        )
     lineage = _lineage(path)
     recipe = _merged(lineage)
     recipe.pop("search", None)

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer import TRAINER_STATE_NAME
-
 from ..errors import HfkdError
 from ..names import hub_id
 from ..recipe.arguments import DataArguments, DistillationConfig, ModelArguments
@@ -88,6 +86,8 @@ class PlannedRun:
         if checkpoint is None:
             begun = (self.folder / RECIPE_NAME).is_file()
             return "ended before its first checkpoint" if begun else "not begun"
+        from transformers.trainer import TRAINER_STATE_NAME  # takes seconds, and most recipes have their teacher
+
         state = json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text())
         return f"stopped at step {state['global_step']:,} of {state['max_steps']:,}"
 

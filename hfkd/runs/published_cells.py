@@ -71,7 +71,7 @@ def planned_cells(
         HfkdError: for less than one epoch, or an override that no recipe takes.
     """
     keys = {token.lstrip("-").partition("=")[0].replace("-", "_") for token in overrides if token.startswith("--")}
-    given = not keys.isdisjoint({"teacher_name_or_path", "teacher_cache"})
+    given = not keys.isdisjoint({"teacher_name_or_path", "teacher", "teacher_cache"})
     teachers, students = {}, []
     for number in range(seeds):
         for name in recipes:

@@ -101,7 +101,13 @@ def test_a_reference_is_found_from_its_folder(tmp_path):
 def test_no_file_that_ships_is_overlooked():
     """Each is a recipe, holds recipes, or is extended by some."""
     files = {path.relative_to(ROOT / "recipes") for path in (ROOT / "recipes").rglob("*.yaml")}
-    parents = {"cifar100/base.yaml", "cifar100/vit.yaml", "cifar100/vit_32px.yaml", "imagenet/base.yaml"}
+    parents = {
+        "cifar100/base.yaml",
+        "cifar100/vit.yaml",
+        "cifar100/vit_32px.yaml",
+        "imagenet/base.yaml",
+        "photographs.yaml",
+    }
     used = {find_recipe(name).path.resolve().relative_to(ROOT / "recipes") for name in packaged_names()}
     assert files == used | {*map(Path, parents)} | {path for path in files if path.parent.name == "accelerate"}
     assert os.path.samefile(ROOT / "recipes", ROOT / "hfkd/recipes")
