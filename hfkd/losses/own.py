@@ -28,7 +28,7 @@ def own_loss(method: str) -> type[DistillationLoss] | None:
     if method in installed_losses():
         loss = installed_losses()[method].load()
     elif ":" in method:
-        loss = _load(*method.split(":", 1), method)
+        loss = _load(method)
     else:
         return None
     if not (isinstance(loss, type) and issubclass(loss, DistillationLoss)):
@@ -38,7 +38,8 @@ def own_loss(method: str) -> type[DistillationLoss] | None:
     return loss
 
 
-def _load(module_name: str, class_name: str, method: str) -> Any:
+def _load(method: str) -> Any:
+    module_name, _, class_name = method.partition(":")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

@@ -236,19 +236,21 @@ def load_pretrained(
 
 
 @overload
-def as_teacher(given: Teacher | nn.Module, standardized: bool) -> Teacher: ...
+def as_teacher(given: Teacher | nn.Module | str, standardized: bool) -> Teacher: ...
 
 
 @overload
 def as_teacher(
-    given: Teacher | TeacherEnsemble | nn.Module | Sequence[Teacher | nn.Module] | None, standardized: bool
+    given: Teacher | TeacherEnsemble | nn.Module | str | Sequence[Teacher | nn.Module | str] | None, standardized: bool
 ) -> Teacher | TeacherEnsemble | None: ...
 
 
 def as_teacher(
-    given: Teacher | TeacherEnsemble | nn.Module | Sequence[Teacher | nn.Module] | None, standardized: bool
+    given: Teacher | TeacherEnsemble | nn.Module | str | Sequence[Teacher | nn.Module | str] | None, standardized: bool
 ) -> Teacher | TeacherEnsemble | None:
-    """Return the trainer's `teacher` argument as one teacher: models are frozen, and several become an ensemble."""
+    """Return the trainer's `teacher` argument as one teacher: names are loaded, several teachers become an ensemble."""
+    if isinstance(given, str):
+        return load_teacher(given)
     if isinstance(given, nn.Module):
         # The model's configuration holds the size and normalisation that it was trained with.
         origin = hub_id(given.name_or_path or "") if isinstance(given, PreTrainedModel) else None

@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import timm
 import torch
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
 from ..data import ImageSource
 from ..data.subsets import image_source
+from ..errors import HfkdError
 from ..networks.features import InputSpec, remove_taps, settle_layers
-from ..networks.loading import known_input_spec, wrap_timm
+from ..networks.loading import known_input_spec, load_student, wrap_timm
 from ..networks.simkd_rebuild import with_teacher_classifier
 from ..networks.teacher import Teacher, TeacherEnsemble, check_placement
 from ..recipe.arguments import DistillationConfig
 from ..teacher_cache.teacher import CachedTeacher
 from .checks import check_ensemble
+
+
+def named_student(name: str, train_dataset, eval_dataset, args: DistillationConfig) -> PreTrainedModel:
+    """Load a student by its name (see `load_student`), for the classes and the image size of an hfkd data set.
+
+    Raises:
+        HfkdError: without such a data set, or for a name that cannot be loaded.
+    """
+    source = image_source(eval_dataset if train_dataset is None else train_dataset)
+    if source is None:
+        raise HfkdError(
+            f"The student '{name}' needs the classes of a data set of hfkd.data: give a model in its place."
+        )
+    set_seed(args.seed)
+    return load_student(name, source.class_names, image_size=source.image_size if timm.is_model(name) else None)
 
 
 def fit_student(

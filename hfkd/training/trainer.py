@@ -49,7 +49,7 @@ from .optimization import decayed_parameter_names, lomo_looked_up_once, multi_st
 from .preemption import EXIT_CODE, StopOnSigterm
 from .pushes import Pushes
 from .results import ResultsWriter, run_facts
-from .student import batch_spec, fit_student, prepare_teacher
+from .student import batch_spec, fit_student, named_student, prepare_teacher
 from .term_log import TermLog
 
 logger = logging.get_logger(__name__)
@@ -64,9 +64,9 @@ class DistillationTrainer(Trainer):
 
     Args:
         model: the student: a transformers image classifier, a timm model (`trainer.model` is then transformers'
-            wrapper around it) or a module that returns logits (B, C).
-        teacher: a `Teacher` (see `load_teacher`) or a model, which is frozen in place; a list of them is an ensemble.
-            A `CachedTeacher` reads stored logits. None: labels alone.
+            wrapper around it), a module that returns logits (B, C), or a name that `load_student` takes.
+        teacher: a `Teacher` (see `load_teacher`), a name that `load_teacher` takes, or a model, which is frozen in
+            place; a list of them is an ensemble. A `CachedTeacher` reads stored logits. None: labels alone.
         args: the `DistillationConfig`.
         train_dataset, eval_dataset: a data set of `hfkd.data`, or any other whose batches hold `pixel_values`
             (B, 3, H, W) and `labels` (B,).
@@ -108,8 +108,14 @@ class DistillationTrainer(Trainer):
 
     def __init__(
         self,
-        model: nn.Module | None = None,
-        teacher: Teacher | TeacherEnsemble | CachedTeacher | nn.Module | Sequence[Teacher | nn.Module] | None = None,
+        model: nn.Module | str | None = None,
+        teacher: Teacher
+        | TeacherEnsemble
+        | CachedTeacher
+        | nn.Module
+        | str
+        | Sequence[Teacher | nn.Module | str]
+        | None = None,
         args: DistillationConfig | None = None,
         *,
         train_dataset: Any = None,
@@ -133,6 +139,8 @@ class DistillationTrainer(Trainer):
                 raise HfkdError("With model_init every training builds its own losses: give them as args.losses.")
             set_seed(args.seed)
             model = self.call_model_init()
+        if isinstance(model, str):
+            model = named_student(model, train_dataset, eval_dataset, args)
         given: Any = args.losses if losses is None else losses  # args.losses is a mapping once args is built
         built = build_losses(given, args.logit_standardization)
         check_roles(model, teacher, built, args)
