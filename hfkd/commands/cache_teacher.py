@@ -98,7 +98,7 @@ def cache_teacher(argv: list[str] | None = None) -> Path:
     teacher = missing_teacher(path, model_args, settings[3])
     if teacher is not None:
         train_first(teacher, model_args)
-        model_args, data_args, config, _ = parse_recipe([path, *rest])
+        model_args, data_args, config, _ = parse_recipe([path, *rest])  # see train_first
     files = _write_from_arguments(folder, cache_args, model_args, data_args, config)
     if files is not None:
         size = sum(files.bytes_of(shard) for _, shard in files.shards()) / 2**20

@@ -39,7 +39,7 @@ def distill(argv: list[str] | None = None) -> DistillationTrainer:
         check_writable(Path(config.output_dir), "output_dir")
         claim_output_dir(config, recipe)
         train_first(teacher, model_args)
-        settings = parse_recipe(argv)
+        settings = parse_recipe(argv)  # see train_first
     return train(*settings, role="student", name=find_recipe(argv[0]).name)
 
 

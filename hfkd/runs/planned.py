@@ -130,7 +130,7 @@ def missing_teacher(name: str, model_args: ModelArguments, recipe: Mapping[str, 
     names = model_args.teacher_name_or_path or []
     if model_args.teacher_recipe is None or model_args.teacher_cache or len(names) != 1 or not _is_missing(names[0]):
         return None
-    path = Path(names[0])
+    path = Path(names[0]).expanduser()
     role = path.name if path.name in ROLES else "teacher"
     overrides = _for_teacher(load_recipe(model_args.teacher_recipe), load_recipe(name), recipe)
     if not model_args.train_missing_teacher:
@@ -161,7 +161,7 @@ def _is_missing(name: str) -> bool:
     """Return True for the path of a run or its model, if there is no model."""
     if "/" not in name or hub_id(name) is not None:
         return False
-    return not any(Path(name, part, CONFIG_NAME).is_file() for part in ("", *ROLES))
+    return not any((Path(name).expanduser() / part / CONFIG_NAME).is_file() for part in ("", *ROLES))
 
 
 def _for_teacher(teacher: Mapping[str, Any], written: Mapping[str, Any], recipe: Mapping[str, Any]) -> list[str]:
