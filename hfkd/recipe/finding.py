@@ -70,6 +70,7 @@ class RecipeSource:
         if self.section is None:
             return keys
         own = _sections(self.path, sections)[self.section]
+        own = {} if own is None else own  # a section that adds nothing
         if not isinstance(own, dict):
             raise HfkdError(f"{self} must hold a mapping of keys to values, got {type(own).__name__}.")
         return keys | _long_forms(own, self)

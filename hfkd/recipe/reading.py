@@ -25,8 +25,9 @@ KEYS = [field.name for cls in ARGUMENT_CLASSES for field in dataclasses.fields(c
 RECIPE_HELP = (
     "RECIPE is the name of a recipe that comes with hfkd (`hfkd recipes` lists them) or the path of a YAML file\n"
     "of the keys below. Its keys override the recipe that it `extends`, and keys on the command line override\n"
-    "both. null gives a key its default again. Without RECIPE, --dataset_name, --teacher and --student are enough:\n"
-    "the other keys are then those of the recipe photographs/student, and what suits the student and the machine."
+    "both. null gives a key its default again.\n\n"
+    "Without RECIPE, --dataset_name, --teacher and --student are enough. The other keys are then those of the\n"
+    "recipe photographs/student, and what suits the student and the machine."
 )
 
 

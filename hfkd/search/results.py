@@ -131,4 +131,4 @@ def best_recipe(
     recipe |= {key: value for key, value in given.items() if key not in TRIAL_ONLY_KEYS}
     recipe |= settings(best.values, losses)
     # The published top-1 was measured with other values. The run goes into the folder of the search.
-    return recipe | {"published_top1": None, "output_dir": str(folder / "best")}
+    return recipe | {"search": None, "published_top1": None, "output_dir": str(folder / "best")}

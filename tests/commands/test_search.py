@@ -89,7 +89,7 @@ def test_what_a_search_leaves(recipe, capsys, monkeypatch):
     found = load_recipe(FOLDER / "best.yaml")
     assert found["losses"] == {"kd": {"temperature": best.values["losses.kd.temperature"], "weight": 9.0}}
     assert found["learning_rate"] == best.values["learning_rate"] and found["weight_decay"] == 0.001
-    assert found["published_top1"] is None and found["train_split"] == "train[:96]" and "search" not in found
+    assert found["published_top1"] is None and found["train_split"] == "train[:96]" and found["search"] is None
     header = (FOLDER / "best.yaml").read_text()
     assert (
         f"hfkd search {recipe} --n_trials 3" in header and "secret" not in header + (FOLDER / "search.yaml").read_text()

@@ -34,6 +34,7 @@ def test_sections_lie_over_the_keys_that_they_share():
     write("mine/elsewhere.yaml", learning_rate=3.0, seed=9)
     assert load_recipe("mine/pair/a") == SHARED | {"seed": 2} == load_recipe("mine/pair/a.yaml")
     assert load_recipe("mine/pair/b") == SHARED | {"weight_decay": None, "learning_rate": 3.0}
+    assert load_recipe("mine/pair/none") == SHARED
     assert parse_recipe(["mine/pair/a"])[2].output_dir == "runs/pair/a"
     assert names_below(Path("mine")) == ["pair/a", "pair/b", "pair/none"], "elsewhere.yaml has no student"
 
@@ -75,7 +76,7 @@ def test_a_section_cannot_extend_itself():
         ("q", "no recipe at q. `hfkd recipes` lists"),
         ("pair", r"pair.yaml holds several recipes. Name one of them: pair/a, pair/b, pair/none\."),
         ("pair/c", "no recipe at pair/c"),
-        ("pair/none", "pair/none must hold a mapping .* got NoneType"),
+        ("text/a", "text/a must hold a mapping .* got str"),
         ("list", "recipes in list.yaml must map names to recipes, got .1."),
         ("typo/a", "Unknown key 'lerning_rate' in typo/a. Did you mean 'learning_rate'"),
     ],
@@ -83,6 +84,7 @@ def test_a_section_cannot_extend_itself():
 def test_mistakes(name, message):
     write("pair.yaml", **SHARED, recipes=SECTIONS)
     write("list.yaml", recipes=[1])
+    write("text.yaml", recipes={"a": "kd"})
     write("typo.yaml", recipes={"a": {"lerning_rate": 1.0}})
     with pytest.raises(HfkdError, match=message) as raised:
         load_recipe(name)
