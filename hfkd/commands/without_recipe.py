@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from ..errors import HfkdError
-from ..names import last_part
 from ..recipe.parser import HELP_WORDS, ArgumentParser
 from ..recipe.reading import ARGUMENT_CLASSES
 
@@ -50,7 +49,8 @@ def with_recipe(argv: Sequence[str], role: str = "student") -> list[str]:
             f"{' '.join(f'{SHORT[key]} NAME' for key in needed)}. `hfkd recipes` lists recipes."
         )
     student = given["student_name_or_path"]
-    folder = Path("runs", last_part(given["dataset_name"]), last_part(student))
+    # As they are written: a link keeps its own name.
+    folder = Path("runs", *(Path(os.path.abspath(name)).name for name in (given["dataset_name"], student)))
     suited = [f"--output_dir={folder}", *_for_machine(), *_for_student(student)]
     return [f"photographs/{role}", *suited, *words]
 
