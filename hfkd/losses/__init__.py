@@ -14,6 +14,8 @@ from torch import nn
 from ..errors import HfkdError, did_you_mean
 from .base import DistillationLoss as DistillationLoss
 from .checks import checked_arguments
+from .own import installed_losses as installed_losses
+from .own import own_loss
 from .standardize import standardize as standardize
 
 # --help and the benchmark list the methods in this order.
@@ -88,8 +90,8 @@ def build_losses(
     """Build the losses of a run, by name, in the order given.
 
     Args:
-        losses: for each method of `LOSSES` its keyword arguments, or None for its defaults. Under any other name, an
-            instance of a DistillationLoss.
+        losses: for each method (see `loss_class`) its keyword arguments, or None for its defaults. Under any other
+            name, an instance of a DistillationLoss. A loss named `module:Class` gets the name of its class.
         logit_standardization: the run's switch. It is set on every loss, given instances included.
 
     Raises:
@@ -99,8 +101,11 @@ def build_losses(
     if not isinstance(losses, Mapping):
         raise HfkdError(f"losses is {losses!r}: give a mapping of methods, such as {{'kd': {{'temperature': 4.0}}}}")
     modules = nn.ModuleDict()
-    for name, given in losses.items():
-        loss = given if isinstance(given, DistillationLoss) else _build(name, given)
+    for method, given in losses.items():
+        loss = given if isinstance(given, DistillationLoss) else _build(method, given)
+        name = method.rpartition(":")[2] if isinstance(method, str) else method
+        if name in modules:
+            raise HfkdError(f"losses: two losses have the name {name!r}: {', '.join(losses)}")
         if not (isinstance(name, str) and name.isidentifier()) or name in dir(modules):
             raise HfkdError(f"losses: {name!r} cannot name a loss; use letters, digits and underscores")
         if name == "ce":
@@ -114,17 +119,28 @@ def build_losses(
     return modules
 
 
+def loss_class(method: str) -> type[DistillationLoss]:
+    """Return the class of a method: a name in `LOSSES`, an entry point of a package, or `module:Class`.
+
+    Raises:
+        HfkdError: if there is none; the message names the nearest.
+    """
+    found = LOSSES.get(method) or own_loss(str(method))
+    if found is None:
+        raise HfkdError(f"losses: no method {method!r}.{did_you_mean(method, [*LOSSES, *installed_losses()])}")
+    return found
+
+
 def _build(name: str, arguments: Mapping[str, Any] | None) -> DistillationLoss:
-    if name not in LOSSES:
-        raise HfkdError(f"losses: no method {name!r}.{did_you_mean(name, LOSSES)}")
+    method = loss_class(name)
     if arguments is not None and not isinstance(arguments, Mapping):
         raise HfkdError(
             f"losses.{name} is {arguments!r}: give its parameters by name, nothing for the defaults, "
             "or an instance of a DistillationLoss"
         )
-    arguments = checked_arguments(name, LOSSES[name], arguments or {})
+    arguments = checked_arguments(name, method, arguments or {})
     try:
-        loss = LOSSES[name](**arguments)
+        loss = method(**arguments)
     except ValueError as error:
         raise HfkdError(f"losses.{name}: {error}") from error
     loss.arguments = arguments

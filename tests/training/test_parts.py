@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from helpers import ROOT, Plain, config, images
 from torch import nn
 
-from hfkd import DistillationTrainer
+from hfkd import DistillationTrainer, load_student
 from hfkd.errors import HfkdError, RunError
 from hfkd.networks.teacher import Teacher
 from hfkd.runs.checkpoints import defect, write_manifest
@@ -289,3 +289,16 @@ from training.test_parts import trained
 trainer = trained(dataloader_num_workers=1, dataloader_persistent_workers=True)
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120, capture_output=True)
+
+
+def test_student_and_teacher_by_name():
+    """The student gets the classes and the size of the images; the teacher is loaded as `load_teacher` does."""
+    torch.manual_seed(0)
+    load_student("cifar_resnet14", num_classes=10).save_pretrained("teacher")
+    trainer = DistillationTrainer("cifar_resnet8", "teacher", config(losses={"kd": {}}), train_dataset=images(size=24))
+    assert trainer.model.config.id2label[3] == "class 3" and trainer.model.config.pretrained_cfg["input_size"][-1] == 24
+    assert trainer.teacher.name == "cifar_resnet14"
+    ensemble = DistillationTrainer("cifar_resnet8", ["teacher", Plain()], config(), train_dataset=images()).teacher
+    assert [member.name for member in ensemble.members][0] == "cifar_resnet14"
+    with pytest.raises(HfkdError, match="student 'cifar_resnet8' needs the classes of a data set of hfkd.data"):
+        DistillationTrainer("cifar_resnet8", None, config(), train_dataset=[{"pixel_values": torch.zeros(3, 8, 8)}])
