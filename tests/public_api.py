@@ -108,10 +108,12 @@ from hfkd.losses import (
     feature_queue_loss,
     fitnet_loss,
     hard_loss,
+    installed_losses,
     itrd_correlation_loss,
     itrd_mutual_loss,
     kd_loss,
     locality_guidance_loss,
+    loss_class,
     mgd_loss,
     mlkd_loss,
     nkd_loss,
@@ -277,6 +279,11 @@ def photographs(folder: str) -> list[ImageSource]:
 
 def augmented(images: Tensor, bits: np.ndarray[Any, Any]) -> Tensor:
     return StrongAugmentation(WeakAugmentation())(images, bits)
+
+
+def methods() -> list[type[DistillationLoss]]:
+    """Methods of hfkd and of installed packages by name, and one of a module."""
+    return [loss_class(name) for name in (*LOSSES, *installed_losses(), "my_project.losses:LogitMSE")]
 
 
 def losses_by_name() -> nn.ModuleDict:

@@ -342,9 +342,10 @@ def test_every_published_recipe_can_be_shortened(pair):
         if "lr_milestones" in expected:
             expected["lr_milestones"] = [0.05 * epoch for epoch in expected["lr_milestones"]]
         losses = {method: dict(parameters) for method, parameters in (expected.get("losses") or {}).items()}
-        if "dkd" in losses:
-            assert losses["dkd"]["warmup_epochs"] in (1, 20)
-            losses["dkd"]["warmup_epochs"] *= 0.05
+        for parameters in losses.values():
+            if "warmup_epochs" in parameters:
+                assert parameters["warmup_epochs"] in (1, 20)
+                parameters["warmup_epochs"] *= 0.05
         if "ctkd" in losses:
             losses["ctkd"]["curriculum_epochs"] = 0.05 * losses["ctkd"].get("curriculum_epochs", 10)
         assert "warmup_steps" not in expected or expected["warmup_steps"] < 1
