@@ -15,6 +15,7 @@ from data.pictures import photo
 from helpers import Plain, config, images
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
+from torch import nn
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from hfkd import DistillationConfig, DistillationTrainer, load_student
@@ -433,3 +434,31 @@ def test_a_checkpoint_of_each_evaluation_is_needed_for_the_best():
     with pytest.raises(ValueError, match="save_steps must be eval_steps, got 4 and 2"):
         steps = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 4}
         config(load_best_model_at_end=True, **steps)
+
+
+class Tied(Plain):
+    """With a second classifier that is the first one."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(8, 10, bias=False)
+        self.head.weight = self.fc.weight
+
+    def forward(self, pixel_values):
+        return super().forward(pixel_values) + self.head(self.conv(pixel_values).relu().amax(dim=(2, 3)))
+
+
+def test_tied_weights_of_a_plain_module_are_written_and_stay_tied():
+    torch.manual_seed(0)
+    args = config(num_train_epochs=2, save_strategy="epoch")
+    data = {"train_dataset": images(8), "eval_dataset": images(10, augment=False)}
+    teacher = Plain()
+    trainer = DistillationTrainer(Tied(), teacher, args, losses={"kd": {}}, **data)
+    trainer.train()
+    exported = load_file(trainer.export() / "model.safetensors")
+    assert torch.equal(exported["head.weight"], exported["fc.weight"])
+    assert torch.equal(exported["head.weight"], trainer.model.head.weight)
+    resumed = DistillationTrainer(Tied(), teacher, args, losses={"kd": {}}, **data)
+    resumed.train(resume_from_checkpoint="run/checkpoint-1")
+    assert resumed.model.head.weight is resumed.model.fc.weight
+    assert torch.equal(resumed.model.head.weight, trainer.model.head.weight)
