@@ -22,8 +22,12 @@ ROOT = Path(__file__).parents[1]
 METHODS = ROOT / "docs" / "methods"
 OTHER_PAGES = ("index", "zscore")  # of the folder of methods
 HANDWRITTEN = ("## When to take it", "## Faults of the release")  # sections of docs/methods/NAME.md
-GENERATED = {"measured.md": "recipes/README.md", "imagenet.md": "recipes/imagenet/README.md"}
-LINKS = {"imagenet/README.md": "imagenet.md", "../README.md": "measured.md"}
+FROM_ELSEWHERE = {  # pages of the site whose text lies outside docs/
+    "index.md": "README.md",
+    "contributing.md": "CONTRIBUTING.md",
+    "measured.md": "recipes/README.md",
+    "imagenet.md": "recipes/imagenet/README.md",
+}
 KEYS = (ModelArguments, DataArguments, DistillationConfig)
 
 
@@ -35,8 +39,8 @@ def on_config(config):
 
 def on_files(files, config):
     """Add the pages that have no file in docs/, and leave out texts on methods that the registry does not have."""
-    for page, source in GENERATED.items():
-        files.append(File.generated(config, page, content=with_links_of_the_site((ROOT / source).read_text())))
+    for page, source in FROM_ELSEWHERE.items():
+        files.append(File.generated(config, page, content=with_links_of_the_site(source)))
     files.append(File.generated(config, "keys.md", content=keys_page()))
     files.append(File.generated(config, "notebook.md", content=notebook_page()))
     for name in missing_texts():
@@ -139,20 +143,20 @@ def facts(name):
     if loss.views > 1:
         facts.append("Both networks see two views of each image.")
     if not loss.takes_mixed_labels:
-        facts.append("Needs one class for each image: no mixup or CutMix, unless a parameter says how.")
+        facts.append("Needs one class for each image: no mixup or CutMix.")
     if loss.needs_index:
         facts.append("Needs row numbers of the images: no `streaming`.")
     return " ".join(facts)
 
 
 def reads(loss):
-    layers = loss.student_layers is None or len(loss.student_layers or ()) > 0 or "student_layers" in signature(loss)
-    parts = ["the logits, which `logit_standardization` standardizes"] if loss.reads_logits else []
-    return " and ".join([*parts, *(["layers of the networks"] if layers else [])]) or "parts of both networks"
-
-
-def signature(loss):
-    return inspect.signature(loss).parameters
+    parts = {
+        "the logits": loss.reads_logits or loss.reads_raw_logits,
+        "maps": "student_layers" in inspect.signature(loss).parameters,
+        "embeddings": "embedding" in (loss.student_layers or ()),
+        "the map in front of the classifier": "projector" in (loss.student_layers or ()),
+    }
+    return " and ".join(part for part, is_read in parts.items() if is_read)
 
 
 def methods_table():
@@ -227,10 +231,16 @@ def table(header, rows):
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def with_links_of_the_site(text):
-    for link, page in LINKS.items():
-        text = text.replace(f"]({link}", f"]({page}")
-    return text
+def with_links_of_the_site(source):
+    """Return the text of a file outside docs/, with links to files replaced by links to pages."""
+    pages = {ROOT / path: page for page, path in FROM_ELSEWHERE.items()} | {ROOT / "docs/digits.ipynb": "notebook.md"}
+
+    def replaced(match):
+        path = (ROOT / source).parent.joinpath(match[1]).resolve()
+        inside = path.relative_to(ROOT / "docs") if path.is_relative_to(ROOT / "docs") else path
+        return f"]({pages.get(path, inside)}"
+
+    return re.sub(r"\]\((?!https?:|#)([^)#]+)", replaced, (ROOT / source).read_text())
 
 
 def keys_page():
@@ -241,16 +251,15 @@ def keys_page():
         "On the command line a key is `--key value`.",
     ]
     for group in KEYS:
-        own = [field for field in dataclasses.fields(group) if field.metadata.get("help") and field.name in own_keys(group)]
-        parts.append(f"## {group._argument_group_name.capitalize()}")
-        parts.append(
-            table(["key", "default", ""], [[f"`{each.name}`", shown(each), cell(each.metadata["help"])] for each in own])
-        )
+        rows = [[f"`{each.name}`", shown(each), cell(each.metadata["help"])] for each in documented(group)]
+        parts += [f"## {group._argument_group_name.capitalize()}", table(["key", "default", ""], rows)]
     return "\n\n".join(parts)
 
 
-def own_keys(group):
-    return group.__dict__["__annotations__"]
+def documented(group):
+    """Return the fields of a class of arguments that it defines itself, and not transformers."""
+    own = [field for field in dataclasses.fields(group) if field.name in group.__dict__["__annotations__"]]
+    return [field for field in own if field.metadata.get("help")]
 
 
 def shown(field):
