@@ -36,6 +36,7 @@ def build_student(model_args: ModelArguments, data_args: DataArguments, class_na
         drop_path_rate=model_args.drop_path_rate,
         crop_pct=data_args.crop_pct,
         interpolation=data_args.interpolation,
+        trust_remote_code=model_args.trust_remote_code,
     )
 
 
@@ -48,7 +49,8 @@ def open_cache(model_args: ModelArguments) -> CachedTeacher:
     teacher = CachedTeacher(model_args.teacher_cache)
     names = model_args.teacher_name_or_path
     if names:
-        teacher.check_given(names, model_args.teacher_checkpoint, model_args.teacher_class_indices)
+        given = model_args.teacher_checkpoint, model_args.teacher_class_indices, model_args.teacher_image
+        teacher.check_given(names, *given)
     return teacher
 
 
@@ -64,9 +66,10 @@ def load_teachers(model_args: ModelArguments) -> list[Teacher]:
     if indices is not None and len(names) != 1:
         raise HfkdError(f"teacher_class_indices needs one teacher, and teacher_name_or_path names {len(names)}.")
     checkpoints = model_args.teacher_checkpoint or [None] * len(names)
-    device_map = model_args.teacher_device_map
+    device_map, trusted = model_args.teacher_device_map, model_args.trust_remote_code
     return [
-        load_teacher(name, checkpoint, indices, device_map) for name, checkpoint in zip(names, checkpoints, strict=True)
+        load_teacher(name, checkpoint, indices, device_map, **model_args.teacher_image, trust_remote_code=trusted)
+        for name, checkpoint in zip(names, checkpoints, strict=True)
     ]
 
 

@@ -44,6 +44,23 @@ class ModelArguments:
             "or a published .pth file holding {'model': state_dict}."
         },
     )
+    teacher_image_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Side in pixels at which the network in teacher_checkpoint was trained; by default the "
+            "architecture's own. The student's images are resized to it."
+        },
+    )
+    teacher_image_mean: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Mean (RGB, images in [0, 1]) with which the network in teacher_checkpoint was trained; by default "
+            "the architecture's own."
+        },
+    )
+    teacher_image_std: list[float] | None = field(
+        default=None, metadata={"help": "Standard deviation, like teacher_image_mean."}
+    )
     teacher_class_indices: list[int] | None = field(
         default=None,
         metadata={
@@ -73,6 +90,10 @@ class ModelArguments:
         default=None,
         metadata={"help": "Side of the student's patches in pixels, for a timm ViT; by default its own."},
     )
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Run code that comes with a student or teacher from a folder or the Hub. Read it first."},
+    )
 
     def __post_init__(self):
         check_ranges(self)
@@ -89,6 +110,23 @@ class ModelArguments:
                 f"teacher_checkpoint names {len(checkpoints)} files and teacher_name_or_path {len(teachers)} teachers: "
                 "give one file for each."
             )
+        for name in ("teacher_image_size", "teacher_image_mean", "teacher_image_std"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if len(checkpoints) != 1:
+                raise HfkdError(
+                    f"{name} describes the one network in teacher_checkpoint, which names {len(checkpoints)} files. "
+                    "Another teacher tells it itself: leave it out."
+                )
+            if isinstance(value, list) and len(value) != 3:
+                raise HfkdError(f"{name} needs three numbers, for red, green and blue, got {len(value)}.")
+
+    @property
+    def teacher_image(self) -> dict[str, Any]:
+        """Arguments of `load_teacher` that describe the input of a network from a file; only those that are given."""
+        names = ("image_size", "image_mean", "image_std")
+        return {name: value for name in names if (value := getattr(self, f"teacher_{name}")) is not None}
 
 
 @dataclass
@@ -172,8 +210,8 @@ class DistillationConfig(TrainingArguments):
     """`TrainingArguments` with the keys of distillation, and other defaults where those of transformers cost speed.
 
     Changed defaults: no gradient clipping (`max_grad_norm` 0), no NaN filter (it waits for the device at every
-    step), no removal of columns (it would drop a second view), and no search for unused parameters under DDP. The best
-    checkpoint is the one with the highest top-1.
+    step), no removal of columns (a user's own loss may read them), and no search for unused parameters under DDP. The
+    best checkpoint is the one with the highest top-1.
 
     Raises:
         HfkdError: for a setting that hfkd does not support.
@@ -226,6 +264,10 @@ class DistillationConfig(TrainingArguments):
         default=False,
         metadata={"help": "Resume even if the recipe has changed since the checkpoint; the differences are printed."},
     )
+    stop_when_diverged: bool = field(
+        default=True,
+        metadata={"help": "End training after the epoch in which losses, weights or logits are no longer finite."},
+    )
     published_top1: float | None = field(
         default=None,
         metadata={"help": "Top-1 in percent that the paper reports for this recipe; copied to results.json."},
@@ -254,7 +296,7 @@ class DistillationConfig(TrainingArguments):
         default=False, metadata={"help": "Leave NaN losses out of the log; makes every step wait for the device."}
     )
     remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Drop batch entries that the student's forward does not take."}
+        default=False, metadata={"help": "Drop the columns of a data set that hfkd does not read."}
     )
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Passed to DistributedDataParallel."}

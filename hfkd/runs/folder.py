@@ -1,9 +1,8 @@
-"""Files of a run's folder: their names, whole writes, and the environment that they record."""
+"""Files of a run's folder: their names, and the environment that they record."""
 
 from __future__ import annotations
 
 import errno
-import os
 import platform
 import shutil
 import subprocess
@@ -19,16 +18,6 @@ from ..names import ROLES as ROLES
 RECIPE_NAME = "recipe.yaml"
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"  # files of an export
 LIBRARIES = ("torch", "torchvision", "transformers", "accelerate", "datasets", "timm", "evaluate", "numpy")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file under another name and rename it, so that nobody ever sees it half-written."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        partial.write_text(text)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def check_writable(folder: Path, key: str) -> None:

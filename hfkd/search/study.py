@@ -12,13 +12,14 @@ from typing import Any
 import optuna
 from filelock import FileLock
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import DatabaseError
 
+from ..errors import HfkdError
 from ..training.trainer import DistillationTrainer
-from .results import SearchedTrial
+from .results import DATABASE_NAME, SearchedTrial
 from .space import Parameter, settings, text
 
 STUDY_NAME = "search"
-DATABASE_NAME = "study.db"
 HEARTBEAT_SECONDS, GRACE_SECONDS = 10, 60  # without a heartbeat for the grace period, a trial's process has died
 WAITING_SECONDS = 1  # between two checks of other processes' trials
 STARTUP_TRIALS = 4  # trials before any is stopped early, and before the sampler uses the measurements
@@ -28,7 +29,8 @@ RECIPE = "recipe"  # user attribute of the trial of the recipe's own values
 class EarlyMedianPruner(optuna.pruners.MedianPruner):
     """Median pruner that spares the first epoch, the last step and the trial of the recipe's own values.
 
-    After the last step nothing is saved by stopping. The recipe's own values are the baseline of the other trials.
+    After the last step nothing is saved by stopping. The recipe's own values are the baseline of the other trials. A
+    trial that has diverged is always stopped.
     """
 
     def __init__(self, trainer: DistillationTrainer):
@@ -37,6 +39,8 @@ class EarlyMedianPruner(optuna.pruners.MedianPruner):
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
         """Return True if a trial is to be stopped."""
+        if self.trainer.divergence.reason is not None:
+            return True
         state = self.trainer.state
         if state.epoch <= 1 or state.global_step >= state.max_steps or RECIPE in trial.user_attrs:
             return False
@@ -67,8 +71,9 @@ def run_trials(
             with contextlib.ExitStack() as held:
                 held.enter_context(lock)
                 optuna.storages.fail_stale_trials(study)
-                trials = _trials(study, TrialState.COMPLETE, TrialState.PRUNED)
-                running = len(_trials(study, TrialState.RUNNING))
+                known = study.get_trials(deepcopy=False)  # once: a trial that ends between two readings is in neither
+                trials = [trial for trial in known if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)]
+                running = sum(trial.state == TrialState.RUNNING for trial in known)
                 if len(trials) >= n_trials:
                     return [_searched_trial(trial) for trial in trials]
                 if len(trials) + running < n_trials:
@@ -82,22 +87,25 @@ def run_trials(
 
 def _open_study(folder: Path, space: Sequence[Parameter]) -> tuple[optuna.Study, optuna.storages.RDBStorage]:
     """Open or create the study, and enqueue the trial of the recipe's own values if there is none."""
-    storage = optuna.storages.RDBStorage(
-        f"sqlite:///{(folder / DATABASE_NAME).absolute()}",
-        engine_kwargs={"connect_args": {"timeout": 60}},
-        heartbeat_interval=HEARTBEAT_SECONDS,
-        grace_period=GRACE_SECONDS,
-        heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(),
-    )
-    study = optuna.create_study(study_name=STUDY_NAME, storage=storage, direction="maximize", load_if_exists=True)
+    path = folder / DATABASE_NAME
+    try:
+        storage = optuna.storages.RDBStorage(
+            f"sqlite:///{path.absolute()}",
+            engine_kwargs={"connect_args": {"timeout": 60}},
+            heartbeat_interval=HEARTBEAT_SECONDS,
+            grace_period=GRACE_SECONDS,
+            heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(),
+        )
+        study = optuna.create_study(study_name=STUDY_NAME, storage=storage, direction="maximize", load_if_exists=True)
+    except (DatabaseError, RuntimeError, AssertionError) as error:
+        raise HfkdError(
+            f"{path} is damaged ({str(error).splitlines()[0]}): remove it, and with it the trials that it holds, or "
+            "give another --search_dir."
+        ) from error
     alive = [trial for trial in study.get_trials(deepcopy=False) if trial.state != TrialState.FAIL]
     if not any(RECIPE in trial.user_attrs for trial in alive):
         study.enqueue_trial({parameter.key: parameter.default for parameter in space}, user_attrs={RECIPE: True})
     return study, storage
-
-
-def _trials(study: optuna.Study, *states: TrialState) -> list[FrozenTrial]:
-    return study.get_trials(deepcopy=False, states=states)
 
 
 def _run_trial(
@@ -122,22 +130,27 @@ def _run_trial(
 
     # Each trial has its own seed. With a common one, the samplers of all processes would suggest the same values.
     seed = trainer.args.seed + len(study.get_trials(deepcopy=False))
-    trainer.hyperparameter_search(
-        hp_space,
-        compute_objective=lambda metrics: metrics["eval_top1"],
-        n_trials=1,
-        direction="maximize",
-        backend="optuna",
-        study_name=STUDY_NAME,
-        storage=storage,
-        load_if_exists=True,
-        sampler=optuna.samplers.TPESampler(
-            n_startup_trials=STARTUP_TRIALS, multivariate=True, constant_liar=True, seed=seed
-        ),
-        pruner=EarlyMedianPruner(trainer),
-    )
+    try:
+        trainer.hyperparameter_search(
+            hp_space,
+            compute_objective=lambda metrics: metrics["eval_top1"],
+            n_trials=1,
+            direction="maximize",
+            backend="optuna",
+            study_name=STUDY_NAME,
+            storage=storage,
+            load_if_exists=True,
+            sampler=optuna.samplers.TPESampler(
+                n_startup_trials=STARTUP_TRIALS, multivariate=True, constant_liar=True, seed=seed
+            ),
+            pruner=EarlyMedianPruner(trainer),
+        )
+    except ValueError:
+        if trainer.divergence.reason is None:  # else Trainer asks for the best trial, and there may be none yet
+            raise
     stopped = ", stopped early" if trainer.state.global_step < trainer.state.max_steps else ""
-    print(f"top-1 {trainer.objective:.2f}{stopped}", flush=True)
+    reason = trainer.divergence.reason
+    print(f"diverged: {reason}" if reason else f"top-1 {trainer.objective:.2f}{stopped}", flush=True)
 
 
 def _searched_trial(trial: FrozenTrial) -> SearchedTrial:

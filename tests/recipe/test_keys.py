@@ -32,11 +32,19 @@ from hfkd.search.space import TRIAL_SETTINGS
 
 PRIVATE = {
     *("output_dir", "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
-    *("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"),
+    *(
+        "trust_remote_code",
+        "push_to_hub",
+        "hub_model_id",
+        "hub_strategy",
+        "hub_private_repo",
+        "hub_always_push",
+        "hub_revision",
+    ),
 }
 FREE = PRIVATE | {
     *("disable_tqdm", "report_to", "dataloader_num_workers", "per_device_eval_batch_size"),
-    *("teacher_device_map", "shard_teacher", "published_top1"),
+    *("teacher_device_map", "shard_teacher", "published_top1", "stop_when_diverged"),
     # Speed and memory
     *("gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing"),
     *("activation_checkpointing_kwargs", "torch_empty_cache_steps", "eval_accumulation_steps"),
