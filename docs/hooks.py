@@ -174,13 +174,15 @@ def rows_of(name):
 
 def published_rows(name):
     """Return the table of published values of a method, with and without Z-score; nothing where there are none."""
-    cells = {}
-    for recipe, run in published_runs().items():
-        if list(run.settings.get("losses") or {}) == [name] or recipe.rpartition("/")[2].startswith(f"{name}_"):
-            cells[recipe] = run.top1
-    rows = [[f"`{recipe}`", f"{top1:.2f}"] for recipe, top1 in cells.items()]
+    runs = {recipe: run for recipe, run in published_runs().items() if method_of(run) == name}
+    rows = [[f"`{recipe}`", f"{run.top1:.2f}"] for recipe, run in runs.items()]
     text = "Top-1 in the paper named in the recipe; `hfkd reproduce` repeats these runs."
     return ["## Published", text, table(["recipe", "top-1"], rows)] if rows else []
+
+
+def method_of(run):
+    """Return the last of a published run's losses: a feature method stands behind the KD that it is added to."""
+    return list(run.settings.get("losses") or [None])[-1]
 
 
 def measured_rows(name):
