@@ -110,7 +110,9 @@ def paragraphs(text):
 
 def escaped(paragraph):
     """Return a paragraph of a docstring as Markdown; an indented one is code already."""
-    return paragraph if paragraph.startswith("    ") else re.sub(r"([<*|])", r"\\\1", paragraph)
+    for plain, sign in (("^2", "²"), (" * ", " · ")):
+        paragraph = paragraph.replace(plain, sign)
+    return paragraph if paragraph.startswith("    ") else re.sub(r"([*|])", r"\\\1", paragraph).replace("<", "&lt;")
 
 
 def arguments(name):
@@ -198,7 +200,7 @@ def measured_rows(name):
                 if ours:
                     rule = re.sub(r"[^|]+", "---", header)
                     lines = "\n".join([header, rule, *others, *ours])
-                    parts.append(f"[{heading}](../measured.md#{slug(heading)}):\n\n{lines}")
+                    parts.append(f"[{heading[0].upper()}{heading[1:]}](../measured.md#{slug(heading)}):\n\n{lines}")
     return ["## Measured", *parts] if parts else []
 
 

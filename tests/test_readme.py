@@ -253,10 +253,8 @@ def test_the_blocks_of_yaml(tmp_path, monkeypatch):
     assert len(blocks) >= 6
 
 
-def python_block(page, containing=""):
-    (block,) = [
-        block for place, language, block in BLOCKS if (place, language) == (page, "python") and containing in block
-    ]
+def python_block(page):
+    (block,) = [block for place, language, block in BLOCKS if (place, language) == (page, "python")]
     return block
 
 
