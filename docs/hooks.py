@@ -14,13 +14,14 @@ from pathlib import Path
 from mkdocs.structure.files import File
 
 from hfkd.losses import LOSSES
-from hfkd.losses.standardize import CITATION
+from hfkd.losses.regions import CITATION as REGIONS
+from hfkd.losses.standardize import CITATION as ZSCORE
 from hfkd.recipe.arguments import DataArguments, DistillationConfig, ModelArguments
 from hfkd.runs.published import published_runs
 
 ROOT = Path(__file__).parents[1]
 METHODS = ROOT / "docs" / "methods"
-OTHER_PAGES = ("index", "zscore")  # of the folder of methods
+MODIFIERS = {"zscore": ZSCORE, "regions": REGIONS}  # pages of what is set over a method, and their papers
 HANDWRITTEN = ("## When to take it", "## Faults of the release")  # sections of docs/methods/NAME.md
 FROM_ELSEWHERE = {  # pages of the site whose text lies outside docs/
     "index.md": "README.md",
@@ -33,7 +34,11 @@ KEYS = (ModelArguments, DataArguments, DistillationConfig)
 
 def on_config(config):
     methods = next(entry["Methods"] for entry in config.nav if "Methods" in entry)
-    methods += [{"Z-score": "methods/zscore.md"}, *({title(name): f"methods/{name}.md"} for name in LOSSES)]
+    methods += [
+        {"Z-score": "methods/zscore.md"},
+        {"SDD": "methods/regions.md"},
+        *({title(name): f"methods/{name}.md"} for name in LOSSES),
+    ]
     return config
 
 
@@ -46,7 +51,7 @@ def on_files(files, config):
     for name in missing_texts():
         files.append(File.generated(config, f"methods/{name}.md", content=""))
     for path in METHODS.glob("*.md"):
-        if path.stem not in (*LOSSES, *OTHER_PAGES):
+        if path.stem not in (*LOSSES, *MODIFIERS, "index"):
             files.remove(files.get_file_from_path(f"methods/{path.name}"))
     return files
 
@@ -57,9 +62,10 @@ def on_page_markdown(markdown, page, config, files):
         return markdown
     if path.stem in LOSSES:
         return method_page(path.stem, markdown)
-    return markdown.replace("<!-- the table of methods -->", methods_table()).replace(
-        "<!-- the citation -->", bibtex(CITATION)
-    )
+    for name, citation in MODIFIERS.items():
+        markdown = markdown.replace(f"<!-- the paper of {name} -->", f"{paper(citation)}.")
+        markdown = markdown.replace(f"<!-- the citation of {name} -->", bibtex(citation))
+    return markdown.replace("<!-- the table of methods -->", methods_table())
 
 
 def missing_texts():
@@ -154,7 +160,7 @@ def facts(name):
 def reads(loss):
     parts = {
         "the logits": loss.reads_logits or loss.reads_raw_logits,
-        "maps": "student_layers" in inspect.signature(loss).parameters,
+        "maps": "student_layers" in inspect.signature(loss).parameters or "averaged_map" in (loss.student_layers or ()),
         "embeddings": "embedding" in (loss.student_layers or ()),
         "the map in front of the classifier": "projector" in (loss.student_layers or ()),
     }
@@ -166,7 +172,8 @@ def methods_table():
         [f"[`{name}`]({name}.md)", paper(loss.citation), ", ".join(f"`{each.name}`" for each in arguments(name))]
         for name, loss in LOSSES.items()
     ]
-    rows.append(["[`logit_standardization: true`](zscore.md)", paper(CITATION), "over every logit loss"])
+    rows.append(["[`logit_standardization: true`](zscore.md)", paper(ZSCORE), "over every logit loss"])
+    rows.append(["[`regions: [1, 2, 4]`](regions.md)", paper(REGIONS), "of the logit methods that have it"])
     return table(["`losses`", "paper", "parameters"], rows)
 
 

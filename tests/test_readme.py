@@ -38,13 +38,6 @@ COMMANDS = [
     for line in block.replace("\\\n", " ").splitlines()
     if re.match(r"(while )?(accelerate |python |hfkd |torchrun )", line)
 ]
-# What these need is not part of hfkd yet. Remove a line when it is.
-NOT_YET = (
-    r"hfkd recipes",  # the list of recipes
-    r"(distill|train-teacher) --dataset_name",  # no recipe
-    r"my_project\.losses:LogitMSE",  # a loss as module:Class
-    r"^recipes:$",  # several recipes in a file
-)
 # A missing teacher's own recipe would train it for 240 epochs.
 BEFORE = ["python scripts/train_teacher.py recipes/cifar100/teachers/resnet56.yaml"]
 RECIPES = {  # on the pages: the two files of one's own data
@@ -80,10 +73,6 @@ TESTED_APART = {"scripts/benchmark/run.py", "export", "reproduce", "search", "vi
 RESULTS = "results.json"
 FEW_DIGITS = '"digits", train_split="train[:64]", eval_split="test[:32]"'
 TRAINS = {"distill", "train-teacher", "cache-teacher"}
-
-
-def is_there(text):
-    return not any(re.search(pattern, text, re.MULTILINE) for pattern in NOT_YET)
 
 
 def verb_and_rest(words):
@@ -202,7 +191,7 @@ def test_every_command_is_understood(folder, monkeypatch, capsys):
     """Its recipe exists, its options are known, and the values of a training have the right types."""
     monkeypatch.chdir(folder)
     options = {}
-    for command in filter(is_there, COMMANDS):
+    for command in COMMANDS:
         words = [as_file(word) for word in shlex.split(command.replace("path/to/", f"{folder}/"), comments=True)]
         verb, own = verb_and_rest(words)
         if verb is None:  # the benchmark
@@ -222,7 +211,7 @@ def test_a_command_of_each_kind(folder, monkeypatch, capsys):
     """In order, since one needs what the one before left; on two CPU processes where it says several GPUs."""
     monkeypatch.chdir(folder)
     of_kind = {}
-    for command in [*BEFORE, *filter(is_there, COMMANDS)]:
+    for command in [*BEFORE, *COMMANDS]:
         of_kind.setdefault(kind_of(command), command)
     with writable_hub(folder / "hub", monkeypatch) as hub:
         for command in of_kind.values():
@@ -255,7 +244,7 @@ def test_a_command_of_each_kind(folder, monkeypatch, capsys):
 def test_the_blocks_of_yaml(folder, monkeypatch):
     """Every key is known, and every loss can be built."""
     monkeypatch.chdir(folder)
-    blocks = [block for _, language, block in BLOCKS if language == "yaml" and is_there(block)]
+    blocks = [block for _, language, block in BLOCKS if language == "yaml"]
     for number, block in enumerate(blocks):
         file = folder / "blocks" / f"{number}.yaml"
         file.parent.mkdir(exist_ok=True)
