@@ -47,7 +47,7 @@ RECIPES = {  # on the pages: the two files of one's own data
     for name in re.findall(r"^# (\w+\.yaml)$", block, re.MULTILINE)
 }
 SMALL = "--num_train_epochs 1 --per_device_train_batch_size 50 --bf16 false --disable_tqdm true".split()
-SEVERAL = "--train_split train[:16] --eval_split test[:16] --per_device_train_batch_size 8".split()  # processes
+SEVERAL = "--train_split train[:16] --per_device_train_batch_size 8".split()  # processes
 TEACHER = "--teacher_name_or_path runs/cifar100/teachers/resnet56/teacher".split()
 WORKERS = "--image_size 64 --dataloader_num_workers 1".split()
 # What stands in for a teacher that is not trained here or for the Hub, and for sizes that take minutes.
