@@ -1,6 +1,7 @@
-"""README: its commands and programs work on a small data set with CIFAR-100's columns; its table has every method."""
+"""README and pages: every command is understood, one of each kind runs on a small data set, and the blocks work."""
 
-import inspect
+import contextlib
+import io
 import json
 import os
 import re
@@ -12,48 +13,49 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from datasets import ClassLabel, Dataset, Features, Image
 from helpers import ROOT, run_script
 from hub_stand_in import writable_hub
 from interrupting import in_child
 from PIL import Image as PILImage
 
+from hfkd.cli import COMMANDS as VERBS
 from hfkd.cli import main
-from hfkd.losses import LOSSES
-from hfkd.losses.regions import CITATION as REGIONS_CITATION
-from hfkd.losses.standardize import CITATION
+from hfkd.losses import build_losses
+from hfkd.recipe.reading import load_recipe, parse_recipe
 
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCKS = [
+    (page.relative_to(ROOT).as_posix(), language, text)
+    for page in PAGES
+    for language, text in re.findall(r"```(\w+)\n(.*?)```", page.read_text(), re.DOTALL)
+]
 COMMANDS = [
-    line
-    for language, block in BLOCKS
+    re.sub(r"^while |;.*", "", line)
+    for _, language, block in BLOCKS
     if language == "bash"
     for line in block.replace("\\\n", " ").splitlines()
-    if re.match(r"accelerate |python |hfkd |torchrun ", line)
+    if re.match(r"(while )?(accelerate |python |hfkd |torchrun )", line)
 ]
-RECIPES = {  # in the README: the two files of one's own data
+# A missing teacher's own recipe would train it for 240 epochs.
+BEFORE = ["python scripts/train_teacher.py recipes/cifar100/teachers/resnet56.yaml"]
+RECIPES = {  # on the pages: the two files of one's own data
     name: block
-    for language, block in BLOCKS
+    for _, language, block in BLOCKS
     if language == "yaml"
     for name in re.findall(r"^# (\w+\.yaml)$", block, re.MULTILINE)
 }
 SMALL = "--num_train_epochs 1 --per_device_train_batch_size 50 --bf16 false --disable_tqdm true".split()
+SEVERAL = "--train_split train[:16] --per_device_train_batch_size 8".split()  # processes
 TEACHER = "--teacher_name_or_path runs/cifar100/teachers/resnet56/teacher".split()
-SMALL_PHOTOS = "--image_size 32 --dataloader_num_workers 1 --pretrained false".split()
+WORKERS = "--image_size 64 --dataloader_num_workers 1".split()
 # What stands in for a teacher that is not trained here or for the Hub, and for sizes that take minutes.
 IN_PLACE_OF = {
-    "recipes/cifar100/resnet32x4-resnet8x4/kd_zscore.yaml": TEACHER,
-    "30": ["--epochs", "2"],  # of the cache
-    "recipes/cifar100/resnet32x4-resnet8x4/crd.yaml": TEACHER,
-    "recipes/cifar100/resnet32x4-resnet8x4/simkd.yaml": TEACHER,
-    "resnet50": SMALL_PHOTOS,
-    "mobilenetv4_conv_small": SMALL_PHOTOS,
-    "recipes/deit_tiny.yaml": ["--image_size", "64", "--dataloader_num_workers", "1"],
-    "recipes/imagenet/resnet34-resnet18/kd_zscore.yaml": [
-        *TEACHER,
-        *"--image_size 64 --dataloader_num_workers 1 --eval_split test --label_column label".split(),
-    ],
+    "resnet32x4-resnet8x4/kd_zscore": TEACHER,
+    "cache-teacher": ["--epochs", "2"],
+    "deit_tiny": [*TEACHER, *WORKERS],
+    "imagenet/": [*TEACHER, *WORKERS, *"--eval_split test --label_column label".split()],
 }
 # One recipe's second run needs another folder.
 OUTPUT_OF = {
@@ -62,36 +64,43 @@ OUTPUT_OF = {
     "--nnodes": "runs/two_nodes",
     "--teacher_cache": "runs/cached",
 }
+# Options that make a command one of another kind. All others are only checked to be known.
+KINDS = {*OUTPUT_OF, "--num_processes", "--resume_from_checkpoint", "--help", "teacher.yaml", "student.yaml"}
+# Without a recipe: architectures without weights to fetch.
+STAND_INS = {"runs/photos/resnet50": "runs/photos/cifar_resnet14", "resnet50": "cifar_resnet14"}
+STAND_INS["mobilenetv4_conv_small"] = "cifar_resnet8"
 TESTED_APART = {"scripts/benchmark/run.py", "export", "reproduce", "search", "visualize"}  # each takes long
-EVALUATES = ("evaluate", "compare", "push", "recipes", "--help")  # commands that train nothing
+RESULTS = "results.json"
+FEW_DIGITS = '"digits", train_split="train[:64]", eval_split="test[:32]"'
+TRAINS = {"distill", "train-teacher", "cache-teacher"}
 
 
-def paper(citation):
-    """Return "Hinton et al., Distilling the Knowledge in a Neural Network, 2015" from a BibTeX entry."""
-    fields = {key: " ".join(text.split()) for key, text in re.findall(r"(\w+) = \{(.*?)\},\n", citation, re.DOTALL)}
-    families = [author.partition(",")[0] for author in fields["author"].split(" and ")]
-    authors = " and ".join(families) if len(families) < 3 else f"{families[0]} et al."
-    acronyms = re.findall(r"\w*[A-Z]{3}\w*", fields.get("booktitle", ""))  # of which the last is the conference's
-    where = " ".join([*acronyms[-1:], fields["year"]])
-    return f"{authors}, {re.sub('[{}]', '', fields['title'])}, {where}"
+def verb_and_rest(words):
+    """Return the command of hfkd that a line runs, also through a script, and its words; None for other programs."""
+    place = next(index for index, word in enumerate(words) if word == "hfkd" or word.startswith("scripts/"))
+    program, rest = words[place], words[place + 1 :]
+    if program == "hfkd":
+        return rest[0], rest[1:]
+    verb = Path(program).stem.replace("_", "-")
+    return verb if verb in VERBS else None, rest
 
 
-def parameters(loss):
-    """Return a loss's parameters as a recipe has them, with defaults where there are any."""
-    given = inspect.signature(loss).parameters.values()
-    return ", ".join(p.name if p.default is p.empty else f"{p.name}: {json.dumps(p.default)}" for p in given)
+def as_file(word):
+    """Return the file of a recipe's name, such as cifar100/resnet56-resnet20/kd_zscore."""
+    if word == "mine.yaml":  # a copy of it
+        word = "deit_tiny"
+    file = f"recipes/{word}.yaml"
+    return file if (ROOT / file).is_file() else word
 
 
-def test_the_table_of_methods():
-    """Every loss has one row. The message of a failure holds the rows to copy into the README."""
-    section = README.partition("\n## Methods\n")[2].partition("\n## ")[0]
-    _, *rows = [row for row in section.splitlines() if row.startswith("| ")]
-    expected = [f"| `{name}` | {paper(loss.citation)} | `{parameters(loss)}` |" for name, loss in LOSSES.items()]
-    expected.append(f"| `regions: [1, 2, 4]` | {paper(REGIONS_CITATION)} | of the logit methods that have it |")
-    expected.append(f"| `logit_standardization: true` | {paper(CITATION)} | over every logit loss |")
-    missing, outdated = set(expected) - set(rows), set(rows) - set(expected)
-    assert not missing and not outdated, "\n".join(["add:", *missing, "remove:", *outdated])
-    assert len(rows) == len(expected)
+def has_recipe(words):
+    return not verb_and_rest(words)[1][:1] == ["--dataset_name"]
+
+
+def kind_of(command):
+    words = [as_file(word) for word in shlex.split(command, comments=True)]
+    data = "imagenet" if "imagenet/" in command else "cifar"
+    return (verb_and_rest(words)[0], data, has_recipe(words), *sorted(KINDS.intersection(words)))
 
 
 def start(command, folder):
@@ -122,14 +131,14 @@ def run_on_two_nodes(words, folder):
 
 def run_here(words):
     """A command in this process: starting one takes far longer than what these have to do."""
-    if words[0] == "hfkd":
-        try:
-            main(words[1:])
-        except SystemExit as end:  # of --help
-            assert not end.code
+    verb, own = verb_and_rest(words)
+    if "hfkd" not in words:
+        run_script(next(word for word in words if word.startswith("scripts/")).removeprefix("scripts/"), *own)
         return
-    script = next(index for index, word in enumerate(words) if word.startswith("scripts/"))
-    run_script(words[script].removeprefix("scripts/"), *words[script + 1 :])
+    try:
+        main([verb, *own])
+    except SystemExit as end:  # of --help
+        assert not end.code
 
 
 @pytest.fixture(scope="module")
@@ -138,9 +147,11 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
     for name in ("scripts", "recipes"):
         (folder / name).symlink_to(ROOT / name)
-    (folder / "photos").symlink_to(folder / "imagefolder")
+    (folder / "photos").symlink_to("imagefolder")
     for name, recipe in RECIPES.items():
         (folder / name).write_text(recipe.replace("path/to/flowers", str(folder / "imagefolder")))
+    (folder / "my_project").mkdir()
+    (folder / "my_project" / "losses.py").write_text(python_block("docs/own_method.md").partition("\nlosses = ")[0])
     labels = {"fine_label": ClassLabel(names=[f"fine {i}" for i in range(100)])}
     labels["coarse_label"] = ClassLabel(names=[f"coarse {i}" for i in range(20)])
     generator = np.random.default_rng(0)
@@ -160,30 +171,50 @@ def folder(tmp_path_factory):
 
 def in_small(command, folder):
     """The words of a command, with what makes it small and local."""
-    words = shlex.split(command.replace("path/to/", f"{folder}/"), comments=True)
-    if any(word in words for word in EVALUATES):
+    words = [as_file(word) for word in shlex.split(command.replace("path/to/", f"{folder}/"), comments=True)]
+    if verb_and_rest(words)[0] not in TRAINS or "--help" in words:
         return words
+    if not has_recipe(words):
+        words = [STAND_INS.get(word, word) for word in words]
     if "--dataset_name" not in words and not any(name in words for name in RECIPES):
-        words += ["--dataset_name", str(folder / ("imagefolder" if "recipes/imagenet" in command else "cifar100"))]
-    for recipe, settings in IN_PLACE_OF.items():
-        words += settings if recipe in words else []
+        words += ["--dataset_name", str(folder / ("imagefolder" if "imagenet/" in command else "cifar100"))]
+    for part, settings in IN_PLACE_OF.items():
+        words += settings if part in command else []
     if "--num_processes" in words:
         words[words.index("--num_processes") + 1] = "2"
     for option, output in OUTPUT_OF.items():
         words += ["--output_dir", output] if option in words else []
-    return words + SMALL
+    return words + SMALL + (SEVERAL if {"--num_processes", "--nnodes"} & {*words} else [])
 
 
-def test_the_commands(folder, monkeypatch, capsys):
+def test_every_command_is_understood(folder, monkeypatch, capsys):
+    """Its recipe exists, its options are known, and the values of a training have the right types."""
+    monkeypatch.chdir(folder)
+    options = {}
+    for command in COMMANDS:
+        words = [as_file(word) for word in shlex.split(command.replace("path/to/", f"{folder}/"), comments=True)]
+        verb, own = verb_and_rest(words)
+        if verb is None:  # the benchmark
+            continue
+        if verb not in options:
+            with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as help_text:
+                main([verb, "--help-all"])
+            options[verb] = set(re.findall(r"--\w+", help_text.getvalue())) | {"--help"}
+        given = {word for word in own if re.match(r"--\w+$", word)}
+        assert given <= options[verb], f"{command}: {given - options[verb]}"
+        if verb in ("distill", "train-teacher") and "--help" not in own and has_recipe(words):
+            parse_recipe(own)
+    assert len(options) >= 8
+
+
+def test_a_command_of_each_kind(folder, monkeypatch, capsys):
     """In order, since one needs what the one before left; on two CPU processes where it says several GPUs."""
     monkeypatch.chdir(folder)
-    verbs = [re.search(r"hfkd ([\w-]+)|scripts/([\w/]+)\.py", command).group(1, 2) for command in COMMANDS]
-    expected = "train_teacher distill evaluate distill distill distill train-teacher distill train-teacher distill"
-    expected += " train_teacher distill distill distill distill distill recipes recipes distill distill cache-teacher"
-    expected += " distill benchmark/run compare visualize export reproduce search distill push"
-    assert [verb for pair in verbs for verb in pair if verb] == expected.split()
+    of_kind = {}
+    for command in [*BEFORE, *COMMANDS]:
+        of_kind.setdefault(kind_of(command), command)
     with writable_hub(folder / "hub", monkeypatch) as hub:
-        for command in COMMANDS:
+        for command in of_kind.values():
             words = in_small(command, folder)
             if not TESTED_APART.isdisjoint(words):
                 continue
@@ -198,22 +229,40 @@ def test_the_commands(folder, monkeypatch, capsys):
             if "--help" in words:
                 assert "--logit_standardization" in capsys.readouterr().out
     runs = folder / "runs"
-    for name, role in (("teachers/resnet56", "teacher"), ("resnet56-resnet20/kd_zscore", "student")):
-        assert (runs / "cifar100" / name / role / "model.safetensors").is_file()
-        assert json.loads((runs / "cifar100" / name / "results.json").read_text())["role"] == role
-    pair = "cifar100/resnet32x4-resnet8x4"
-    assert json.loads((runs / "cached" / "results.json").read_text())["teacher_cache"] == {"epochs": 2, "top_k": None}
-    for name in (f"{pair}/kd_zscore", "two_nodes"):
-        assert json.loads((runs / name / "results.json").read_text())["devices"] == "2 x cpu"
-    students = ["student", "deit_tiny", "imagenet/resnet34-resnet18/kd_zscore", "streamed"]
-    for name in [*students, f"{pair}/crd", f"{pair}/simkd"]:
-        assert (runs / name / "student" / "model.safetensors").is_file()
+    results = {path.parent.relative_to(runs).as_posix(): json.loads(path.read_text()) for path in runs.rglob(RESULTS)}
+    pair = "cifar100/resnet32x4-resnet8x4/kd_zscore"
+    assert results["cifar100/teachers/resnet56"]["role"] == "teacher"
+    assert results["cached"]["teacher_cache"] == {"epochs": 2, "top_k": None}
+    assert {results[name]["devices"] for name in (pair, "two_nodes")} == {"2 x cpu"}
+    students = ["student", "pushed", "cifar100/resnet56-resnet20/kd_zscore", "streamed"]
+    for name in [*students, "imagenet/resnet34-resnet18/kd_zscore"]:
+        assert results[name]["role"] == "student" and (runs / name / "student" / "model.safetensors").is_file()
     for name in ("me/deit-tiny-cifar100-kd", "me/resnet20-cifar100-kd"):
         assert {"README.md", "model.safetensors", "config.json"} <= hub.repositories[name].files().keys()
 
 
+def test_the_blocks_of_yaml(folder, monkeypatch):
+    """Every key is known, and every loss can be built."""
+    monkeypatch.chdir(folder)
+    blocks = [block for _, language, block in BLOCKS if language == "yaml"]
+    for number, block in enumerate(blocks):
+        file = folder / "blocks" / f"{number}.yaml"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(block.replace("extends: teacher.yaml", "extends: ../teacher.yaml"))
+        sections = yaml.safe_load(block).get("recipes", {})
+        for name in [f"{file.with_suffix('')}/{section}" for section in sections] or [file]:
+            recipe = load_recipe(name)
+            build_losses(recipe.get("losses") or {}, logit_standardization=False)
+    assert len(blocks) >= 6
+
+
+def python_block(page):
+    (block,) = [block for place, language, block in BLOCKS if (place, language) == (page, "python")]
+    return block
+
+
 def test_the_quickstart_then_the_programs(folder, monkeypatch, capfd):
-    """quickstart.py is what quickstart.sh runs after installing; the program uses the teacher that it leaves."""
+    """quickstart.py is what quickstart.sh runs after installing; the programs use the teacher that it leaves."""
     monkeypatch.chdir(folder)
     assert in_child(lambda: run_script("quickstart.py")) == 0
     table = capfd.readouterr().out
@@ -222,13 +271,31 @@ def test_the_quickstart_then_the_programs(folder, monkeypatch, capfd):
     accuracies = [float(top1) for _, top1 in rows]
     assert accuracies[0] > 90 and all(accuracy > 50 for accuracy in accuracies)
 
-    program, loading, method = [block for language, block in BLOCKS if language == "python"]
+    program = python_block("README.md")
     assert len(program.strip().splitlines()) <= 15
     PILImage.new("RGB", (40, 32)).save(folder / "photo.jpg")
-    loading = loading.replace("me/resnet20-cifar100-kd", "runs/digits/kd/student")
     # The method trains on with the program's networks and data.
     program = program.replace("num_train_epochs=5", "num_train_epochs=1, logging_steps=100")
-    programs = "\n".join([program, method, "print(trainer.state.log_history)", loading])
+    method = python_block("docs/own_method.md")
+    loading = python_block("docs/hub.md").replace("me/resnet20-cifar100-kd", "runs/digits/kd/student")
+    programs = "\n".join([program, method, "print(trainer.state.log_history)", loading, guide_in_small(), notebook()])
     assert in_child(lambda: exec(programs, {"__name__": "__main__"})) == 0
     output = capfd.readouterr().out
     assert "eval_agreement" in output and "loss_mse" in output and "'score'" in output
+    assert json.loads((folder / "my-awesome-model" / RESULTS).read_text())["losses"]["kd"]["temperature"] == 5
+    assert re.search(r"KD and Z-score +\d", output)
+
+
+def guide_in_small():
+    """The program in place of transformers' guide, with the demonstration's teacher, on digits."""
+    guide = python_block("docs/coming_from.md")
+    assert f"in {len(guide.strip().splitlines())} lines" in (ROOT / "docs" / "coming_from.md").read_text()
+    guide = guide.replace("merve/beans-vit-224", "runs/digits/teacher/teacher").replace("30", "1")
+    return guide.replace('"AI-Lab-Makerere/beans", eval_split="validation"', FEW_DIGITS)
+
+
+def notebook():
+    """The cells of code of the notebook, with few images."""
+    cells = json.loads((ROOT / "docs" / "digits.ipynb").read_text())["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    return re.sub(r"num_train_epochs=\d", "num_train_epochs=1", code.replace('"digits"', FEW_DIGITS))

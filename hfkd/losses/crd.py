@@ -31,7 +31,7 @@ def crd_loss(
 ) -> tuple[Tensor, Tensor]:
     """Contrast each network's embeddings with rows of the other network's memory.
 
-    With h = exp(<row, embedding> / temperature) / Z and c = K / N, the loss of one network is
+    With h = exp(row . embedding / temperature) / Z and c = K / N, the loss of one network is
 
         -(sum of log(h / (h + c + eps)) over the positives + sum of log(c / (h + c + eps)) over the negatives) / B
 
@@ -45,7 +45,7 @@ def crd_loss(
         teacher_memory: (N, D), earlier teacher embeddings.
         contrast_rows: (B, 1 + K) int64, rows of the memories: for each sample the positive, then the negatives.
         log_normalizers: (2,), log Z of the student and of the teacher. Where NaN, this batch sets Z to N times the mean
-            of exp(<row, embedding> / temperature), averaged over the processes, as a constant.
+            of exp(row . embedding / temperature), averaged over the processes, as a constant.
         temperature: above 0.
 
     Returns:
@@ -69,7 +69,7 @@ def crd_loss(
 
 
 def contrast_logits(embeddings: Tensor, memory: Tensor, contrast_rows: Tensor, temperature: float) -> Tensor:
-    """Return <memory row, embedding> / temperature for the contrast rows, (B, 1 + K)."""
+    """Return memory row . embedding / temperature for the contrast rows, (B, 1 + K)."""
     # One product with the whole memory, from which the scores are gathered. The release gathers rows instead, which
     # copies (1 + K) D numbers a sample: 537 MB for a batch of 64 with 16384 negatives. With CIFAR's 50,000 images that
     # takes fifteen times as long on a CPU core and twelve times the memory, although the product computes three times

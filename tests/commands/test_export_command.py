@@ -25,6 +25,7 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessor,
+    pipeline,
 )
 
 import hfkd
@@ -337,3 +338,18 @@ def test_help(capsys):
         export(["--help"])
     printed = capsys.readouterr().out
     assert printed.startswith("usage: hfkd export MODEL") and "--format {onnx,torch}" in printed
+
+
+def test_the_program_of_the_guide_reads_the_file(place, exported, monkeypatch, capsys):
+    """docs/photographs.md: without hfkd and torch, from a photograph to the class of the exported model."""
+    folder = exported("cnn")[0]
+    program = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "photographs.md").read_text(), re.DOTALL)[-1]
+    monkeypatch.chdir(place)
+    photo(60, 40).save("photo.jpg", quality=100)
+    program = program.replace("runs/student/onnx", str(folder))
+    space = {}
+    exec(program, space)
+    classify = pipeline("image-classification", model=str(place / "runs" / "cnn" / "student"))
+    assert capsys.readouterr().out.split("\n")[-2] == classify(Image.open("photo.jpg"), top_k=1)[0]["label"]
+    expected = expected_logits(place, "cnn", classify.image_processor(Image.open("photo.jpg"))["pixel_values"])
+    np.testing.assert_allclose(space["logits"], expected, rtol=0, atol=0.02 * np.abs(expected).max())
