@@ -66,6 +66,7 @@ OUTPUT_OF = {
 }
 # Options that make a command one of another kind. All others are only checked to be known.
 KINDS = {*OUTPUT_OF, "--num_processes", "--resume_from_checkpoint", "--help", "teacher.yaml", "student.yaml"}
+KINDS |= {"scripts/distill.py"}  # here with a vision transformer
 # Without a recipe: architectures without weights to fetch.
 STAND_INS = {"runs/photos/resnet50": "runs/photos/cifar_resnet14", "resnet50": "cifar_resnet14"}
 STAND_INS["mobilenetv4_conv_small"] = "cifar_resnet8"
