@@ -25,7 +25,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # processes are forked, and share the cores
 
 from fuzzing import data_folders, recipes, run_folders  # noqa: E402
-from fuzzing.cases import FAILURES, GOOD, Outcome, build_ground, import_all, run_case  # noqa: E402
+from fuzzing.cases import FAILURES, GOOD, Outcome, run_case  # noqa: E402
+from fuzzing.ground import build_ground, import_all  # noqa: E402
 from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
 from hypothesis.strategies import SearchStrategy  # noqa: E402
 
@@ -137,4 +138,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    sys.stdout.flush()
+    os._exit(exit_code)  # Python's own end reports objects of C++ libraries that `gc.freeze` keeps

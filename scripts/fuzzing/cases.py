@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import gc
 import hashlib
-import importlib.metadata
 import json
 import os
-import pkgutil
 import re
 import resource
-import shutil
 import signal
 import stat
 import sys
@@ -23,14 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
-from PIL import Image
-
 TIME_LIMIT = 120  # seconds a case; the slowest takes some 10 on a free core
 ADDRESS_SPACE = 4 << 30  # bytes that a case may map beyond what is mapped after the imports
 PEAK = 1 << 30  # bytes that a case may hold beyond what is held after the imports
 LONGEST_MESSAGE = 10  # lines
-CLASSES = ("apple", "banana", "cherry", "date")
 
 GOOD = ("ran", "refused")
 FAILURES = (
@@ -103,7 +94,7 @@ def run_case(sort: ModuleType, case: dict, ground: Path, folder: Path) -> Outcom
     before = snapshot(folder) | snapshot(ground)
     said, report = folder.with_name(f"{folder.name}.said"), folder.with_name(f"{folder.name}.report")
     held = _resident()
-    code, peak = _in_child(lambda: _command(plan, said, report), folder)
+    code, peak = in_child(lambda: _command(plan, said, report), folder)
     changed = foreign_changes(before, snapshot(folder) | snapshot(ground), [folder / name for name in plan.own])
     printed = said.read_text(errors="replace") if said.exists() else ""
     found = json.loads(report.read_text()) if report.exists() else {"trained": False, "wrong": None}
@@ -159,7 +150,7 @@ def _without_names(text, folder, ground):
 # ---- The process of a case -----------------------------------------------------------------------------------------
 
 
-def _in_child(work: Callable[[], None], folder: Path) -> tuple[int | None, int]:
+def in_child(work: Callable[[], None], folder: Path) -> tuple[int | None, int]:
     """Run a function in a forked process and return its exit code, None after TIME_LIMIT, and its peak memory."""
     sys.stdout.flush()
     pid = os.fork()
@@ -188,13 +179,13 @@ def _in_child(work: Callable[[], None], folder: Path) -> tuple[int | None, int]:
 
 def _command(plan: Plan, said: Path, report: Path) -> None:
     """Run hfkd's command line, with its output in a file, and write down what came of it."""
-    _redirect(said)
+    redirect(said)
     _record()
     Records.code = hfkd(plan.argv)
     sys.stdout.flush()
     found = {"trained": Records.trained, "wrong": None}
     if Records.code == 0:
-        _redirect(Path(os.devnull))
+        redirect(Path(os.devnull))
         try:
             found["wrong"] = plan.check(Records)
         except Exception as error:
@@ -216,7 +207,7 @@ def hfkd(argv: list[str]) -> int:
     return 0
 
 
-def _redirect(path):
+def redirect(path):
     sys.stdout.flush()
     sys.stderr.flush()
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -239,7 +230,7 @@ def _record():
 
     def recorded_evaluate(self, *args, **kwargs):
         data = self.eval_dataset
-        Records.eval_images = len(data) if hasattr(data, "__len__") else data.num_rows  # a stream has no length
+        Records.eval_images = data.num_rows if hasattr(data, "num_rows") else len(data)
         return evaluate(self, *args, **kwargs)
 
     DistillationTrainer.training_step, DistillationTrainer.evaluate = recorded_step, recorded_evaluate
@@ -293,87 +284,3 @@ def strict_json(path: Path) -> dict:
         raise ValueError(f"{path.name} holds {constant}")
 
     return json.loads(path.read_text(), parse_constant=refuse)
-
-
-def write_images(folder: Path, per_class: int, first: int, classes: tuple[str, ...] = CLASSES) -> None:
-    """Write class folders of images, 16 x 16 pixels each; a class is brighter the later it comes."""
-    for number, name in enumerate(classes):
-        (folder / name).mkdir(parents=True)
-        for i in range(first, first + per_class):
-            noise = np.random.default_rng(100 * number + i).integers(0, 100, (16, 16, 3))
-            Image.fromarray((noise + 40 * number).astype(np.uint8)).save(folder / name / f"{i}.png")
-
-
-def import_all() -> None:
-    """Import what commands need, once for all cases."""
-    import torch
-    from transformers.models.timm_wrapper import TimmWrapperForImageClassification  # noqa: F401
-
-    import hfkd
-
-    torch.set_num_threads(1)
-    importlib.metadata.version = functools.cache(importlib.metadata.version)  # reads and parses files
-    for module in pkgutil.walk_packages(hfkd.__path__, "hfkd."):
-        if not module.name.endswith("__main__"):
-            importlib.import_module(module.name)
-    gc.freeze()  # else each process copies all objects when it collects garbage
-
-
-RECIPE = {
-    "student_name_or_path": "cifar_resnet8",
-    "teacher_name_or_path": "teacher",
-    "dataset_name": "images",
-    "random_flip": False,
-    "image_size": 16,
-    "per_device_train_batch_size": 16,
-    "num_train_epochs": 1,
-    "optim": "sgd",
-    "learning_rate": 0.01,
-    "eval_strategy": "epoch",
-    "save_strategy": "no",
-    "disable_tqdm": True,
-    "losses": {"kd": {"temperature": 4.0}},
-    "output_dir": "out",
-}
-LABELS_ALONE = {key: value for key, value in RECIPE.items() if key not in ("teacher_name_or_path", "losses")}
-
-
-def write_recipe(path: Path, recipe: dict) -> None:
-    import yaml
-
-    path.write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
-
-
-def build_ground(ground: Path) -> None:
-    """Make what the cases share: images, a teacher, a run of two epochs, a cache and a search."""
-    ground.mkdir()
-    write_images(ground / "images/train", 8, 0)
-    write_images(ground / "images/test", 4, 8)
-    write_recipe(ground / "teacher.yaml", LABELS_ALONE | {"output_dir": "teacher_run"})
-    run = RECIPE | {
-        "output_dir": "run",
-        "num_train_epochs": 2,
-        "save_strategy": "epoch",
-        "load_best_model_at_end": True,
-    }
-    write_recipe(ground / "run.yaml", run)
-    write_recipe(ground / "search.yaml", {key: value for key, value in RECIPE.items() if key != "output_dir"})
-    commands = [
-        ["train-teacher", "teacher.yaml"],
-        ["distill", "run.yaml"],
-        ["cache-teacher", "run.yaml", "--cache_dir", "cache", "--epochs", "1"],
-        ["search", "search.yaml", "--n_trials", "2", "--held_out", "0.25", "--search_dir", "search"],
-    ]
-
-    def work():
-        _redirect(ground / "said.txt")
-        for argv in commands:
-            Records.code = hfkd(argv)
-            if Records.code:
-                raise RuntimeError(f"hfkd {' '.join(argv)} failed")
-            if argv[0] == "train-teacher":
-                shutil.move("teacher_run/teacher", "teacher")
-
-    code, _ = _in_child(work, ground)
-    if code:
-        raise SystemExit(f"The runs that the cases start from failed:\n{(ground / 'said.txt').read_text()}")

@@ -10,7 +10,8 @@ from typing import Any, get_type_hints
 import yaml
 from hypothesis import strategies as st
 
-from .cases import RECIPE, Plan, expected_of, strict_json
+from .cases import Plan, expected_of, strict_json
+from .ground import RECIPE
 
 # Left out: they start other programs, compile, reach for the network, or only make a case longer.
 LEFT_OUT = {
@@ -172,6 +173,33 @@ def _wrong_type(hint: Any) -> list:
     return []
 
 
+def _odd(hint: Any) -> list:
+    """Return values that a key of this type may have, and nobody has thought of."""
+    if hint in (int, int | None, float, float | None):
+        return [0, 1, 2, 7, 0.5, 1e-300, 1e300, -0.0, 10**6, 2**31, 2**63, 10**30]
+    if hint in (bool, bool | None):
+        return [True, False, "yes", "1", 0]
+    return [
+        "",
+        " ",
+        "no",
+        "null",
+        "all",
+        "x" * 5000,
+        "../x",
+        "a\nb",
+        "{",
+        "{}",
+        "0",
+        [],
+        [""],
+        [0],
+        [None],
+        {},
+        {"x": 1},
+    ]
+
+
 def cases() -> st.SearchStrategy[dict]:
     """Return the strategy of cases. A change is [key, value, expectation], or ["text", name of the damage, ...]."""
     fields = _fields()
@@ -187,14 +215,16 @@ def cases() -> st.SearchStrategy[dict]:
     misspelt = st.tuples(st.sampled_from(sorted(fields)), st.integers(1, 6), st.sampled_from("abxyz_ ")).map(
         lambda drawn: [drawn[0][: drawn[1]] + drawn[2] + drawn[0][drawn[1] :], 1, "refuse"]
     )
+    odd = [[key, value, "either"] for key, hint in fields.items() if key != "max_steps" for value in _odd(hint)]
     damage = st.sampled_from([["text", name, expected] for name, (_, expected) in DAMAGE.items()])
     any_value = st.tuples(st.sampled_from(sorted(fields)), anything, st.just("either")).map(list)
     few_right = st.lists(st.sampled_from(right), min_size=0, max_size=3, unique_by=lambda change: change[0])
-    one = st.one_of(st.sampled_from(wrong), st.sampled_from(wrong), any_value, any_value, misspelt, damage)
+    one = st.one_of(st.sampled_from(wrong), st.sampled_from(wrong), st.sampled_from(odd), any_value, misspelt, damage)
     contradiction = st.sampled_from(CONTRADICTIONS).map(lambda keys: [["keys", keys, "refuse"]])
     changes = st.one_of(
         st.tuples(few_right, one).map(lambda drawn: [*drawn[0], drawn[1]]),
-        st.lists(any_value, min_size=1, max_size=3),
+        st.lists(st.one_of(any_value, st.sampled_from(odd)), min_size=1, max_size=3),
+        st.lists(st.sampled_from(odd), min_size=1, max_size=2),
         st.lists(st.sampled_from(right), min_size=1, max_size=5, unique_by=lambda change: change[0]),
         contradiction,
     )

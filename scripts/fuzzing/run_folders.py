@@ -24,6 +24,7 @@ CHECKPOINT_FILES = (
 COMMANDS = {
     "resume": ["distill", "run.yaml", "--resume_from_checkpoint", "true"],
     "start again": ["distill", "run.yaml"],
+    "resume stopped": ["distill", "run.yaml", "--resume_from_checkpoint", "true"],
     "resume longer": [
         *("distill", "run.yaml", "--resume_from_checkpoint", "true", "--num_train_epochs", "3"),
         *("--allow_recipe_change", "true"),
@@ -39,7 +40,7 @@ COMMANDS = {
 }
 OTHER_JSON = [
     *("null", "[]", "{}", '"text"', "42", "NaN", '{"epochs": null}', '{"epochs": [{}]}', '{"version": 99}', "[[[[[["),
-    *('{"global_step": 1e400, "log_history": 7}', '{"a": ' * 3000, '{"best": {"top1": "high"}, "epochs": [1, 2]}'),
+    *('{"global_step": 1e400, "log_history": 7}', '{"best": {"top1": "high"}, "epochs": [1, 2]}'),
 ]
 
 
@@ -93,6 +94,7 @@ DAMAGE: dict[str, tuple[Callable, list]] = {
 }
 JSON_DAMAGE = DAMAGE | {
     "JSON": (lambda path, text: path.write_text(text), OTHER_JSON),
+    "deep": (lambda path, _: path.write_text('{"a": ' * 9000), [None]),
     "numbers": (_change_numbers, [0, -1, 1e300, 2**70, float("nan"), 0.5]),
     "key lost": (_lose_key, list(range(12))),
     "other type": (_change_type, list(range(12))),
@@ -128,6 +130,7 @@ def cases() -> st.SearchStrategy[dict]:
     student = [name for name in run_files if "student" in name]
     files = {
         **dict.fromkeys(("resume", "start again", "resume longer"), [*checkpoints, *checkpoints, *run_files]),
+        "resume stopped": [*(name for name in checkpoints if "-2/" in name), *run_files[:3]],
         **dict.fromkeys(("evaluate", "evaluate run", "export", "teacher"), [*student, *student, *run_files]),
         **dict.fromkeys(("compare", "visualize"), run_files),
         "cached": ["cache/*"],
@@ -139,7 +142,7 @@ def cases() -> st.SearchStrategy[dict]:
         position = st.integers(0, 5)  # among the files of a cache or search
         return st.fixed_dictionaries({"command": st.just(command), "position": position, "changes": changes})
 
-    often = ("resume", "resume", "evaluate", "compare", "cached")
+    often = ("resume", "resume stopped", "resume stopped", "evaluate", "compare", "cached")
     return st.sampled_from([*COMMANDS, *often]).flatmap(of_command)
 
 
@@ -154,6 +157,9 @@ def build(case: dict, ground: Path, folder: Path) -> Plan:
     for name in ("run.yaml", "search.yaml"):
         shutil.copy(ground / name, folder)
     (folder / "cached.yaml").write_text((ground / "run.yaml").read_text().replace("output_dir: run", "output_dir: out"))
+    if case["command"] == "resume stopped":
+        for name in ("checkpoint-4", "student"):
+            shutil.rmtree(folder / "run" / name)
     os.chdir(folder)
     for name, damage, value, _ in case["changes"]:
         path = folder / name
@@ -180,7 +186,7 @@ def check(command: str, output: Path, said: dict, records: type[Records]) -> str
     if command.startswith(("resume", "cached", "teacher", "start")):
         results = strict_json(output / "results.json")
         strict_json(output / "trainer_state.json")
-        if command == "resume" and results["last"]["top1"] != said["last"]["top1"]:
+        if command in ("resume", "resume stopped") and results["last"]["top1"] != said["last"]["top1"]:
             return "a resumed run ends with another top-1 than one that was not stopped"
         exported = results[results["exported"]]
         return check_top1(output / "student", exported["top1"], 1e-6, [])

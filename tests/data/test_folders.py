@@ -195,6 +195,9 @@ def test_a_table_beside_images_without_splits(tmp_path):
     (tmp_path / "labels.csv").write_text("file_name,label\na.png,2\nc.png,1\n")
     with pytest.raises(ValueError, match="labels.csv names c.png, but there is no file .*Add the file"):
         load(tmp_path, eval_split="train[:50%]")
+    (tmp_path / "labels.csv").write_text("file_name,label\na.png,cat\nb.png,\n")
+    with pytest.raises(ValueError, match="'label' of .* is empty text in some rows"):
+        load(tmp_path, eval_split="train[:50%]")
     (tmp_path / "labels.csv").write_text("file_name,label\na.png\n")
     with pytest.raises(ValueError, match="labels.csv, row 2: it has 1 columns, and the header has 2"):
         load(tmp_path, eval_split="train[:50%]")
