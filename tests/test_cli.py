@@ -255,4 +255,4 @@ def test_the_installed_command_and_ctrl_c():
     finally:
         process.kill()
     assert process.returncode == 130, errors
-    assert errors.endswith("hfkd distill: interrupted\n") and "Traceback" not in errors
+    assert "Ctrl-C: checkpoint-" in errors and "--resume_from_checkpoint true" in errors and "Traceback" not in errors

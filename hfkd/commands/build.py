@@ -48,7 +48,8 @@ def open_cache(model_args: ModelArguments) -> CachedTeacher:
     teacher = CachedTeacher(model_args.teacher_cache)
     names = model_args.teacher_name_or_path
     if names:
-        teacher.check_given(names, model_args.teacher_checkpoint, model_args.teacher_class_indices)
+        given = model_args.teacher_checkpoint, model_args.teacher_class_indices, model_args.teacher_image
+        teacher.check_given(names, *given)
     return teacher
 
 
@@ -66,7 +67,8 @@ def load_teachers(model_args: ModelArguments) -> list[Teacher]:
     checkpoints = model_args.teacher_checkpoint or [None] * len(names)
     device_map = model_args.teacher_device_map
     return [
-        load_teacher(name, checkpoint, indices, device_map) for name, checkpoint in zip(names, checkpoints, strict=True)
+        load_teacher(name, checkpoint, indices, device_map, **model_args.teacher_image)
+        for name, checkpoint in zip(names, checkpoints, strict=True)
     ]
 
 

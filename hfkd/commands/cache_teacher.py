@@ -117,7 +117,7 @@ def _write_from_arguments(folder, cache_args, model_args, data_args, config) -> 
         config,
         RowFormat(classes, views, cache_args.top_k, temperatures),
         epochs=cache_args.epochs or math.ceil(config.num_train_epochs),
-        given=given_teachers(names, checkpoints, model_args.teacher_class_indices),
+        given=given_teachers(names, checkpoints, model_args.teacher_class_indices, model_args.teacher_image),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import tempfile
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from ..data import ImageSource, ImageSplit, StreamSplit
-from ..errors import HfkdError
+from ..errors import HfkdError, RunError
 from ..networks.class_matching import class_names_of, match_classes
 from ..networks.loading import input_spec, load_pretrained
 from ..networks.sources import resolve_name
@@ -49,12 +50,15 @@ def evaluate(argv: list[str] | None = None) -> dict[str, float]:
 
     Raises:
         ValueError: without a data set, or for an unknown key.
+        RunError: if the model's logits are not finite.
     """
     argv = sys.argv[1:] if argv is None else argv
     name, data_args, args = parse_model(argv, USAGE)
     model, eval_set = load_evaluation(name, data_args)
     with tempfile.TemporaryDirectory() as folder:
         metrics = evaluating_trainer(model, eval_set, args, folder).evaluate()
+    if not math.isfinite(metrics["eval_top1"]):
+        raise RunError(f"{name} gives logits that are not finite: it has no accuracy. Its training may have diverged.")
     for key in ("eval_top1", "eval_top5", "eval_loss"):
         print(f"{key.removeprefix('eval_')}: {metrics[key]:.4f}")
     return metrics

@@ -120,14 +120,15 @@ def find_teacher(name: str, given: str | None) -> Teacher | None:
     if given is not None:
         return load_teacher(given)
     paths = [path for path in (Path(name).parent / RECIPE_NAME, Path(name, RECIPE_NAME)) if path.is_file()]
-    members = teacher_of(load_recipe(paths[0]) if paths else {}).members
+    teacher = teacher_of(load_recipe(paths[0]) if paths else {})
+    members = teacher.members
     if not members:
         why = f"{paths[0]} names none" if paths else "there is no recipe of the run"
     elif len(members) > 1:
         why = f"{paths[0]} names an ensemble"
     else:
         try:
-            return load_teacher(*members[0])
+            return load_teacher(*members[0], **teacher.image)
         except (ValueError, OSError) as error:
             why = f"the one in {paths[0]} could not be loaded ({str(error).rstrip('.')})"
     print(f"Not compared with a teacher: {why}. Name it with --teacher NAME_OR_PATH.")

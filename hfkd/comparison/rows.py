@@ -69,7 +69,7 @@ class Row:
     def note(self) -> str:
         """Reasons not to compare the row with the published value or with whole runs; empty if there are none."""
         run = self.first
-        notes = [] if run.is_whole else [_stopped(run)]
+        notes = [] if run.is_whole and not run.diverged else [_stopped(run)]
         if run.results["dataset"] is None:
             notes.append("data set not recorded")
         if self.published is not None:
@@ -111,7 +111,7 @@ def compared(runs: Sequence[FinishedRun]) -> list[Row]:
     check_same_images(runs)
     groups: dict[Any, list[FinishedRun]] = {}
     for run in runs:
-        alone = not run.is_whole or not run.recipe
+        alone = not run.is_whole or run.diverged or not run.recipe
         groups.setdefault(run.folder if alone else _identity(run), []).append(run)
     return [Row(label, tuple(group)) for label, group in zip(_labels(groups.values()), groups.values(), strict=True)]
 
@@ -161,7 +161,7 @@ def _labels(groups: Sequence[list[FinishedRun]]) -> list[str]:
         own = _settings(run, run.recipe)  # a default that is written out is shown
         keys = [key for key in sorted(set().union(*namesakes)) if len({str(each.get(key)) for each in namesakes}) > 1]
         words = [f"{key} {_written(own.get(key))}" for key in keys] if run.recipe else []
-        words += [] if run.is_whole else [_stopped(run)]
+        words += [] if run.is_whole and not run.diverged else [_stopped(run)]
         labels.append(f"{run.name} ({', '.join(words)})" if words else run.name)
     seen = Counter(labels)
     return [
@@ -170,7 +170,7 @@ def _labels(groups: Sequence[list[FinishedRun]]) -> list[str]:
 
 
 def _stopped(run: FinishedRun) -> str:
-    return f"stopped at step {run.steps} of {run.results['planned_steps']}"
+    return run.diverged or f"stopped at step {run.steps} of {run.results['planned_steps']}"
 
 
 def _settings(run: FinishedRun, recipe: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from ..losses import LOSSES
 from ..losses.standardize import CITATION
 from ..recipe.arguments import DistillationConfig
 from ..recipe.yaml_file import parse_yaml
+from ..runs.finished import BY_TOP1, best_words
 from ..runs.tables import markdown_table, without_empty_columns
 
 LOCAL_FOLDER = "path/to/this/folder"  # path in the code of a card that has no repository
@@ -91,9 +92,14 @@ def results_section(results: dict[str, Any], figure: str | None) -> str | None:
     header = ["", "epoch", "top-1", "top-5", "agreement with the teacher", "top-1 against the published"]
     parts = [
         "## Results",
-        f"In percent of {images}; the best epoch is the one with the highest top-1 there.",
+        f"In percent of {images}; the best epoch is the one with {best_words(results.get('best_by', BY_TOP1))} there.",
         _table(header, _measured(results)),
     ]
+    if "diverged" in results:
+        found = results["diverged"]
+        parts.append(
+            f"The run diverged at step {found['step']} ({found['reason']}); the figures are of finite weights."
+        )
     parts += [f"![Accuracy and loss terms over the epochs]({figure})"] if figure else []
     return "\n\n".join(parts)
 

@@ -80,7 +80,7 @@ def build_losses(
 
     Raises:
         HfkdError: an unknown method, an unknown, missing or ill-typed parameter, a value out of range, or a name that a
-            module cannot have or that the cross-entropy has.
+            module cannot have, or that the cross-entropy or another class of loss has.
     """
     if not isinstance(losses, Mapping):
         raise HfkdError(f"losses is {losses!r}: give a mapping of methods, such as {{'kd': {{'temperature': 4.0}}}}")
@@ -91,6 +91,10 @@ def build_losses(
             raise HfkdError(f"losses: {name!r} cannot name a loss; use letters, digits and underscores")
         if name == "ce":
             raise HfkdError("losses: 'ce' is the name of the cross-entropy with the labels; give the loss another name")
+        if name in LOSSES and not isinstance(loss, LOSSES[name]):
+            raise HfkdError(
+                f"losses: {name!r} is a method of hfkd, and the given {type(loss).__name__} is another: rename it"
+            )
         loss.logit_standardization = logit_standardization
         modules[name] = loss
     return modules

@@ -145,6 +145,9 @@ def load_teacher(
     checkpoint: str | None = None,
     class_indices: Sequence[int] | None = None,
     device_map: str | dict[str, Any] | None = None,
+    image_size: int | None = None,
+    image_mean: Sequence[float] | None = None,
+    image_std: Sequence[float] | None = None,
 ) -> Teacher:
     """Load a teacher and freeze it.
 
@@ -156,6 +159,8 @@ def load_teacher(
         checkpoint: file for an architecture, see `hfkd.models.load_checkpoint`.
         class_indices: for each of the student's classes, the teacher's; by default they are matched by name.
         device_map: transformers' `device_map`, for a teacher that does not fit one device; for a folder or a Hub id.
+        image_size, image_mean, image_std: input that the network in `checkpoint` was trained with, where it is not the
+            architecture's own: side in pixels, mean and standard deviation (RGB, images in [0, 1]).
 
     Raises:
         HfkdError: for an unknown name, for weights that do not fit, or for an architecture without weights or with a
@@ -179,6 +184,7 @@ def load_teacher(
         model, origin = load_pretrained(name_or_path, device_map=device_map), hub_id(name_or_path)
     elif checkpoint is not None:
         model = load_architecture(name_or_path, checkpoint)
+        _set_input(model, name_or_path, image_size, image_mean, image_std)
     elif has_tag(name_or_path) or (
         (published := timm.get_pretrained_cfg(name_or_path)) is not None and published.has_weights
     ):
@@ -191,6 +197,26 @@ def load_teacher(
             "train it with `hfkd train-teacher` and give the folder that it writes."
         )
     return Teacher(model, public_name(name_or_path, model), input_spec(model), class_indices, origin)
+
+
+def _set_input(
+    model: nn.Module,
+    architecture: str,
+    image_size: int | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+) -> None:
+    """Set the input of a timm model that was trained with another one than its architecture's.
+
+    Raises:
+        HfkdError: for a size that the architecture does not take.
+    """
+    cfg: Any = model.pretrained_cfg
+    own = cfg["input_size"][-1]
+    if image_size not in (None, own) and cfg.get("fixed_input_size"):
+        raise HfkdError(f"teacher_image_size is {image_size}, and {architecture} takes images of {own} pixels only.")
+    given = {"input_size": None if image_size is None else (3, image_size, image_size), "mean": mean, "std": std}
+    cfg.update({key: tuple(value) for key, value in given.items() if value is not None})
 
 
 def load_pretrained(

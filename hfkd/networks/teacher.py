@@ -142,11 +142,16 @@ class Teacher:
         """Find this teacher's class for each of the student's; from then on the logits are for these classes.
 
         Raises:
-            HfkdError: if the names do not determine the match, or an entry of `class_indices` is no class of this
-                teacher.
+            HfkdError: if the names do not determine the match, if an entry of `class_indices` is no class of this
+                teacher, or if its logits are NaN.
         """
         self._columns = None
         outputs = self(batch)
+        if outputs.logits.isnan().any():
+            raise HfkdError(
+                f"The logits of the teacher {self.name} for the first images are NaN: its weights may come from a run "
+                "that diverged. Give other weights, or check the images."
+            )
         classes = outputs.logits.shape[1]
         # The structure of a network does not tell whether its logits are one linear layer over the embedding, so it is
         # checked on a batch. Losses that reuse the classifier then find None.

@@ -44,6 +44,23 @@ class ModelArguments:
             "or a published .pth file holding {'model': state_dict}."
         },
     )
+    teacher_image_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Side in pixels at which the network in teacher_checkpoint was trained; by default the "
+            "architecture's own. The student's images are resized to it."
+        },
+    )
+    teacher_image_mean: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Mean (RGB, images in [0, 1]) with which the network in teacher_checkpoint was trained; by default "
+            "the architecture's own."
+        },
+    )
+    teacher_image_std: list[float] | None = field(
+        default=None, metadata={"help": "Standard deviation, like teacher_image_mean."}
+    )
     teacher_class_indices: list[int] | None = field(
         default=None,
         metadata={
@@ -89,6 +106,23 @@ class ModelArguments:
                 f"teacher_checkpoint names {len(checkpoints)} files and teacher_name_or_path {len(teachers)} teachers: "
                 "give one file for each."
             )
+        for name in ("teacher_image_size", "teacher_image_mean", "teacher_image_std"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if len(checkpoints) != 1:
+                raise HfkdError(
+                    f"{name} describes the one network in teacher_checkpoint, which names {len(checkpoints)} files. "
+                    "Another teacher tells it itself: leave it out."
+                )
+            if isinstance(value, list) and len(value) != 3:
+                raise HfkdError(f"{name} needs three numbers, for red, green and blue, got {len(value)}.")
+
+    @property
+    def teacher_image(self) -> dict[str, Any]:
+        """Arguments of `load_teacher` that describe the input of a network from a file; only those that are given."""
+        names = ("image_size", "image_mean", "image_std")
+        return {name: value for name in names if (value := getattr(self, f"teacher_{name}")) is not None}
 
 
 @dataclass
@@ -225,6 +259,10 @@ class DistillationConfig(TrainingArguments):
     allow_recipe_change: bool = field(
         default=False,
         metadata={"help": "Resume even if the recipe has changed since the checkpoint; the differences are printed."},
+    )
+    stop_when_diverged: bool = field(
+        default=True,
+        metadata={"help": "End training after the epoch in which losses, weights or logits are no longer finite."},
     )
     published_top1: float | None = field(
         default=None,

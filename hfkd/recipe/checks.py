@@ -34,7 +34,9 @@ PERCENT = Range("must be 0 or above and at most 100", lambda value: 0 <= value <
 SEED = Range("must be 0 or above and below 2**32", lambda value: 0 <= value < 2**32)
 RANGES = {
     # Model and data
-    "teacher_class_indices": NOT_NEGATIVE,
+    **dict.fromkeys(("teacher_class_indices", "teacher_image_mean"), NOT_NEGATIVE),
+    "teacher_image_size": AT_LEAST_1,
+    "teacher_image_std": POSITIVE,
     "drop_path_rate": BELOW_1,
     "patch_size": AT_LEAST_1,
     "image_size": AT_LEAST_1,
@@ -112,6 +114,12 @@ def check_training(config: Any) -> None:
         raise HfkdError(
             "load_best_model_at_end needs a checkpoint of each evaluation, so eval_strategy and save_strategy must be "
             f"the same, got {evaluated} and {saved}. Set both to epoch, or save_strategy to best."
+        )
+    eval_steps = config.eval_steps or config.logging_steps
+    if config.load_best_model_at_end and saved == evaluated == "steps" and eval_steps != config.save_steps:
+        raise HfkdError(
+            "load_best_model_at_end needs a checkpoint of each evaluation, so save_steps must be eval_steps, got "
+            f"{config.save_steps:g} and {eval_steps:g}."
         )
     if isinstance(config.lr_scheduler_kwargs, str) and not config.lr_scheduler_kwargs.startswith("{"):
         raise HfkdError(f"lr_scheduler_kwargs must be a mapping, got '{config.lr_scheduler_kwargs}'.")

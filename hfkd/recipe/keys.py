@@ -132,7 +132,13 @@ _MODEL = {
     **dict.fromkeys(
         ("student_name_or_path", "teacher_name_or_path", "teacher_checkpoint", "teacher_cache"), Key(RESULT, path=True)
     ),
-    **dict.fromkeys(("teacher_class_indices", "drop_path_rate", "patch_size"), Key(RESULT)),
+    **dict.fromkeys(
+        (
+            *("teacher_image_size", "teacher_image_mean", "teacher_image_std", "teacher_class_indices"),
+            *("drop_path_rate", "patch_size"),
+        ),
+        Key(RESULT),
+    ),
     "teacher_device_map": Key(SPEED),
 }
 _DATA = {
@@ -160,6 +166,7 @@ _DISTILLATION = {
     "ce_weight": Key(RESULT, searchable=True),
     "lr_milestones": Key(RESULT, schedule=True),
     "shard_teacher": Key(SPEED),
+    "stop_when_diverged": Key(OUTPUT),  # a run that does not diverge is the same
     "published_top1": Key(OUTPUT),
     "allow_recipe_change": Key(CONTROL),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from ..errors import HfkdError, NotFoundError, nearest
 from ..recipe.yaml_file import read_yaml
 from .folder import RECIPE_NAME, RESULTS_NAME, ROLES, WEIGHTS_NAME
 
+BY_TOP1 = {"metric": "top1", "greater_is_better": True}  # what the best epoch is best by, unless results say otherwise
 FACTS = ("role", "recipe", "seed", "planned_steps")  # facts that readers of runs rely on; others may be missing
 
 
@@ -24,11 +25,13 @@ class RecipeTeacher:
         names: a folder, Hub id or timm architecture for each network.
         checkpoints: for each network the file of its weights, or None.
         class_indices: for each of the student's classes, the teacher's class; None: matched by name.
+        image: input of a network from a file, as arguments of `load_teacher`; only those that the recipe gives.
     """
 
     names: tuple[str, ...] = ()
     checkpoints: tuple[str | None, ...] = ()
     class_indices: list[int] | None = None
+    image: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def members(self) -> list[tuple[str, str | None]]:
@@ -42,6 +45,7 @@ class RecipeTeacher:
             "teacher_name_or_path": list(self.names) or None,
             "teacher_checkpoint": list(self.checkpoints) if any(self.checkpoints) else None,
             "teacher_class_indices": self.class_indices,
+            **{f"teacher_{name}": value for name, value in self.image.items()},
         }
 
 
@@ -49,7 +53,9 @@ def teacher_of(recipe: Mapping[str, Any]) -> RecipeTeacher:
     """Return the teacher that a recipe names; a recipe with one teacher may give a string in place of a list."""
     names, checkpoints = (recipe.get(key) or () for key in ("teacher_name_or_path", "teacher_checkpoint"))
     names, checkpoints = ((each,) if isinstance(each, str) else tuple(each) for each in (names, checkpoints))
-    return RecipeTeacher(names, checkpoints or (None,) * len(names), recipe.get("teacher_class_indices"))
+    image = {key: recipe.get(f"teacher_{key}") for key in ("image_size", "image_mean", "image_std")}
+    given = {key: value for key, value in image.items() if value is not None}
+    return RecipeTeacher(names, checkpoints or (None,) * len(names), recipe.get("teacher_class_indices"), given)
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,12 @@ class FinishedRun:
         return 0 < self.results["planned_steps"] <= self.steps
 
     @property
+    def diverged(self) -> str | None:
+        """Where the run diverged, in words; None for a run that did not."""
+        found = self.results.get("diverged")
+        return f"diverged at step {found['step']}" if found else None
+
+    @property
     def export(self) -> Path | None:
         """Folder of the trained model; None before it is written."""
         for folder in (self.folder, self.folder / self.results["role"]):
@@ -92,6 +104,12 @@ class FinishedRun:
     def teacher(self) -> RecipeTeacher:
         """Teacher named by the recipe."""
         return teacher_of(self.recipe)
+
+
+def best_words(best_by: Mapping[str, Any]) -> str:
+    """Return what the best epoch is best by, in words: `the lowest loss`."""
+    metric = {"top1": "top-1", "top5": "top-5"}.get(best_by["metric"], best_by["metric"])
+    return f"the {'highest' if best_by['greater_is_better'] else 'lowest'} {metric}"
 
 
 def read_run(folder: str | Path) -> FinishedRun:
@@ -145,6 +163,8 @@ def find_runs(paths: Sequence[str | Path]) -> tuple[list[FinishedRun], list[str]
                 continue
             if run.results.get("epochs"):
                 runs[folder.resolve()] = run
+            elif run.diverged:
+                left_out.append(f"{folder} {run.diverged}, before its first evaluation.")
             else:
                 left_out.append(f"{folder} was not evaluated yet.")
     if not runs:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import json
+import math
 import os
 import platform
 import shutil
@@ -29,6 +31,20 @@ def write_whole(path: Path, text: str) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def strict_json(value: Any, **settings: Any) -> str:
+    """Return a value as JSON text; JSON has no NaN and no infinity, so null stands for them."""
+    return json.dumps(finite_or_none(value), allow_nan=False, **settings)
+
+
+def finite_or_none(value: Any) -> Any:
+    """Return a plain value with None in place of every number in it that is not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite_or_none(entry) for key, entry in value.items()}
+    return [finite_or_none(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
 def check_writable(folder: Path, key: str) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..errors import RunError
 from ..recipe.keys import SCHEDULE_KEYS
 from ..recipe.yaml_file import read_yaml
 from ..runs.tables import csv_table, markdown_table
@@ -44,10 +45,31 @@ class SearchedTrial:
     is_recipe: bool
     seconds: float
 
+    @property
+    def diverged(self) -> bool:
+        """True if the trial has no top-1, because it diverged."""
+        return math.isnan(self.top1)
+
+    @property
+    def measured(self) -> str:
+        """Top-1 for a table."""
+        return "diverged" if self.diverged else f"{self.top1:.2f}"
+
 
 def best_of(trials: Sequence[SearchedTrial]) -> SearchedTrial:
-    """Return the first trial with the highest top-1, among those that were trained to the end."""
-    return max((trial for trial in trials if not trial.pruned), key=lambda trial: trial.top1)
+    """Return the first trial with the highest top-1, among those that were trained to the end.
+
+    Raises:
+        RunError: if there is none, as where all have diverged.
+    """
+    whole = [trial for trial in trials if not (trial.pruned or trial.diverged)]
+    if not whole:
+        diverged = sum(trial.diverged for trial in trials)
+        raise RunError(
+            f"No trial was trained to the end: {diverged} of {len(trials)} diverged. Try a lower learning_rate, in "
+            "another --search_dir."
+        )
+    return max(whole, key=lambda trial: trial.top1)
 
 
 def recipe_of(trials: Sequence[SearchedTrial]) -> SearchedTrial:
@@ -70,7 +92,7 @@ def summary_table(trials: Sequence[SearchedTrial], space: Sequence[Parameter], i
     recipe, best = recipe_of(trials), best_of(trials)
     rows = [["the recipe's own", recipe], [f"the best (trial {best.number})", best]]
     columns = ["values", *(parameter.key for parameter in space), "top-1"]
-    table = [[name, *_cells(trial, space), f"{trial.top1:.2f}"] for name, trial in rows]
+    table = [[name, *_cells(trial, space), trial.measured] for name, trial in rows]
     stopped = sum(trial.pruned for trial in trials)
     error = standard_error(best.top1, number)
     lines = [
@@ -86,9 +108,9 @@ def summary_table(trials: Sequence[SearchedTrial], space: Sequence[Parameter], i
 def trials_markdown(trials: Sequence[SearchedTrial], space: Sequence[Parameter]) -> str:
     """Return every trial as a Markdown table, the best first, the stopped ones last."""
     columns = ["trial", *(parameter.key for parameter in space), "top-1", "step", "seconds", "note"]
-    ranked = sorted(trials, key=lambda trial: (trial.pruned, -trial.top1))
+    ranked = sorted(trials, key=lambda trial: (trial.diverged, trial.pruned, 0 if trial.diverged else -trial.top1))
     rows = [
-        [trial.number, *_cells(trial, space), f"{trial.top1:.2f}", trial.step, f"{trial.seconds:.0f}", _note(trial)]
+        [trial.number, *_cells(trial, space), trial.measured, trial.step, f"{trial.seconds:.0f}", _note(trial)]
         for trial in ranked
     ]
     return markdown_table(columns, rows, padded=True)
@@ -100,7 +122,13 @@ def trials_csv(trials: Sequence[SearchedTrial], space: Sequence[Parameter]) -> s
     rows = []
     for trial in trials:
         values = [trial.values[key] for key in keys]
-        measured = [trial.top1, trial.step, round(trial.seconds, 1), trial.pruned, trial.is_recipe]
+        measured = [
+            "" if trial.diverged else trial.top1,
+            trial.step,
+            round(trial.seconds, 1),
+            trial.pruned,
+            trial.is_recipe,
+        ]
         rows.append([trial.number, *values, *measured])
     return csv_table(["trial", *keys, "top1", "step", "seconds", "stopped_early", "recipes_own"], rows)
 
@@ -110,7 +138,7 @@ def _cells(trial: SearchedTrial, space: Sequence[Parameter]) -> list[str]:
 
 
 def _note(trial: SearchedTrial) -> str:
-    notes = {"the recipe's own": trial.is_recipe, "stopped early": trial.pruned}
+    notes = {"the recipe's own": trial.is_recipe, "stopped early": trial.pruned and not trial.diverged}
     return ", ".join(note for note, holds in notes.items() if holds)
 
 

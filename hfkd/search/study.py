@@ -28,7 +28,8 @@ RECIPE = "recipe"  # user attribute of the trial of the recipe's own values
 class EarlyMedianPruner(optuna.pruners.MedianPruner):
     """Median pruner that spares the first epoch, the last step and the trial of the recipe's own values.
 
-    After the last step nothing is saved by stopping. The recipe's own values are the baseline of the other trials.
+    After the last step nothing is saved by stopping. The recipe's own values are the baseline of the other trials. A
+    trial that has diverged is always stopped.
     """
 
     def __init__(self, trainer: DistillationTrainer):
@@ -37,6 +38,8 @@ class EarlyMedianPruner(optuna.pruners.MedianPruner):
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
         """Return True if a trial is to be stopped."""
+        if self.trainer.divergence.reason is not None:
+            return True
         state = self.trainer.state
         if state.epoch <= 1 or state.global_step >= state.max_steps or RECIPE in trial.user_attrs:
             return False
@@ -67,8 +70,9 @@ def run_trials(
             with contextlib.ExitStack() as held:
                 held.enter_context(lock)
                 optuna.storages.fail_stale_trials(study)
-                trials = _trials(study, TrialState.COMPLETE, TrialState.PRUNED)
-                running = len(_trials(study, TrialState.RUNNING))
+                known = study.get_trials(deepcopy=False)  # once: a trial that ends between two readings is in neither
+                trials = [trial for trial in known if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)]
+                running = sum(trial.state == TrialState.RUNNING for trial in known)
                 if len(trials) >= n_trials:
                     return [_searched_trial(trial) for trial in trials]
                 if len(trials) + running < n_trials:
@@ -96,10 +100,6 @@ def _open_study(folder: Path, space: Sequence[Parameter]) -> tuple[optuna.Study,
     return study, storage
 
 
-def _trials(study: optuna.Study, *states: TrialState) -> list[FrozenTrial]:
-    return study.get_trials(deepcopy=False, states=states)
-
-
 def _run_trial(
     trainer: DistillationTrainer,
     study: optuna.Study,
@@ -122,22 +122,27 @@ def _run_trial(
 
     # Each trial has its own seed. With a common one, the samplers of all processes would suggest the same values.
     seed = trainer.args.seed + len(study.get_trials(deepcopy=False))
-    trainer.hyperparameter_search(
-        hp_space,
-        compute_objective=lambda metrics: metrics["eval_top1"],
-        n_trials=1,
-        direction="maximize",
-        backend="optuna",
-        study_name=STUDY_NAME,
-        storage=storage,
-        load_if_exists=True,
-        sampler=optuna.samplers.TPESampler(
-            n_startup_trials=STARTUP_TRIALS, multivariate=True, constant_liar=True, seed=seed
-        ),
-        pruner=EarlyMedianPruner(trainer),
-    )
+    try:
+        trainer.hyperparameter_search(
+            hp_space,
+            compute_objective=lambda metrics: metrics["eval_top1"],
+            n_trials=1,
+            direction="maximize",
+            backend="optuna",
+            study_name=STUDY_NAME,
+            storage=storage,
+            load_if_exists=True,
+            sampler=optuna.samplers.TPESampler(
+                n_startup_trials=STARTUP_TRIALS, multivariate=True, constant_liar=True, seed=seed
+            ),
+            pruner=EarlyMedianPruner(trainer),
+        )
+    except ValueError:
+        if trainer.divergence.reason is None:  # else Trainer asks for the best trial, and there may be none yet
+            raise
     stopped = ", stopped early" if trainer.state.global_step < trainer.state.max_steps else ""
-    print(f"top-1 {trainer.objective:.2f}{stopped}", flush=True)
+    reason = trainer.divergence.reason
+    print(f"diverged: {reason}" if reason else f"top-1 {trainer.objective:.2f}{stopped}", flush=True)
 
 
 def _searched_trial(trial: FrozenTrial) -> SearchedTrial:

@@ -64,11 +64,19 @@ def same_augmentation(cached: Sequence[float], here: Sequence[float]) -> bool:
 
 
 def given_teachers(
-    names: Sequence[str], checkpoints: Sequence[str] | None, class_indices: Sequence[int] | None
+    names: Sequence[str],
+    checkpoints: Sequence[str] | None,
+    class_indices: Sequence[int] | None,
+    image: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
-    """Return the teachers as a recipe names them, with the hash of their weights if these are local files."""
+    """Return the teachers as a recipe names them, with the hash of their weights if these are local files.
+
+    Args:
+        image: input of a network from a file, see `ModelArguments.teacher_image`.
+    """
+    indices = class_indices and list(class_indices)
     return [
-        {"name": name, "files": _files_digest(name, checkpoint), "class_indices": class_indices and list(class_indices)}
+        {"name": name, "files": _files_digest(name, checkpoint), "class_indices": indices, "image": dict(image)}
         for name, checkpoint in zip(names, checkpoints or [None] * len(names), strict=True)
     ]
 

@@ -125,7 +125,11 @@ class CachedTeacher:
         return next(iter(wanted), None)
 
     def check_given(
-        self, names: Sequence[str], checkpoints: Sequence[str] | None, class_indices: Sequence[int] | None
+        self,
+        names: Sequence[str],
+        checkpoints: Sequence[str] | None,
+        class_indices: Sequence[int] | None,
+        image: Mapping[str, Any],
     ) -> None:
         """Compare the cache's teacher with the one that a recipe names, without loading either.
 
@@ -139,7 +143,7 @@ class CachedTeacher:
         if not recorded:  # the cache was written from code, where a teacher has no name
             logger.warning(f"{self.files.folder} does not name its teacher, so the recipe's teacher is not compared.")
             return
-        given = given_teachers(names, checkpoints, class_indices)
+        given = given_teachers(names, checkpoints, class_indices, image)
         different = []
         if len(given) != len(recorded):
             different.append(f"{len(recorded)} teachers in the cache, {len(given)} here")
@@ -151,9 +155,11 @@ class CachedTeacher:
                     )
             elif here["files"] is None or here["files"] != cached["files"]:
                 different.append(f"teacher: {describe_given(cached)} in the cache, {describe_given(here)} here")
-            different += differences(
-                {"teacher_class_indices": cached["class_indices"]}, {"teacher_class_indices": here["class_indices"]}
-            )
+            settings = [
+                {"teacher_class_indices": each["class_indices"], "teacher_image": each.get("image", {})}
+                for each in (cached, here)
+            ]
+            different += differences(*settings)
         if different:
             listed = "\n  ".join(different)
             raise HfkdError(

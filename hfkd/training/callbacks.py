@@ -33,13 +33,17 @@ class SetEpoch(TrainerCallback):
 
 
 class UpdateAverage(TrainerCallback):
-    """Moves the average towards the student after every update."""
+    """Moves the average towards the student after every update.
+
+    timm's warm-up makes the decay grow with the steps: with the final decay from the beginning, most of the average of
+    a short run would be the untrained student.
+    """
 
     def __init__(self, average: ModelEmaV3, student: nn.Module):
         self.average, self.student = average, student
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.average.update(self.student)
+        self.average.update(self.student, state.global_step)
 
 
 class ContinueLog(TrainerCallback):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import shutil
 import warnings
@@ -27,6 +26,7 @@ from ..networks.loading import exported_state_dict, load_exported
 from ..networks.sharding import gathered
 from ..recipe.arguments import DistillationConfig
 from ..runs.checkpoints import defect, drop_old, last_checkpoint, set_aside_newer, write_manifest
+from ..runs.folder import strict_json
 from .distiller import Distiller
 from .processes import check_same_checkpoint, check_same_steps, check_same_stream
 from .term_log import UNLOGGED_NAME
@@ -186,7 +186,7 @@ class Checkpoints:
         state = gathered(distiller.losses.state_dict())
         if not self.args.should_save:
             return
-        Path(folder, UNLOGGED_NAME).write_text(json.dumps(unlogged))
+        Path(folder, UNLOGGED_NAME).write_text(strict_json(unlogged))
         if state:
             safetensors.torch.save_file(state, os.path.join(folder, LOSSES_NAME))
         if average is not None:

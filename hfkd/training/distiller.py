@@ -10,6 +10,8 @@ from ..errors import HfkdError
 from ..losses.standardize import at_least_float32
 from ..networks.features import Outputs, Taps, forward_views, has_two_heads, logits_of, train_heads_apart
 
+LOGGED = ("learning_rate", "grad_norm", "images_per_second", "skipped_images")  # names in the log beside the losses'
+
 
 class Distiller(nn.Module):
     """Module that computes all loss terms in one forward pass.
@@ -85,7 +87,16 @@ class Distiller(nn.Module):
         return terms
 
     def metrics(self) -> dict[str, Tensor]:
-        """Return what the losses log besides their terms, such as CTKD's temperature, as 0-d tensors."""
-        return {
-            f"{name}_{metric}": value for name, loss in self.losses.items() for metric, value in loss.metrics().items()
-        }
+        """Return what the losses log besides their terms, such as CTKD's temperature, as 0-d tensors.
+
+        Raises:
+            HfkdError: if a name is taken.
+        """
+        values: dict[str, Tensor] = {}
+        for name, loss in self.losses.items():
+            for metric, value in loss.metrics().items():
+                key = f"{name}_{metric}"
+                if key in values or key in LOGGED or key.startswith(("loss_", "eval_")):
+                    raise HfkdError(f"The metric '{metric}' of the loss '{name}' is logged as '{key}', which is taken.")
+                values[key] = value
+        return values

@@ -41,6 +41,8 @@ def dry_run(
     with torch.no_grad(), autocast:
         student = distiller.predict(batch)
     distiller.student.train(was_training)
+    if student.logits.isnan().any():
+        raise HfkdError("The student's logits for the first images are NaN: give other weights, or check the images.")
     classes = student.logits.shape[1]
     needed = int(batch["labels"].max()) + 1 if source is None else source.num_classes
     if classes < needed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from weakref import WeakKeyDictionary
 
 import torch
@@ -45,6 +46,22 @@ class TeacherMemory:
             self._memories[source] = None if known is None else known.to(self.device)
         self.current = self._memories[source]
 
+    def top1(self, batches: Iterable[dict[str, Tensor]], processes: int) -> float | None:
+        """Return the teacher's top-1 in percent over the batches of an opened data set, and remember its choices.
+
+        All processes must call it. None where nothing can be remembered: then each evaluation runs the teacher anyway.
+        """
+        if self.current is None:
+            return None
+        hits = torch.full_like(self.current, -1)  # of rows in no batch: -1
+        for inputs in batches:
+            choice, counting = self.choice(inputs), inputs["labels"] != ImageSource.IGNORED
+            hits[inputs["index"][counting]] = (choice == inputs["labels"])[counting].long()
+        if processes > 1:
+            torch.distributed.all_reduce(hits, torch.distributed.ReduceOp.MAX)
+        measured = hits[hits >= 0]
+        return 100 * measured.double().mean().item() if len(measured) else None
+
     def choice(self, inputs: dict[str, Tensor]) -> Tensor | None:
         """Return the teacher's class for each image of a batch, (B,); None without a teacher or a row in its cache."""
         if self.teacher is None:
@@ -55,7 +72,8 @@ class TeacherMemory:
             return None if memory is None else memory[index]
         if memory is not None and self._known_everywhere((memory[index] >= 0).all()):
             return memory[index]
-        choice = self.teacher({"pixel_values": inputs["pixel_values"]}).logits.argmax(dim=1)
+        logits = self.teacher({"pixel_values": inputs["pixel_values"]}).logits
+        choice = logits.argmax(dim=1).masked_fill_(~logits.isfinite().all(dim=1), -1)  # NaN would be the first class
         if memory is not None:
             memory[index] = choice
         return choice

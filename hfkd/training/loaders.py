@@ -16,7 +16,7 @@ from ..data import ImageDataset, ImageSource, StreamingImageDataset
 from ..data.source import RowCache
 from ..data.subsets import image_source
 from ..recipe.arguments import DistillationConfig
-from .preemption import end_workers_at_exit, ignore_sigterm
+from .preemption import end_workers_at_exit, ignore_signals
 
 
 def place_images(
@@ -83,12 +83,12 @@ def evaluation_share(
     return dataset
 
 
-def without_sigterm(loader: DataLoader) -> DataLoader:
-    """Let the workers of a loader ignore SIGTERM while this process lives, and return the loader."""
+def without_signals(loader: DataLoader) -> DataLoader:
+    """Let the workers of a loader ignore SIGTERM, SIGINT and SIGHUP while this process lives, and return the loader."""
     if loader.num_workers:
         end_workers_at_exit(os.getpid())
     inner = getattr(loader, "base_dataloader", loader)  # accelerate's wrapper holds the loader that has the workers
-    inner.worker_init_fn = functools.partial(ignore_sigterm, inner.worker_init_fn)
+    inner.worker_init_fn = functools.partial(ignore_signals, inner.worker_init_fn)
     return loader
 
 

@@ -1,4 +1,4 @@
-"""Preemption: a checkpoint and the end of training on SIGTERM, by which clusters end a job, or at a time limit."""
+"""Preemption: a checkpoint and the end of training on SIGTERM, Ctrl-C, a closed terminal, or at a time limit."""
 
 from __future__ import annotations
 
@@ -20,10 +20,19 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 EXIT_CODE = 128 + signal.SIGTERM
+# Clusters end a job by SIGTERM, a person by Ctrl-C (SIGINT) or by closing the terminal (SIGHUP).
+CAUSES = {
+    signal.SIGTERM: "SIGTERM",
+    signal.SIGINT: "Ctrl-C",
+    signal.SIGHUP: "The terminal was closed",
+}
+INTERRUPTED = b"\nCtrl-C: training ends with a checkpoint after this step. Press it again to end at once.\n"
 
 
 class StopOnSigterm(TrainerCallback):
-    """Callback that, on SIGTERM or once `time_is_up`, finishes the current step, writes a checkpoint and ends training.
+    """Callback that, on a signal or once `time_is_up`, finishes the step, writes a checkpoint and ends training.
+
+    The signals are SIGTERM, SIGINT and SIGHUP. A second Ctrl-C ends at once, without a checkpoint.
 
     A checkpoint at an epoch's last step is delayed until the epoch's log and evaluation are done. A run resumed from it
     begins with the next epoch and would leave them out.
@@ -32,7 +41,7 @@ class StopOnSigterm(TrainerCallback):
     reads the result one step later, so that no process waits for the others.
 
     Attributes:
-        time_is_up: function called after every step; if it returns True, training stops as on SIGTERM.
+        time_is_up: function called after every step; if it returns True, training stops as on a signal.
         stopping: True if training ends with the next checkpoint.
         stopped: True if training was ended by this callback.
     """
@@ -40,7 +49,8 @@ class StopOnSigterm(TrainerCallback):
     def __init__(self):
         self.time_is_up: Callable[[], bool] = lambda: False
         self.stopping = self.stopped = False
-        self._signalled = False
+        self._signal: signal.Signals | None = None
+        self._terminals: list[int] = []
         self._save_after_epoch = False
         self._group = None
         self._stop_flag: torch.Tensor | None = None
@@ -48,21 +58,46 @@ class StopOnSigterm(TrainerCallback):
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Handle SIGTERM within the context, and restore the former handler afterwards."""
-        self.stopping = self.stopped = self._signalled = False
+        """Handle the signals within the context, and restore the former handlers afterwards."""
+        self.stopping = self.stopped = False
+        self._signal = None
         if threading.current_thread() is not threading.main_thread():  # Python handles signals in the main thread only
             yield
             return
-        former = signal.signal(signal.SIGTERM, self._on_signal)
+        self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+        former = {number: signal.getsignal(number) for number in CAUSES}
+        # nohup lets a job ignore SIGHUP, and a shell lets one in the background ignore SIGINT: they stay ignored.
+        handled = [number for number in CAUSES if number == signal.SIGTERM or former[number] != signal.SIG_IGN]
+        for number in handled:
+            signal.signal(number, self._on_signal)
         try:
             yield
         finally:
-            # None stands for a handler that was not installed from Python, which cannot be restored.
-            signal.signal(signal.SIGTERM, signal.SIG_DFL if former is None else former)
+            for number in handled:
+                # None stands for a handler that was not installed from Python, which cannot be restored.
+                signal.signal(number, signal.SIG_DFL if former[number] is None else former[number])
 
     def _on_signal(self, number, frame):
+        if number == signal.SIGINT and self._signal is not None:
+            raise KeyboardInterrupt
         # Only a flag: the signal may arrive within a step, where a checkpoint would be inconsistent.
-        self._signalled = True
+        self._signal = signal.Signals(number)
+        if number == signal.SIGINT and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            os.write(2, INTERRUPTED)  # print is not safe in a handler
+        if number == signal.SIGHUP:
+            self._leave_terminal()
+
+    def _leave_terminal(self) -> None:
+        """Send what would be written to the closed terminal nowhere; writing there would be an error."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in self._terminals:
+            os.dup2(nowhere, descriptor)
+        os.close(nowhere)
+
+    @property
+    def exit_code(self) -> int:
+        """Exit code of a run that was stopped: that of its signal, and at a time limit that of SIGTERM."""
+        return EXIT_CODE if self._signal is None else 128 + self._signal
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._all_reduce = None
@@ -90,8 +125,10 @@ class StopOnSigterm(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         # Set after the checkpoint is written: it holds `control`, and a resumed run must not stop at once.
         if self.stopping:
-            reason = "SIGTERM" if self._signalled else "The time is up"
-            logger.warning(f"{reason}: checkpoint-{state.global_step} was written, and training ends here.")
+            cause, hint = "The time is up", ""
+            if self._signal is not None:
+                cause, hint = CAUSES[self._signal], " The same command goes on with --resume_from_checkpoint true."
+            logger.warning(f"{cause}: checkpoint-{state.global_step} was written, and training ends here.{hint}")
             self.stopped = control.should_training_stop = True
         return control
 
@@ -102,7 +139,7 @@ class StopOnSigterm(TrainerCallback):
 
     def _any_process_stops(self, world_size: int) -> bool:
         """Return True if any process is to stop; the answer is the same in all processes."""
-        asked = self._signalled or self.time_is_up()
+        asked = self._signal is not None or self.time_is_up()
         if world_size == 1:
             return asked
         # The result of the step before is read, and the next exchange is started. All processes started the former
@@ -136,12 +173,13 @@ def end_workers_at_exit(process: int) -> None:
     atexit.register(kill)
 
 
-def ignore_sigterm(former: Callable[[int], None] | None, worker: int) -> None:
-    """Initialise a DataLoader worker that ignores SIGTERM.
+def ignore_signals(former: Callable[[int], None] | None, worker: int) -> None:
+    """Initialise a DataLoader worker that ignores the signals by which a run is ended.
 
-    Clusters send the signal to every process of a job. If a worker ended, training would fail before its checkpoint is
-    written.
+    Clusters send SIGTERM to every process of a job, and terminals SIGINT and SIGHUP. If a worker ended, training would
+    fail before its checkpoint is written.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in CAUSES:
+        signal.signal(number, signal.SIG_IGN)
     if former is not None:
         former(worker)

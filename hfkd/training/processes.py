@@ -54,17 +54,20 @@ def check_same_steps(checkpoint: str | Path, state: TrainerState, batches: int, 
     """Check that a checkpoint's steps amount to the same epoch in this run as in the run that wrote it.
 
     Trainer computes the epoch from the number of steps and the length of this run's epochs. With another batch size,
-    the run would resume at another place of the data without notice.
+    the run would resume in another epoch, or end at once. `allow_recipe_change` cannot change that.
 
     Args:
         state: state of the checkpoint.
         batches: number of batches of each process in an epoch of this run.
 
     Raises:
-        HfkdError: if they do not, unless `allow_recipe_change` is set.
+        HfkdError: if they do not.
     """
     before = _process_count(checkpoint)
     processes = f"{checkpoint} was written by {before} processes, and this run has {args.world_size}"
+    images, images_here = before * state.train_batch_size, args.world_size * args.per_device_train_batch_size
+    if before == args.world_size:
+        processes = f"{checkpoint} was written with {images} images a batch, and this run has {images_here}"
     accumulated = args.gradient_accumulation_steps
     epochs, steps = divmod(state.global_step, -(-batches // accumulated))
     here = epochs + steps * accumulated / batches
@@ -72,14 +75,10 @@ def check_same_steps(checkpoint: str | Path, state: TrainerState, batches: int, 
         if before != args.world_size:
             logger.warning(f"{processes}: its random numbers will differ from those of an uninterrupted run.")
         return
-    text = (
+    raise HfkdError(
         f"{processes}. It stands at epoch {state.epoch:.4g}, and its {state.global_step} steps would be {here:.4g} "
-        "epochs here"
+        f"epochs here. {_batch_size_hint(images, state.train_batch_size, args)}"
     )
-    if args.allow_recipe_change:
-        logger.warning(text)
-        return
-    raise HfkdError(f"{text}. {_batch_size_hint(before * state.train_batch_size, args)}")
 
 
 def _process_count(checkpoint: str | Path) -> int:
@@ -90,16 +89,19 @@ def _process_count(checkpoint: str | Path) -> int:
     return len(list(Path(checkpoint).glob("rng_state_*.pth"))) or 1
 
 
-def _batch_size_hint(images: int, args: DistillationConfig) -> str:
-    """Return the advice that keeps the number of images in a batch over all processes."""
+def _batch_size_hint(images: int, recorded: int, args: DistillationConfig) -> str:
+    """Return the advice that keeps the number of images in a batch over all processes.
+
+    Args:
+        images: images a batch of the run that wrote the checkpoint, over all processes.
+        recorded: images a batch of each of its processes, as its recipe says.
+    """
     share, rest = divmod(images, args.world_size)
     if rest:
         return (
             f"A batch of {images} images cannot be divided among {args.world_size} processes: start as many as before."
         )
     if share != args.per_device_train_batch_size:
-        return f"Keep the {images} images a batch by --per_device_train_batch_size {share} --allow_recipe_change true."
-    return (
-        "Check whether gradient_accumulation_steps or the training images changed. To resume nevertheless, set "
-        "--allow_recipe_change true."
-    )
+        changed = "" if share == recorded else " --allow_recipe_change true"
+        return f"Keep the {images} images a batch by --per_device_train_batch_size {share}{changed}."
+    return "Keep gradient_accumulation_steps and the training images as they were, or begin anew in another output_dir."

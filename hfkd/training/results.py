@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from transformers import TrainerCallback
 from ..names import hub_id, public_name
 from ..networks.teacher import Teacher, TeacherEnsemble
 from ..recipe.arguments import DistillationConfig
-from ..runs.folder import RESULTS_NAME, environment, write_whole
+from ..runs.finished import BY_TOP1, best_words
+from ..runs.folder import RESULTS_NAME, environment, strict_json, write_whole
 from ..teacher_cache.teacher import CachedTeacher
 
 
@@ -44,25 +46,37 @@ class ResultsWriter(TrainerCallback):
         self._started = time.perf_counter()
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
-        if "eval_top1" not in metrics:
+        if not math.isfinite(metrics.get("eval_top1", math.nan)):  # NaN: the run has diverged
             return
         now = time.perf_counter()
         epoch = round(state.epoch or 0.0, 4)
         row = {"epoch": epoch, "step": state.global_step, "seconds": round(now - self._started, 2)}
         self._started = now
         training = next((entry for entry in reversed(state.log_history) if "loss" in entry), {})
-        row |= {key: value for key, value in training.items() if key not in ("epoch", "step")}
-        names = ("loss", "top1", "top5", "agreement", "teacher_top1")
-        row |= {f"eval_{name}": metrics[f"eval_{name}"] for name in names if f"eval_{name}" in metrics}
+        row |= {key: value for key, value in training.items() if key not in ("epoch", "step") and value is not None}
+        names = dict.fromkeys(("loss", "top1", "top5", "agreement", "teacher_top1", self._best_by["metric"]))
+        measured = {f"eval_{name}": metrics.get(f"eval_{name}", math.nan) for name in names}
+        row |= {key: value for key, value in measured.items() if math.isfinite(value)}
         self.rows = [other for other in self.rows if other["step"] != row["step"]] + [row]
         if args.should_save and not state.is_hyper_param_search:  # a search stores its trials in its own database
             self.write(Path(args.output_dir, RESULTS_NAME))
 
     def text(self) -> str:
         """Return a sentence with the best and the last top-1."""
-        best, last = max(self.rows, key=lambda row: row["eval_top1"]), self.rows[-1]
-        best_top1, last_top1 = best["eval_top1"], last["eval_top1"]
-        return f"Top-1: {best_top1:.2f} at its best (epoch {best['epoch']:g}), {last_top1:.2f} in the end."
+        best, last = self.best(), self.rows[-1]
+        by = best_words(self._best_by)
+        at = "at its best" if by == "the highest top-1" else f"with {by}"
+        return f"Top-1: {best['eval_top1']:.2f} {at} (epoch {best['epoch']:g}), {last['eval_top1']:.2f} in the end."
+
+    @property
+    def _best_by(self) -> dict[str, Any]:
+        return self.facts.get("best_by", BY_TOP1)
+
+    def best(self) -> dict[str, Any]:
+        """Return the row of the best epoch, the one whose checkpoint `load_best_model_at_end` takes."""
+        key, sign = f"eval_{self._best_by['metric']}", 1 if self._best_by["greater_is_better"] else -1
+        measured = [row for row in self.rows if math.isfinite(row.get(key, math.nan))]
+        return max(measured, key=lambda row: sign * row[key]) if measured else self.rows[-1]
 
     def write(self, path: Path) -> None:
         """Write the file, whole or not at all.
@@ -73,15 +87,15 @@ class ResultsWriter(TrainerCallback):
         summary = self.facts | {"planned_steps": self.planned_steps}
         if self.rows:
             summary |= {
-                "best": _summary(max(self.rows, key=lambda row: row["eval_top1"])),
+                "best": _summary(self.best()),
                 "last": _summary(self.rows[-1]),
                 "seconds": round(sum(row["seconds"] for row in self.rows), 1),
                 "images_per_second": _mean(
                     [row["images_per_second"] for row in self.rows if "images_per_second" in row]
                 ),
             }
-        lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in summary.items()]
-        rows = ",\n".join(f"    {json.dumps(row)}" for row in self.rows)
+        lines = [f"  {strict_json(key)}: {strict_json(value)}" for key, value in summary.items()]
+        rows = ",\n".join(f"    {strict_json(row)}" for row in self.rows)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, "{\n" + ",\n".join(lines) + ',\n  "epochs": [\n' + rows + "\n  ]\n}\n")
 
@@ -124,6 +138,10 @@ def run_facts(
         "ce_weight": args.ce_weight,
         "published_top1": args.published_top1,
         "exported": "best" if args.load_best_model_at_end else "last",
+        "best_by": {
+            "metric": (args.metric_for_best_model or "top1").removeprefix("eval_"),
+            "greater_is_better": args.greater_is_better is not False,
+        },
         "devices": f"{args.world_size} x {args.device.type}",
         "seed": args.seed,
         **environment(),

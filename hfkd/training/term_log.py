@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -75,7 +76,11 @@ class TermLog:
 
         A run of another number of processes takes the mean over those that wrote the checkpoint.
         """
-        sums = torch.tensor(state["sums"], device=device)
+        sums = torch.tensor([[_number(value) for value in row] for row in state["sums"]], device=device)
         own = sums[process] if len(sums) == processes else sums.mean(dim=0)
         self.steps, self.names, self.sums = state["count"], state["terms"], own[1:].clone()
         return own[0]
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value  # JSON has no NaN

@@ -34,22 +34,25 @@ from ..networks.gradient_checkpointing import use_gradient_checkpointing
 from ..networks.loading import as_teacher, exported_state_dict
 from ..networks.teacher import Teacher, TeacherEnsemble
 from ..recipe.arguments import DistillationConfig
+from ..runs.folder import finite_or_none
 from ..teacher_cache.teacher import CachedTeacher
 from .backends import backend_of
 from .callbacks import ContinueLog, EndWhereDone, ProgressLines, SetEpoch, UpdateAverage
 from .checkpoints import Checkpoints, changed_for_now, check_best
 from .checks import check_last_batch, check_roles
 from .distiller import Distiller
+from .divergence import Divergence
 from .dry_run import dry_run
 from .evaluation import TeacherMemory, mean_cross_entropy, ranked_predictions
 from .exports import Exports
-from .loaders import evaluation_share, first_images, place_images, skipped_images, stream_loader, without_sigterm
+from .loaders import evaluation_share, first_images, place_images, skipped_images, stream_loader, without_signals
 from .metrics import compute_metrics
 from .optimization import decayed_parameter_names, lomo_looked_up_once, multi_step_schedule, optimizer_settings
-from .preemption import EXIT_CODE, StopOnSigterm
+from .preemption import StopOnSigterm
 from .pushes import Pushes
 from .results import ResultsWriter, run_facts
 from .student import batch_spec, fit_student, prepare_teacher
+from .teacher_report import TeacherReport
 from .term_log import TermLog
 
 logger = logging.get_logger(__name__)
@@ -79,9 +82,10 @@ class DistillationTrainer(Trainer):
     Attributes:
         distiller: student and losses, the one module that is trained.
         average: moving average of the student (`ema_decay`), or None; it is evaluated and exported.
+        num_classes: the student's number of classes; None without data.
         results: rows and facts of `results.json`.
         exports: the exported model on disk.
-        stop_on_sigterm: ends training at SIGTERM, or when its `time_is_up` says so.
+        stop_on_sigterm: ends training at SIGTERM, SIGINT or SIGHUP, or when its `time_is_up` says so.
 
     `evaluate()` gives `eval_loss` (cross-entropy), `eval_top1`, `eval_top5` and, with a teacher, `eval_agreement`
     (share of images on which both choose the same class) and `eval_teacher_top1`, in percent. A distilled DeiT or PiT
@@ -143,6 +147,7 @@ class DistillationTrainer(Trainer):
         if isinstance(train_dataset, StreamingImageDataset):  # Trainer asks for its length at once
             train_dataset.shard(args.process_index, args.world_size, args.train_batch_size, args.dataloader_drop_last)
         self.results = ResultsWriter()
+        self.divergence = Divergence(args, self.results)
         self.exports = Exports(args, self.results)
         # Before Trainer's constructor, which calls init_hf_repo. The reference is weak: a trainer in a circle of
         # references would outlive its last use, and its loaders' workers with it.
@@ -165,7 +170,16 @@ class DistillationTrainer(Trainer):
         self._continue_log = ContinueLog(self, self.term_log)
         self._keep_logits = False
         self._whole_state: dict[str, Tensor] | None = None
-        for callback in (self._continue_log, self.results, self.stop_on_sigterm, self.pushes, EndWhereDone()):
+        # The report comes before the clocks of the others.
+        callbacks = (
+            TeacherReport(self),
+            self._continue_log,
+            self.results,
+            self.stop_on_sigterm,
+            self.pushes,
+            EndWhereDone(),
+        )
+        for callback in (*callbacks, self.divergence):  # the last one takes back a checkpoint that others ask for
             self.add_callback(callback)
         self._begin(built)
 
@@ -180,7 +194,7 @@ class DistillationTrainer(Trainer):
             # converts and Trainer, on resuming or loading the best, does not: it leaves the weights as they are.
             self.model._weight_conversions = []  # type: ignore[assignment]  # which transformers does not declare
         # Before the losses tap the student: a copy would carry their hooks along.
-        self.average = None if args.ema_decay is None else ModelEmaV3(self.model, args.ema_decay)
+        self.average = None if args.ema_decay is None else ModelEmaV3(self.model, args.ema_decay, use_warmup=True)
         self.pop_callback(UpdateAverage)
         if self.average is not None:
             self.add_callback(UpdateAverage(self.average, self.model))
@@ -193,6 +207,7 @@ class DistillationTrainer(Trainer):
         self.distiller = Distiller(self.model, losses, args.ce_weight)
         self.results.facts |= run_facts(self.exports.name, self.model, self.teacher, losses, args)
         self.results.rows = []
+        self.divergence.start()
         self.term_log.start()
         self._place_images(losses)
         self._dry_run()
@@ -213,6 +228,7 @@ class DistillationTrainer(Trainer):
 
     def _dry_run(self) -> None:
         self._mixup: Mixup | None = None
+        self.num_classes: int | None = None
         dataset = self.train_dataset if self.train_dataset is not None else self.eval_dataset
         batch = first_images(dataset, self.data_collator)
         if batch is None:
@@ -220,6 +236,7 @@ class DistillationTrainer(Trainer):
         batch = self._prepare_inputs(batch)
         autocast = self.backend.autocast()
         classes = dry_run(self.distiller, self.teacher, batch, self.train_dataset, self.eval_dataset, autocast)
+        self.num_classes = classes
         if self.args.mixes:
             self._mixup = Mixup(self.args.mixup, self.args.cutmix, label_smoothing=0.0, num_classes=classes)
 
@@ -244,15 +261,17 @@ class DistillationTrainer(Trainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        """Train as Trainer does, but resume only from checkpoints that are whole, and end at SIGTERM.
+        """Train as Trainer does, but resume only from checkpoints that are whole, and end at a signal.
 
         Args:
             resume_from_checkpoint: a folder, or True for the last whole checkpoint of `output_dir`.
 
         Raises:
             HfkdError: if there is no such checkpoint, or it does not fit this run.
-            RunError: if a checkpoint or `results.json` cannot be written; what was written before is whole.
-            SystemExit: with code 143 after SIGTERM, once the step in hand is in a checkpoint.
+            RunError: if a checkpoint or `results.json` cannot be written, where what was written before is whole; or
+                if the run has diverged.
+            SystemExit: with code 143 after SIGTERM, 130 after Ctrl-C and 129 after SIGHUP, once the step in hand is in
+                a checkpoint.
         """
         checkpoint = self.checkpoints.find(resume_from_checkpoint, self.model)
         self._continue_log.checkpoint = checkpoint
@@ -265,9 +284,18 @@ class DistillationTrainer(Trainer):
                 output = super().train(checkpoint, trial, ignore_keys_for_eval)
         if self.average is not None:  # the exported student is what was evaluated
             self.model.load_state_dict(self.average.module.state_dict())
+        if trial is None:
+            self._exported_is_finite()  # it says if they are not: no log follows the last step
+            if self.divergence.stops:
+                raise self.divergence.error()
         if self.stop_on_sigterm.stopped:
-            raise SystemExit(EXIT_CODE)
+            raise SystemExit(self.stop_on_sigterm.exit_code)
         return output
+
+    def _exported_is_finite(self) -> bool:
+        """Return whether the weights that an export writes are finite; all processes must call it."""
+        exported = self.model if self.average is None else self.average.module
+        return self.divergence.weights_are_finite(exported.state_dict().values(), self.state)
 
     def _compiling(self) -> contextlib.AbstractContextManager:
         """Return the context in which compiled networks run."""
@@ -336,14 +364,17 @@ class DistillationTrainer(Trainer):
         if "loss" in logs and self.term_log.steps:
             skipped = skipped_images("skipped_images", self.train_dataset, self.args)
             logs.update(self.term_log.drain(self.accelerator, self.distiller.metrics(), skipped))
+        if "loss" in logs:
+            self.divergence.look_at_losses(logs, self.state)
         super().log(logs, start_time)
+        self.state.log_history[-1] = finite_or_none(self.state.log_history[-1])  # trainer_state.json holds it
 
     # ---- Data ------------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
         if isinstance(self.train_dataset, StreamingImageDataset):
-            return without_sigterm(stream_loader(self.train_dataset, self.args, is_training=True))
-        return without_sigterm(super().get_train_dataloader())
+            return without_signals(stream_loader(self.train_dataset, self.args, is_training=True))
+        return without_signals(super().get_train_dataloader())
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -361,10 +392,10 @@ class DistillationTrainer(Trainer):
         args = self.args
         if isinstance(dataset, StreamingImageDataset):
             dataset = evaluation_share(dataset, args, args.eval_batch_size, dataset is self.train_dataset)
-            return without_sigterm(stream_loader(dataset, args, is_training=False))
+            return without_signals(stream_loader(dataset, args, is_training=False))
         # Trainer would leave the last images out of an evaluation as well.
         with changed_for_now(args, dataloader_drop_last=False):
-            return without_sigterm(trainers_own())
+            return without_signals(trainers_own())
 
     def num_examples(self, dataloader: DataLoader) -> int:
         dataset = dataloader.dataset
@@ -442,10 +473,25 @@ class DistillationTrainer(Trainer):
             self.model = student
         if streamed:  # Trainer takes the number of batches
             output = output._replace(num_samples=dataloader.dataset.num_rows)
+        self.divergence.judge(output.metrics, metric_key_prefix, self.state)
         skipped = skipped_images(f"{metric_key_prefix}_skipped_images", dataloader.dataset, self.args)
         output.metrics.update(skipped)
         self.term_log.leave_out(time.perf_counter() - started)
         return output
+
+    @torch.no_grad()
+    def teacher_top1(self) -> float | None:
+        """Return the teacher's top-1 in percent on `eval_dataset`; all processes must call it.
+
+        Evaluations then find the teacher's choices remembered. None without a teacher, or where nothing is remembered.
+        """
+        dataset = self.eval_dataset
+        if self.teacher is None or dataset is None or isinstance(dataset, dict):
+            return None
+        self.teacher_memory.open(dataset)
+        with torch.random.fork_rng([]):  # a loader draws from it, and the training must not depend on this
+            batches = map(self._prepare_inputs, self.get_eval_dataloader())
+            return self.teacher_memory.top1(batches, self.args.world_size)
 
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -457,6 +503,7 @@ class DistillationTrainer(Trainer):
         labels = inputs.get("labels")
         with self.backend.autocast():
             logits = at_least_float32(self.backend.predict(self.distiller, model)(inputs["pixel_values"]))
+        self.divergence.watch(logits)
         if prediction_loss_only and labels is not None:
             return mean_cross_entropy(logits, labels), None, None
         if self._keep_logits or labels is None:
@@ -468,6 +515,9 @@ class DistillationTrainer(Trainer):
     # ---- Checkpoints -----------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model, trial):
+        finite = self.divergence.weights_are_finite(self.distiller.state_dict().values(), self.state)
+        if not finite and self.divergence.stops:
+            raise self.divergence.error()
         run_dir = self._get_output_dir(trial=trial)
         folder = Path(run_dir, f"checkpoint-{self.state.global_step}")
         # Trainer would push and remove older checkpoints before this one is known to be whole.
@@ -513,8 +563,11 @@ class DistillationTrainer(Trainer):
         self.backend.weights_loaded(self.optimizer)
 
     def _determine_best_metric(self, metrics, trial):
-        # save_strategy: best saves only where this says that it is the best, and the last step must be saved.
-        return super()._determine_best_metric(metrics, trial) or self.stop_on_sigterm.stopping
+        # save_strategy: best saves only where this says that it is the best, and the last step must be saved. What has
+        # diverged never is.
+        is_best = self.divergence.logits_are_finite and super()._determine_best_metric(metrics, trial)
+        self.state.best_metric = finite_or_none(self.state.best_metric)  # Trainer begins with an infinite one
+        return is_best or self.stop_on_sigterm.stopping
 
     def _load_best_model(self) -> None:
         if self.stop_on_sigterm.stopped:  # the run goes on from its last step
@@ -523,6 +576,7 @@ class DistillationTrainer(Trainer):
         super()._load_best_model()
         if self.average is not None:
             self.average.module.load_state_dict(self.model.state_dict())
+        self.divergence.logits_are_finite = True  # of the best, which an export then holds
 
     # ---- Export and Hub --------------------------------------------------------------------------------------------
 
@@ -542,8 +596,11 @@ class DistillationTrainer(Trainer):
             `export_folder`.
 
         Raises:
-            RunError: if it cannot be written, for example on a full disk; an earlier export is whole.
+            RunError: if it cannot be written, for example on a full disk, or if weights or logits are not finite; an
+                earlier export is whole.
         """
+        if not (self._exported_is_finite() and self.divergence.logits_are_finite):
+            raise self.divergence.error()
         try:
             return self.exports.write(lambda folder: self.save_model(folder, _internal_call=True), repo_id, metadata)
         except (OSError, SafetensorError) as error:

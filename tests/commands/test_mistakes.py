@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import Plain, config, images
 
 from hfkd import DistillationTrainer
@@ -233,11 +234,20 @@ class OneTerm(DistillationLoss):
         return student.logits.mean()
 
 
+class Measured(OneTerm):
+    """Loss that logs a value."""
+
+    def metrics(self):
+        return {"rate": torch.tensor(1.0)}
+
+
 def test_names_of_own_losses():
     for losses, message in (
         ({"ce": OwnLoss()}, "'ce' is the name of the cross-entropy"),
         ({"own": OwnLoss(), "own_a": OneTerm()}, "two terms of the losses have the name 'loss_own_a'"),
         ({"own_b": OneTerm(), "own_b_c": OneTerm(), "own": OwnLoss()}, "have the name 'loss_own_b_c'"),
+        ({"kd": OwnLoss()}, "'kd' is a method of hfkd, and the given OwnLoss is another"),
+        ({"learning": Measured()}, "'rate' of the loss 'learning' is logged as 'learning_rate', which is taken"),
     ):
         with pytest.raises(HfkdError, match=f"(?i){message}"):
             DistillationTrainer(Plain(), Plain(), config(), train_dataset=images(), losses=losses).train()

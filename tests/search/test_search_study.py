@@ -14,7 +14,9 @@ from interrupting import end, in_child, start
 from transformers import TrainerCallback, TrainerState
 
 from hfkd import DistillationTrainer
+from hfkd.errors import RunError
 from hfkd.search import study as search_study
+from hfkd.search.results import best_of, trials_csv, trials_markdown
 from hfkd.search.space import Parameter
 from hfkd.search.study import EarlyMedianPruner, run_trials
 
@@ -150,14 +152,48 @@ def test_processes_share_the_trials(tmp_path):
     assert one == other and len({str(trial.values) for trial in one}) == 9
 
 
+class Diverge(TrainerCallback):
+    """Makes a weight NaN in the second epoch of the trials with some learning rates."""
+
+    def __init__(self, rates):
+        self.rates = rates
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        if args.learning_rate in self.rates and state.global_step == 3:
+            with torch.no_grad():
+                model.fc.weight[0, 0] = math.nan
+
+
+def test_a_trial_that_diverges_is_stopped_and_never_the_best(tmp_path, capsys):
+    callbacks = [Diverge([0.1])]  # the best of `planted`
+    trials = search(tmp_path / "s", 8, num_train_epochs=3, callbacks=callbacks)
+    diverged = [trial for trial in trials if trial.values[RATE] == 0.1]
+    assert diverged and all(trial.diverged and trial.pruned and trial.step == 4 for trial in diverged)
+    assert not any(trial.diverged for trial in trials if trial not in diverged)
+    assert "diverged: the logits of an evaluation are not finite at step 4" in capsys.readouterr().out
+    assert best_of(trials).values[RATE] != 0.1 and trials_markdown(trials, SPACE).count("diverged") == len(diverged)
+    assert "nan" not in trials_csv(trials, SPACE)
+    every = search(tmp_path / "all", 2, num_train_epochs=3, callbacks=[Diverge([0.025, 0.05, 0.1])])
+    with pytest.raises(RunError, match="No trial was trained to the end: 2 of 2 diverged"):
+        best_of(every)
+
+
 @pytest.mark.parametrize(
-    "epoch, step, marks, stops",
-    [(2.0, 4, {}, True), (1.0, 2, {}, False), (4.0, 8, {}, False), (2.0, 4, {"recipe": True}, False)],
+    "epoch, step, marks, reason, stops",
+    [
+        (2.0, 4, {}, None, True),
+        (1.0, 2, {}, None, False),
+        (1.0, 2, {}, "loss is nan", True),
+        (4.0, 8, {}, None, False),
+        (2.0, 4, {"recipe": True}, None, False),
+        (2.0, 4, {"recipe": True}, "loss is nan", True),
+    ],
 )
-def test_when_a_trial_may_be_stopped(epoch, step, marks, stops):
+def test_when_a_trial_may_be_stopped(epoch, step, marks, reason, stops):
     study = optuna.create_study(direction="maximize")
     for _ in range(4):
         study.add_trial(optuna.create_trial(value=50, intermediate_values={2: 50, 4: 50, 8: 50}))
     behind = optuna.create_trial(value=10, intermediate_values={step: 10}, user_attrs=marks)
-    trainer = SimpleNamespace(state=TrainerState(epoch=epoch, global_step=step, max_steps=8))
+    state, divergence = TrainerState(epoch=epoch, global_step=step, max_steps=8), SimpleNamespace(reason=reason)
+    trainer = SimpleNamespace(state=state, divergence=divergence)
     assert EarlyMedianPruner(trainer).prune(study, behind) == stops

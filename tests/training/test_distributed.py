@@ -168,4 +168,4 @@ def test_the_rest_of_a_streamed_epoch_needs_as_many_processes(runs):
     folder = runs[3]
     checkpoint = str(folder / "stream" / "checkpoint-3")
     with pytest.raises(ValueError, match="written by 2 processes in the middle of an epoch, and this run has 1"):
-        distributed_worker.stream(str(folder.parent / "data0"), 1, "other", resume_from_checkpoint=checkpoint)
+        distributed_worker.stream(str(folder.parent / "data"), 1, "other", resume_from_checkpoint=checkpoint)

@@ -2,6 +2,7 @@
 nothing that concerns one machine alone."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch
 import yaml
 from data.pictures import photo
 from helpers import Plain, config, images
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from hfkd import DistillationConfig, DistillationTrainer, load_student
@@ -393,3 +396,39 @@ def test_public_recipe():
         "train_split": "train[:90%]",
     }
     assert recipe == given
+
+
+def test_every_figure_of_the_best_is_of_the_exported_weights():
+    """Where loss and top-1 disagree, the best epoch is the one that metric_for_best_model says."""
+    measured = iter([(10.0, 0.9), (20.0, 0.5), (90.0, 0.7)])
+
+    def compute_metrics(prediction):
+        top1, loss = next(measured)
+        return {"top1": top1, "top5": top1, "loss": loss}
+
+    torch.manual_seed(0)
+    args = config(
+        **{"num_train_epochs": 3, "eval_strategy": "epoch", "save_strategy": "epoch", "logging_strategy": "epoch"},
+        **{"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": False},
+    )
+    data = {"train_dataset": images(8), "eval_dataset": images(10, augment=False)}
+    trainer = DistillationTrainer(Plain(), None, args, compute_metrics=compute_metrics, **data)
+    trainer.results.facts["dataset"] = {"name": "mine", "hub_id": None}
+    trainer.train()
+    folder = trainer.export()
+    exported, best = (load_file(f"{path}/model.safetensors") for path in (folder, "run/checkpoint-2"))
+    assert all(torch.equal(exported[name], best[name]) for name in best)
+    for path in ("run", folder):
+        results = json.loads(Path(path, "results.json").read_text())
+        assert results["best"]["step"] == 2 and results["best"]["top1"] == 20.0 and results["last"]["top1"] == 90.0
+    card = Path(folder, "README.md").read_text()
+    assert "the best epoch is the one with the lowest loss there" in card
+    assert re.search(r"\*\*best epoch\*\*, these weights *\| *2 *\| *20.00 ", card)
+    assert ModelCard.load(f"{folder}/README.md").data.eval_results[0].metric_value == 20.0
+    assert trainer.results.text() == "Top-1: 20.00 with the lowest loss (epoch 2), 90.00 in the end."
+
+
+def test_a_checkpoint_of_each_evaluation_is_needed_for_the_best():
+    with pytest.raises(ValueError, match="save_steps must be eval_steps, got 4 and 2"):
+        steps = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 4}
+        config(load_best_model_at_end=True, **steps)

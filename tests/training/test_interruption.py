@@ -1,6 +1,7 @@
 """A run that is ended at any moment, by SIGTERM or by kill -9, and resumed comes to what the undisturbed one does."""
 
 import contextlib
+import fcntl
 import functools
 import itertools
 import os
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from pathlib import Path
@@ -112,21 +114,68 @@ def test_sigterm_to_one_of_two_processes():
     assert in_two_processes(at_any_moment_in_one_of_two) == [0, 0]
 
 
-def test_sigterm_to_a_whole_job():
-    """Clusters signal every process of a job: the workers that load images as well."""
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_to_a_whole_job(number, code):
+    """Clusters signal every process of a job, and so does Ctrl-C: the workers that load images as well."""
     settings = {"dataloader_num_workers": 2, "per_device_train_batch_size": 2, "save_strategy": "no"}
 
     def run():
         os.setsid()
         at = next(at for at, moment in enumerate(whole.moments.passed) if moment == ("step_end", 3))
-        build("cut", Moments(at, lambda: os.killpg(0, signal.SIGTERM)), **settings).train()
+        build("cut", Moments(at, lambda: os.killpg(0, number)), **settings).train()
 
     whole = build("whole", **settings)
     whole.train()
-    assert in_child(run) == 143
+    assert in_child(run) == code
     resumed = build("cut", **settings)
     resumed.train(resume_from_checkpoint="cut/checkpoint-3")
     assert differences(end_of(whole), end_of(resumed)) == []
+
+
+def test_a_closed_terminal():
+    """Writing to it is an error from then on, and the run writes a line a step."""
+    settings = {"save_strategy": "no", "logging_strategy": "steps", "logging_steps": 1}
+
+    def run():
+        terminal, own = os.openpty()
+        os.setsid()
+        fcntl.ioctl(own, termios.TIOCSCTTY, 0)
+        for descriptor in (own, 1, 2):
+            os.dup2(own, descriptor)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+        at = next(at for at, moment in enumerate(whole.moments.passed) if moment == ("step_end", 2))
+        build("cut", Moments(at, lambda: os.close(terminal)), **settings).train()
+
+    whole = build("whole", **settings)
+    whole.train()
+    assert in_child(run) == 129
+    resumed = build("cut", **settings)
+    resumed.train(resume_from_checkpoint="cut/checkpoint-2")
+    assert differences(end_of(whole), end_of(resumed)) == []
+
+
+def test_ctrl_c_says_how_to_go_on_and_twice_ends_at_once(capfd, caplog):
+    def press(times):
+        for _ in range(times):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(SystemExit) as ended:
+        build("once", Moments(3, lambda: press(1))).train()
+    assert ended.value.code == 130 and "Press it again to end at once" in capfd.readouterr().err
+    assert "Ctrl-C: checkpoint-2 was written, and training ends here. The same command goes on with" in caplog.text
+    with pytest.raises(KeyboardInterrupt):
+        build("twice", Moments(3, lambda: press(2))).train()
+    assert not checkpoints("twice") and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_what_nohup_ignores_stays_ignored():
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        trainer = build("run", Moments(3, lambda: os.kill(os.getpid(), signal.SIGHUP)))
+        trainer.train()
+        assert trainer.state.global_step == 6 and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, former)
 
 
 def test_the_handler_is_given_back():

@@ -167,8 +167,8 @@ def resumed(checkpoint, **changes):
 
 
 @pytest.mark.parametrize("step, epoch, here", [(4, "1.333", "0.6667"), (3, "1", "0.5"), (1, "0.3333", "0.1667")])
-def test_another_number_of_images_a_step(of_two, step, epoch, here, caplog):
-    """Trainer would go on in another epoch, and end earlier or later."""
+def test_another_number_of_images_a_step(of_two, step, epoch, here):
+    """Trainer would go on in another epoch, and end earlier or later, whatever may change of the recipe."""
     checkpoint = of_two / f"checkpoint-{step}"
     message = (
         f"checkpoint-{step} was written by 2 processes, and this run has 1. It stands at epoch {epoch}, and its {step} "
@@ -177,10 +177,10 @@ def test_another_number_of_images_a_step(of_two, step, epoch, here, caplog):
     )
     with pytest.raises(ValueError, match=message):
         resumed(checkpoint)
-    with pytest.raises(ValueError, match="Check whether gradient_accumulation_steps or the training images changed"):
+    with pytest.raises(ValueError, match="Keep gradient_accumulation_steps and the training images as they were"):
         resumed(checkpoint, per_device_train_batch_size=8, gradient_accumulation_steps=2)
-    resumed(checkpoint, allow_recipe_change=True, max_steps=step + 1)
-    assert f"its {step} steps would be {here} epochs here" in caplog.text
+    with pytest.raises(ValueError, match=message):
+        resumed(checkpoint, allow_recipe_change=True)
 
 
 def test_as_many_images_a_step(of_two, caplog):

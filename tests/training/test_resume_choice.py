@@ -140,6 +140,17 @@ def test_another_number_of_processes(copy, caplog):
     assert "checkpoint-4 was written by 2 processes, and this run has 1" in caplog.text
 
 
+def test_another_batch_size(copy):
+    """Half the steps an epoch: Trainer would take the run for done."""
+    twice = {"per_device_train_batch_size": 16, "allow_recipe_change": True}
+    message = (
+        "checkpoint-4 was written with 8 images a batch, and this run has 16. .* Keep the 8 images a batch by "
+        "--per_device_train_batch_size 8.$"
+    )
+    with pytest.raises(ValueError, match=message):
+        resumed("run/checkpoint-4", **twice)
+
+
 # ---- Other settings than the checkpoint's ----------------------------------------------------------------------------
 
 
