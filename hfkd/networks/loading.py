@@ -8,6 +8,7 @@ from typing import Any, overload
 
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.layers import PatchEmbed, trunc_normal_
 from timm.models.pit import ConvEmbedding
 from torch import nn
@@ -252,8 +253,12 @@ def load_pretrained(
             device_map=device_map,
             output_loading_info=True,
         )
-    except OSError as error:  # no weights
+    except (OSError, SafetensorError) as error:  # no weights, or damaged ones
         raise not_found_error("weights", name_or_path, error) from error
+    except ValueError as error:
+        if device_map is None:
+            raise
+        raise HfkdError(f"teacher_device_map: {error}") from error
     check_loaded(model, info, name_or_path, new_classes=class_names is not None)
     return model
 
