@@ -216,6 +216,7 @@ def train_otherwise(student: nn.Module, dataset: ImageDataset) -> None:
     assert_type(labels_alone.train(), TrainOutput)
     args = DistillationConfig(output_dir="runs/ensemble", losses={"kd": {}})
     DistillationTrainer(student, [load_teacher("cifar_resnet56"), nn.Identity()], args, train_dataset=dataset)
+    DistillationTrainer("resnet18", ["microsoft/resnet-50", nn.Identity()], args, train_dataset=dataset)
     DistillationTrainer(student, CachedTeacher(Path("cache")), args, train_dataset=dataset)
     DistillationTrainer(None, Teacher(nn.Identity(), name="own"), args, train_dataset=dataset, model_init=nn.Identity)
 

@@ -36,6 +36,7 @@ def build_student(model_args: ModelArguments, data_args: DataArguments, class_na
         drop_path_rate=model_args.drop_path_rate,
         crop_pct=data_args.crop_pct,
         interpolation=data_args.interpolation,
+        trust_remote_code=model_args.trust_remote_code,
     )
 
 
@@ -65,9 +66,9 @@ def load_teachers(model_args: ModelArguments) -> list[Teacher]:
     if indices is not None and len(names) != 1:
         raise HfkdError(f"teacher_class_indices needs one teacher, and teacher_name_or_path names {len(names)}.")
     checkpoints = model_args.teacher_checkpoint or [None] * len(names)
-    device_map = model_args.teacher_device_map
+    device_map, trusted = model_args.teacher_device_map, model_args.trust_remote_code
     return [
-        load_teacher(name, checkpoint, indices, device_map, **model_args.teacher_image)
+        load_teacher(name, checkpoint, indices, device_map, **model_args.teacher_image, trust_remote_code=trusted)
         for name, checkpoint in zip(names, checkpoints, strict=True)
     ]
 

@@ -12,13 +12,17 @@ from transformers.utils import logging
 from ..comparison.figure import save_comparison
 from ..comparison.rows import Row, compared, evaluated_on
 from ..comparison.savings import savings_text
-from ..comparison.table import LEGEND, csv_text, text_table
+from ..comparison.table import LEGEND, csv_text, is_report, text_table
 from ..errors import HfkdError, require, unknown_key_error
 from ..recipe.parser import ArgumentParser
+from ..runs.claims import check_own
 from ..runs.finished import find_runs
-from ..runs.folder import write_whole
+from ..runs.folder import check_writable
+from ..runs.tables import plain
+from ..runs.writing import write_whole
 from .arguments import parse_known
 
+NAMES = ("compare.md", "compare.csv", "compare.png")
 USAGE = "hfkd compare RUN [RUN ...] [--output_dir DIR] [--teacher NAME_OR_PATH]"
 DESCRIPTION = (
     "Each RUN is a run's folder or one with runs below it. Runs that differ only in their seed are one row. The\n"
@@ -64,29 +68,30 @@ def compare(argv: list[str] | None = None) -> list[Row]:
         raise unknown_key_error(options[0].lstrip("-").partition("=")[0], ["output_dir", "teacher"], "the command line")
     if not paths:
         raise HfkdError(f"Name the runs to compare: {USAGE}.")
+    folder = Path(args.output_dir)
+    check_own(folder, NAMES, is_report(folder / NAMES[0]), "output_dir")
     logging.disable_progress_bar()  # for loading weights
     runs, left_out = find_runs(paths)
     rows = compared(runs)
-    report(rows, left_out, args)
+    check_writable(folder, "output_dir")
+    report(rows, left_out, args.teacher, folder)
     return rows
 
 
-def report(rows: Sequence[Row], left_out: Sequence[str], args: ComparisonArguments) -> None:
+def report(rows: Sequence[Row], left_out: Sequence[str], teacher: str | None, folder: Path) -> None:
     """Print the comparison and write its files."""
     known = next((run for row in rows for run in row.runs if run.results["dataset"] is not None), None)
-    title = f"# {evaluated_on(known) if known else 'Data set not recorded'}"
+    title = f"# {plain(evaluated_on(known)) if known else 'Data set not recorded'}"
     parts = [title, text_table(rows), LEGEND]
     if left_out:
         parts.append("Left out:\n" + "\n".join(f"- {reason}" for reason in left_out))
     print("\n\n".join(parts), flush=True)
-    savings = savings_text(rows, args.teacher)
+    savings = savings_text(rows, teacher)
     if savings:
-        parts.append("## Savings of the students\n\n" + "\n".join(f"- {line}" for line in savings.splitlines()))
+        parts.append("## Savings of the students\n\n" + "\n".join(f"- {plain(line)}" for line in savings.splitlines()))
         print(f"\n{parts[-1]}")
-    folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "compare.md", "\n\n".join(parts) + "\n")
-    write_whole(folder / "compare.csv", csv_text(rows))
+    write_whole(folder / NAMES[0], "\n\n".join(parts) + "\n")
+    write_whole(folder / NAMES[1], csv_text(rows))
     require("matplotlib", "figures")
-    save_comparison(rows, folder / "compare.png")
+    save_comparison(rows, folder / NAMES[2])
     print(f"\n{folder} holds compare.md, compare.csv and compare.png.")

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .. import __version__
+from ..errors import HfkdError
 from ..export.formats import FORMATS, PREPROCESSING_NAME, FileFormat, FileModel, write_model
 from ..export.preprocessing import Preprocessing, preprocessing_of
 from ..names import architecture_of
@@ -21,9 +22,12 @@ from ..networks.loading import load_pretrained, load_teacher
 from ..networks.teacher import Teacher
 from ..recipe.parser import ArgumentParser
 from ..recipe.reading import load_recipe
+from ..runs.claims import check_own
 from ..runs.finished import teacher_of
-from ..runs.folder import RECIPE_NAME, RESULTS_NAME, write_whole
+from ..runs.folder import RECIPE_NAME, RESULTS_NAME, check_writable
+from ..runs.reading import read_json, read_results
 from ..runs.tables import markdown_table
+from ..runs.writing import write_whole
 from .arguments import check_trained, parse_with_subject
 
 USAGE = "hfkd export MODEL [--key value ...]"
@@ -77,10 +81,13 @@ def export(argv: list[str] | None = None) -> Path:
     file_format = FORMATS[args.format]
     file_format.check_installed()
     check_trained(name)
+    folder = Path(args.output_dir or _beside(name) / args.format)
+    check_writable(folder, "output_dir")
+    names = (file_format.file_name, PREPROCESSING_NAME)
+    check_own(folder, names, _is_export(folder / PREPROCESSING_NAME), "output_dir")
     model = load_pretrained(name)
     preprocessing = preprocessing_of(model)
     teacher = find_teacher(name, args.teacher)
-    folder = Path(args.output_dir or _beside(name) / args.format)
     text = json.dumps(_facts(name, model, preprocessing), indent=2, ensure_ascii=False) + "\n"
     path = folder / file_format.file_name
     exported = write_model(model, preprocessing.image_size, file_format, path, text)
@@ -93,6 +100,14 @@ def export(argv: list[str] | None = None) -> Path:
     return path
 
 
+def _is_export(path: Path) -> bool:
+    """Return True if a description beside a file is one of hfkd."""
+    try:
+        return "hfkd_version" in read_json(path)
+    except (HfkdError, TypeError):
+        return False
+
+
 def _beside(name: str) -> Path:
     """Return the folder above MODEL; for a Hub id, a folder of its name in the current one."""
     return Path(name).resolve().parent if Path(name).is_dir() else Path(Path(name).name)
@@ -101,7 +116,7 @@ def _beside(name: str) -> Path:
 def _facts(name: str, model: nn.Module, preprocessing: Preprocessing) -> dict[str, Any]:
     """Return the description that is written into the file; unknown entries are None."""
     path = Path(name, RESULTS_NAME)
-    results = json.loads(path.read_text()) if path.is_file() else {}
+    results = read_results(path) if path.is_file() else {}
     dataset = results.get("dataset") or {}
     return {
         "architecture": architecture_of(model),

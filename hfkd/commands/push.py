@@ -11,10 +11,12 @@ from typing import Any
 from huggingface_hub import CommitInfo, ModelCard
 
 from ..errors import HfkdError
-from ..hub.card import CARD_NAME, write_card
+from ..hub.card import CARD_NAME, REQUIRED, write_card
 from ..hub.repository import ensure_repository, export_files, upload
 from ..recipe.parser import ArgumentParser
+from ..runs.claims import check_own
 from ..runs.folder import CONFIG_NAME, RESULTS_NAME, ROLES, WEIGHTS_NAME
+from ..runs.reading import read_results
 from .arguments import parse_with_subject
 
 USAGE = "hfkd push FOLDER --hub_model_id me/name [--key value ...]"
@@ -57,8 +59,18 @@ def push(argv: list[str] | None = None) -> CommitInfo:
     folder = find_export(Path(name))
     access = {"token": args.hub_token, "revision": args.hub_revision}
     config = _read_config(folder / CONFIG_NAME)
+    read_results(folder / RESULTS_NAME, REQUIRED)
+    metadata = _given_metadata(folder)
     repo_id = ensure_repository(args.hub_model_id, config, private=args.hub_private_repo, **access)
-    write_card(folder, repo_id, **_given_metadata(folder))
+    try:
+        write_card(folder, repo_id, **metadata)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:  # values of another form than hfkd's
+        if isinstance(error, HfkdError):
+            raise
+        raise HfkdError(
+            f"{folder}: no card can be written from its {RESULTS_NAME} and recipe ({type(error).__name__}: {error}). "
+            "Give the folder that a run of hfkd wrote."
+        ) from error
     commit = upload(export_files(folder), repo_id, message="Upload with hfkd push", **access)
     place = f"/tree/{args.hub_revision}" if args.hub_revision else ""
     print(f"Pushed {folder} to {commit.repo_url}{place}")
@@ -67,9 +79,11 @@ def push(argv: list[str] | None = None) -> CommitInfo:
 
 def _given_metadata(folder: Path) -> dict[str, Any]:
     """Return the metadata given to `trainer.push_to_hub(license=...)`, which only the card has, to keep it."""
-    if not (folder / CARD_NAME).is_file():
+    path = folder / CARD_NAME
+    if not path.is_file():
         return {}
-    data = ModelCard.load(folder / CARD_NAME).data
+    data = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
+    check_own(folder, [CARD_NAME], "hfkd" in (data.tags or []), "FOLDER")
     return {"language": data.language, "license": data.license, "tags": data.tags}
 
 
@@ -96,6 +110,9 @@ def find_export(folder: Path) -> Path:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        config = json.loads(path.read_text())
     except ValueError as error:
         raise HfkdError(f"{path} is damaged ({error}): export the model again.") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise HfkdError(f"{path} is damaged (it names no model_type): export the model again.")
+    return config

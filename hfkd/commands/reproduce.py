@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..comparison.rows import Row, compared
-from ..comparison.table import LEGEND, Gap, csv_text, text_table
+from ..comparison.table import LEGEND, Gap, csv_text, is_report, text_table
 from ..errors import HfkdError
 from ..recipe.keys import SCHEDULE_KEYS, SEEDS
 from ..recipe.parser import ArgumentParser
 from ..recipe.reading import ARGUMENT_CLASSES
-from ..runs.folder import write_whole
+from ..runs.claims import InUseError, check_own, wait_until_free
 from ..runs.published_cells import RUNS, Cell, planned_cells, recipe_folder, recipes_of
+from ..runs.writing import write_whole
 from ..training.preemption import EXIT_CODE
 from .arguments import parse_known, split_subject
 from .train import train
@@ -31,6 +32,7 @@ DESCRIPTION = (
     "published ones, and written to the pair's folder as reproduce.md and reproduce.csv.\n\n"
     "The exit code is 0 when all runs are finished, 75 when the time was up before, and 1 when a run failed."
 )
+REPORTS = ("reproduce.md", "reproduce.csv")
 UNFINISHED_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: a temporary failure, try again
 SHORTEST_TIME_LIMIT = 30.0  # seconds; the networks and images of a run take about ten to load
 RESERVED_KEYS = {  # keys that cannot be given to `reproduce`, with the reason
@@ -122,8 +124,9 @@ def reproduce(argv: list[str] | None = None) -> list[Row]:
     cells = planned_cells(recipes, args.seeds, args.epochs_scale, root, overrides)
     for cell in cells:
         cell.check_folder()
-    failures = run_cells(cells, limit)
     name = f"{folder.parent.name}/{folder.name}"
+    check_own(root / name, REPORTS, is_report(root / name / REPORTS[0]), "output_dir")
+    failures = run_cells(cells, limit)
     rows = report(name, cells, failures, args.epochs_scale, root / name)
     left = sum(not cell.is_done() for cell in cells)
     print(f"\n{len(cells) - left} of {len(cells)} trainings are done, in {limit.elapsed:,.0f} s of this call.", end=" ")
@@ -196,7 +199,15 @@ def run_cells(cells: Sequence[Cell], limit: TimeLimit) -> dict[Path, str]:
 def attempt(cell: Cell, limit: TimeLimit) -> str | None:
     """Train one run until the time is up; return its error message, if it fails, so that the others still run."""
     try:
-        train(*cell.settings, role=cell.role, name=cell.name, time_is_up=limit.is_over)
+        waiting = True
+        while waiting:
+            try:
+                train(*cell.settings, role=cell.role, name=cell.name, time_is_up=limit.is_over)
+                waiting = False
+            except InUseError:  # by a command for another GPU, which may finish it
+                print(f"{cell.title}: another command is training it; waiting.", flush=True)
+                wait_until_free(cell.folder, limit.is_over)
+                waiting = not (cell.is_done() or limit.is_over())
     except SystemExit as end:
         if end.code != EXIT_CODE or not limit.ended:
             raise
@@ -224,8 +235,8 @@ def report(name: str, cells: Sequence[Cell], failures: Mapping[Path, str], scale
         parts.append("Not finished:\n" + "\n".join(lines))
     text = "\n\n".join(parts)
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "reproduce.md", text + "\n")
-    write_whole(folder / "reproduce.csv", csv_text(rows, gaps))
+    write_whole(folder / REPORTS[0], text + "\n")
+    write_whole(folder / REPORTS[1], csv_text(rows, gaps))
     print(f"\n{text}\n\n{folder} holds this as reproduce.md and reproduce.csv.")
     return rows
 

@@ -20,10 +20,20 @@ from ..recipe.arguments import DataArguments, DistillationConfig, ModelArguments
 from ..recipe.differences import recipe_differences
 from ..recipe.parser import ArgumentParser
 from ..recipe.reading import ARGUMENT_CLASSES, load_recipe, parse_recipe, recipe_name
-from ..recipe.yaml_file import dump_yaml
-from ..runs.folder import check_writable, write_whole
+from ..recipe.yaml_file import dump_yaml, read_yaml
+from ..runs.claims import check_own
+from ..runs.folder import check_writable
+from ..runs.writing import write_whole
 from ..search.figure import save_search
-from ..search.results import SearchedTrial, best_of, best_recipe, summary_table, trials_csv, trials_markdown
+from ..search.results import (
+    DATABASE_NAME,
+    SearchedTrial,
+    best_of,
+    best_recipe,
+    summary_table,
+    trials_csv,
+    trials_markdown,
+)
 from ..search.space import TRIAL_SETTINGS, Parameter, search_space
 from ..teacher_cache.files import read_facts
 from ..training.trainer import DistillationTrainer
@@ -33,6 +43,7 @@ from .messages import hide_token
 from .train import check_teacher_is_used
 
 SETTINGS_NAME, BEST_NAME = "search.yaml", "best.yaml"  # settings of the search, best recipe
+FILES = (SETTINGS_NAME, BEST_NAME, DATABASE_NAME, "trials.csv", "trials.md", "search.png")
 USAGE = "hfkd search recipe.yaml [--n_trials N] [--held_out SHARE] [--key value ...]"
 
 
@@ -92,6 +103,7 @@ def search(argv: list[str] | None = None) -> list[SearchedTrial]:
     folder = Path(search_args.search_dir or Path("runs", "search", recipe_name(argv[0])))
     config.output_dir = str(folder)
     check_writable(folder, "search_dir")
+    check_own(folder, FILES, _is_search(folder / SETTINGS_NAME), "search_dir")
     lock = FileLock(folder / "study.lock")  # several processes may share the search
     with lock:
         searched = {each.key: each.entry() for each in space}
@@ -164,14 +176,24 @@ def _claim_folder(folder: Path, settings: dict[str, Any]) -> None:
     Raises:
         HfkdError: if it holds trials with other settings; the message lists the differences.
     """
-    different = recipe_differences(folder / SETTINGS_NAME, settings)
+    path = folder / SETTINGS_NAME
+    different = recipe_differences(path, settings) if (folder / DATABASE_NAME).is_file() else []
     if different:
         raise HfkdError(
             f"{folder} holds another search, whose trials cannot be compared with these:\n  "
             + "\n  ".join(different)
             + "\nGive another --search_dir, or remove the folder."
         )
-    write_whole(folder / SETTINGS_NAME, dump_yaml(settings))
+    write_whole(path, dump_yaml(settings))
+
+
+def _is_search(path: Path) -> bool:
+    """Return True if the settings of a search, or a damaged file of them, are at a path."""
+    try:
+        settings = read_yaml(path)
+    except HfkdError:
+        return path.is_file()
+    return settings is None or (isinstance(settings, dict) and "held_out" in settings)
 
 
 def build_search_trainer(
@@ -184,7 +206,7 @@ def build_search_trainer(
             evaluation split.
     """
     logging.disable_progress_bar()  # every trial loads weights
-    check_model(model_args.student_name_or_path)
+    check_model(model_args.student_name_or_path, model_args.trust_remote_code)
     teacher = open_cache(model_args) if model_args.teacher_cache else load_teachers(model_args) or None
     splits = load_splits(data_args)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +18,10 @@ from ..recipe.arguments import DataArguments, DistillationConfig, ModelArguments
 from ..recipe.differences import recipe_differences
 from ..recipe.reading import parse_recipe, recipe_name
 from ..recipe.yaml_file import dump_yaml
-from ..runs.checkpoints import checkpoints, last_checkpoint
-from ..runs.folder import RECIPE_NAME, RESULTS_NAME, check_writable, write_whole
+from ..runs.checkpoints import MANIFEST_NAME, checkpoints, last_checkpoint
+from ..runs.claims import STATE_NAME, check_run_folder, claimed
+from ..runs.folder import RECIPE_NAME, RESULTS_NAME, ROLES, check_writable
+from ..runs.writing import write_whole
 
 if TYPE_CHECKING:
     from ..training.trainer import DistillationTrainer
@@ -78,7 +83,17 @@ def train(
         name: name of the recipe in `results.json`.
         time_is_up: called after every step; when it returns True, the run ends as it does after SIGTERM.
     """
-    check_writable(Path(config.output_dir), "output_dir")
+    folder = Path(config.output_dir)
+    if not folder.exists() and str(config.resume_from_checkpoint).lower() != "true":
+        claim_output_dir(config, recipe)  # refused before the folder is made
+    check_writable(folder, "output_dir")
+    check_run_folder(folder)
+    with claimed(folder, "output_dir") if config.should_save else contextlib.nullcontext():
+        return _train(model_args, data_args, config, recipe, role, name, time_is_up)
+
+
+def _train(model_args, data_args, config, recipe, role, name, time_is_up) -> DistillationTrainer:
+    """Train as `train` does, in a folder that is claimed."""
     checkpoint = claim_output_dir(config, recipe)
     logging.disable_progress_bar()  # loading and saving weights would break the bar of the training
     trainer = build_trainer(model_args, data_args, config)
@@ -90,7 +105,9 @@ def train(
     trainer.train(resume_from_checkpoint=checkpoint)
     if not trainer.results.rows:  # eval_strategy: no
         trainer.evaluate()
-    trainer.save_state()
+    if config.should_save:
+        state = dataclasses.asdict(trainer.state)
+        write_whole(Path(config.output_dir, STATE_NAME), json.dumps(state, indent=2, sort_keys=True) + "\n")
     if config.push_to_hub:
         trainer.push_to_hub()
     else:
@@ -118,14 +135,14 @@ def build_trainer(
     from ..training.trainer import DistillationTrainer
     from .build import build_student, image_sets, load_splits, load_teachers, open_cache
 
-    check_model(model_args.student_name_or_path)
+    check_model(model_args.student_name_or_path, model_args.trust_remote_code)
     teacher = open_cache(model_args) if model_args.teacher_cache else load_teachers(model_args) or None
     set_seed(config.seed)  # the student's initial weights are part of the recipe
     splits = load_splits(data_args)
     student = build_student(model_args, data_args, splits[0].class_names)
     train_set, eval_set = image_sets(splits, input_spec(student), data_args, config)
     wrapped = isinstance(student, TimmWrapperForImageClassification)  # timm's config.json holds the preprocessing
-    processor = None if wrapped else load_processor(student.name_or_path)
+    processor = None if wrapped else load_processor(student.name_or_path, model_args.trust_remote_code)
     trainer = DistillationTrainer(
         student, teacher, config, train_dataset=train_set, eval_dataset=eval_set, processing_class=processor
     )
@@ -159,8 +176,9 @@ def claim_output_dir(config: DistillationConfig, recipe: dict[str, Any]) -> str 
             logger.warning(f"There is no complete checkpoint in {output_dir}: training starts from the beginning.")
     elif resume not in ("false", "none"):
         checkpoint = config.resume_from_checkpoint
-    for folder in dict.fromkeys([output_dir, Path(checkpoint).parent] if checkpoint else [output_dir]):
-        different = recipe_differences(folder / RECIPE_NAME, recipe)
+    done = _has_results(output_dir)
+    for folder in dict.fromkeys([output_dir, Path(checkpoint).parent] if checkpoint else [output_dir] if done else []):
+        different = _differences(folder / RECIPE_NAME, recipe)
         if not different:
             continue
         text = f"{folder} holds the run of another recipe:\n  " + "\n  ".join(different)
@@ -169,10 +187,26 @@ def claim_output_dir(config: DistillationConfig, recipe: dict[str, Any]) -> str 
         if not config.allow_recipe_change:
             raise HfkdError(f"{text}\nTo resume with the recipe given here, set --allow_recipe_change true.")
         logger.warning(f"{text}\nTraining resumes from {checkpoint} with the recipe given here.")
-    done = checkpoints(output_dir) or (output_dir / RESULTS_NAME).is_file()
     if done and resume in ("false", "none") and (output_dir / RECIPE_NAME).is_file():
         raise HfkdError(
             f"{output_dir} holds a run of this recipe. Continue it with --resume_from_checkpoint true, give another "
             "--output_dir, or remove the folder."
         )
     return checkpoint
+
+
+def _has_results(folder: Path) -> bool:
+    """Return True if a run's folder holds more than the recipe of a run that ended before its first checkpoint."""
+    names = (RESULTS_NAME, *ROLES)
+    return any((folder / name).exists() for name in names) or any(
+        (checkpoint / MANIFEST_NAME).is_file() for checkpoint in checkpoints(folder)
+    )
+
+
+def _differences(path: Path, recipe: dict[str, Any]) -> list[str]:
+    """Return the differences from the recipe of the run; none, with a warning, if that is damaged."""
+    try:
+        return recipe_differences(path, recipe)
+    except HfkdError as error:
+        logger.warning(f"{error}\nThe recipe given here takes its place, and is not compared with it.")
+        return []

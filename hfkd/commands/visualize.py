@@ -21,15 +21,17 @@ from ..data import ImageSource, IndexedImageSource
 from ..errors import HfkdError, did_you_mean, require
 from ..figures import class_matrices, embeddings, logit_spread, reliability, temperature
 from ..figures.observations import Observations, observe
-from ..figures.tables import LeftOutError, Table, write_csv
+from ..figures.tables import LeftOutError, Table, is_table, write_csv
 from ..losses.checks import count, positive
 from ..names import last_part
 from ..networks.features import EMBEDDING
 from ..networks.loading import as_teacher, input_spec
 from ..networks.teacher import Teacher, TeacherEnsemble
 from ..recipe.arguments import DataArguments, ModelArguments
+from ..runs.claims import check_own
 from ..runs.finished import FinishedRun, RecipeTeacher, read_run, teacher_of
-from ..runs.folder import RESULTS_NAME
+from ..runs.folder import RESULTS_NAME, check_writable
+from ..runs.writing import writing
 from .build import load_teachers
 from .evaluate import EvaluationArguments, evaluating_trainer, load_evaluation, parse_model
 
@@ -225,11 +227,14 @@ def visualize(argv: list[str] | None = None) -> list[Path]:
                 raise
             print(f"{name} is left out: {reason}.")
             continue
+        check_writable(folder, "output_dir")
+        names = [f"{name}.csv", f"{name}.png"]
+        check_own(folder, names, is_table(folder / names[0], table), "output_dir")
         figure = kind.draw(table)
         figure.suptitle(kind.title(subject), fontsize="medium")
-        folder.mkdir(parents=True, exist_ok=True)
         written.append(folder / f"{name}.png")
-        figure.savefig(written[-1])
+        with writing(written[-1]) as file:
+            figure.savefig(file)
         write_csv(table, folder / f"{name}.csv")
         print(f"{written[-1]} and {name}.csv")
     return written

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import require
 from ..plots import TERM_COLOURS, mark_epochs, marker, new_sheet, tidy
+from ..runs.writing import writing
 from .rows import Row
 
 if TYPE_CHECKING:
@@ -25,7 +26,9 @@ def save_comparison(rows: Sequence[Row], path: Path) -> None:
     Raises:
         ImportError: if matplotlib is not installed.
     """
-    comparison_figure(rows).savefig(path)
+    figure = comparison_figure(rows)
+    with writing(path) as file:
+        figure.savefig(file)
 
 
 def comparison_figure(rows: Sequence[Row]) -> Figure:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from ..runs.tables import csv_table, markdown_table, without_empty_columns
+from ..runs.tables import csv_table, markdown_table, plain, without_empty_columns
 from .rows import Row, Spread
 
 GAP = "-"  # an unknown value
@@ -25,6 +26,11 @@ LEGEND = (
     "Difference: best top-1 minus the published one, if the run follows the published one. images/s: in training, on\n"
     "the run's devices."
 )
+
+
+def is_report(path: Path) -> bool:
+    """Return True if a file is a table of hfkd with its legend."""
+    return path.is_file() and LEGEND.partition(".")[0].encode() in path.read_bytes()
 
 
 @dataclass(frozen=True)
@@ -58,15 +64,15 @@ def _cells(row: Row) -> dict[str, str]:
     speed = cells.pop("images/s")
     seeds = ", ".join(map(str, _seeds(row)))
     return {
-        "run": row.label,
+        "run": plain(row.label),
         **cells,
         "published": GAP if row.published_top1 is None else f"{row.published_top1:.2f}",
         "difference": GAP if row.difference is None else f"{row.difference:+.2f}",
         "images/s": speed,
-        "devices": _devices(row),
+        "devices": plain(_devices(row)),
         "parameters": f"{row.first.results['parameters']:,}",
         "seeds": f"{seeds} (n = {len(row.runs)})" if len(row.runs) > 1 else seeds,
-        "note": row.note,
+        "note": plain(row.note),
     }
 
 

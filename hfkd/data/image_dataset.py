@@ -14,10 +14,25 @@ from .columns import ImageSplit
 from .decode import decode_split
 from .source import IndexedImageSource, pixel_scale
 
+# Entries of a batch that hfkd reads, and the names that transformers' collator turns into `labels`.
+BATCH_ENTRIES = ("pixel_values", "pixel_values_strong", "labels", "label", "label_ids", "index")
 
-def collate_batch(samples: dict[str, Tensor] | list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Return a batch, as a `collate_fn`: an ImageDataset gives whole batches, other data sets a list of samples."""
-    return samples if isinstance(samples, dict) else default_data_collator(samples)
+
+def collate_batch(samples: dict[str, Tensor] | list[Any]) -> dict[str, Tensor]:
+    """Return a batch, as a `collate_fn`: an ImageDataset gives whole batches, other data sets a list of samples.
+
+    A sample is a dictionary or, as in torchvision, a pair of image and label.
+
+    Raises:
+        HfkdError: a sample is a tuple of another length.
+    """
+    if isinstance(samples, dict):
+        return samples
+    if isinstance(samples[0], (tuple, list)):
+        if len(samples[0]) != 2:
+            raise HfkdError(f"An item of the data set must be a pair (image, label), not {len(samples[0])} values.")
+        samples = [{"pixel_values": image, "labels": label} for image, label in samples]
+    return default_data_collator(samples)
 
 
 class ImageDataset(IndexedImageSource):

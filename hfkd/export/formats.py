@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch.export import Dim, ExportedProgram
 from ..errors import HfkdError, RunError, require
 from ..names import architecture_of
 from ..networks.features import logits_of
+from ..runs.writing import writing_by_name
 
 INPUT, OUTPUT = "pixel_values", "logits"
 METADATA = "preprocessing"  # key in an ONNX file
@@ -82,16 +82,13 @@ def write_model(
     """
     file_format.check_installed()
     program = _captured(model, image_size)
-    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file_format.write(program, partial, preprocessing)
-        _check_logits(file_format.read(partial), model, image_size)
-        os.replace(partial, path)
+        with writing_by_name(path) as partial:
+            file_format.write(program, partial, preprocessing)
+            _check_logits(file_format.read(partial), model, image_size)
     except OSError as error:
         raise RunError(f"{path} could not be written ({error}). An earlier file is unchanged.") from error
-    finally:
-        partial.unlink(missing_ok=True)
     return file_format.read(path)
 
 

@@ -10,6 +10,9 @@ import numpy as np
 
 from ..errors import HfkdError
 from ..runs.tables import csv_table
+from ..runs.writing import write_whole
+
+LINE_END = "\r\n"
 
 # Columns of equal length, in order.
 Table = dict[str, np.ndarray]
@@ -22,7 +25,13 @@ class LeftOutError(HfkdError):
 def write_csv(table: Table, path: Path) -> None:
     """Write a table as CSV, numbers with six significant digits; NaN is an empty cell."""
     columns = [[_text(value) for value in column.tolist()] for column in table.values()]
-    path.write_text(csv_table(table, zip(*columns, strict=True), line_end="\r\n"), newline="")
+    write_whole(path, csv_table(table, zip(*columns, strict=True), line_end=LINE_END))
+
+
+def is_table(path: Path, table: Table) -> bool:
+    """Return True if a file is a CSV with the columns of a table."""
+    header = csv_table(table, [], line_end=LINE_END).encode()
+    return path.is_file() and path.read_bytes().startswith(header)
 
 
 def rows_where(table: Table, column: str, value: str) -> Table:

@@ -12,6 +12,8 @@ from transformers.utils import logging
 
 from ..names import hub_id, is_local
 from ..runs.folder import CONFIG_NAME, RECIPE_NAME, RESULTS_NAME
+from ..runs.reading import read_results
+from ..runs.writing import write_whole
 from . import card_text
 from .curves import save_curves
 
@@ -19,6 +21,11 @@ logger = logging.get_logger(__name__)
 
 CARD_NAME = "README.md"
 FIGURE_NAME = "training_curves.png"
+# Entries of results.json that every card shows.
+REQUIRED = (
+    *("role", "student", "teacher", "base_models", "parameters", "teacher_parameters", "losses", "ce_weight"),
+    *("logit_standardization", "dataset", "published_top1", "exported", "devices", "versions", "git_commit"),
+)
 
 
 def write_card(
@@ -47,9 +54,10 @@ def write_card(
 
     Raises:
         FileNotFoundError: without results.json.
+        HfkdError: if results.json, recipe.yaml or config.json are not those of an export.
     """
     folder = Path(folder)
-    results = {"epochs": []} | json.loads((folder / RESULTS_NAME).read_text())
+    results = {"epochs": []} | read_results(folder / RESULTS_NAME, REQUIRED)
     if dataset is not None:
         name = Path(dataset).name if is_local(dataset) else dataset
         results["dataset"] = {**(results["dataset"] or {}), "name": name, "hub_id": hub_id(dataset)}
@@ -73,7 +81,7 @@ def write_card(
         card_text.training_section(results, recipe),
     ]
     body = "\n\n".join(section for section in sections if section)
-    ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}\n").save(folder / CARD_NAME)
+    write_whole(folder / CARD_NAME, str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}\n")))
 
 
 def _text_of(path: Path) -> str | None:
@@ -112,10 +120,11 @@ def _library_and_tags(results: dict[str, Any], config: dict[str, Any] | None, ta
 
 def _origin(results: dict[str, Any], finetuned_from: str | None) -> dict[str, Any]:
     """Return the models and the data set on the Hub that the student comes from."""
-    models = [*results["base_models"], *([finetuned_from] if finetuned_from and hub_id(finetuned_from) else [])]
+    models = [name for name in results["base_models"] if card_text.is_hub_id(name)]
+    models += [finetuned_from] if finetuned_from and hub_id(finetuned_from) else []
     data = results["dataset"]
     return {
-        "datasets": [data["hub_id"]] if data and data["hub_id"] else None,
+        "datasets": [data["hub_id"]] if data and card_text.is_hub_id(data["hub_id"]) else None,
         "base_model": list(dict.fromkeys(models)) or None,
         # The Hub has no relation for a teacher, and would take several base models for a merge.
         "base_model_relation": "finetune" if models else None,

@@ -15,7 +15,7 @@ from ..losses.standardize import CITATION
 from ..recipe.arguments import DistillationConfig
 from ..recipe.yaml_file import parse_yaml
 from ..runs.finished import BY_TOP1, best_words
-from ..runs.tables import markdown_table, without_empty_columns
+from ..runs.tables import markdown_table, plain, without_empty_columns
 
 LOCAL_FOLDER = "path/to/this/folder"  # path in the code of a card that has no repository
 
@@ -75,7 +75,7 @@ def summary(results: dict[str, Any]) -> str:
 def _dataset(data: dict[str, Any]) -> str:
     """Return a data set's name, with a link and its numbers of classes and images if they are known."""
     name = code(data["name"])
-    name = f"[{name}](https://huggingface.co/datasets/{data['hub_id']})" if data["hub_id"] else name
+    name = f"[{name}](https://huggingface.co/datasets/{data['hub_id']})" if is_hub_id(data["hub_id"]) else name
     counts = {"classes": data.get("classes"), "training images": data.get("train_images")}
     known = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
     return f"{name} ({known})" if known else name
@@ -100,6 +100,10 @@ def results_section(results: dict[str, Any], figure: str | None) -> str | None:
         parts.append(
             f"The run diverged at step {found['step']} ({found['reason']}); the figures are of finite weights."
         )
+    others = results[results["exported"]].get("others", {})
+    if others:
+        rows = [[code(name), f"{value:.4g}"] for name, value in others.items()]
+        parts += ["Also measured, for these weights:", _table(["metric", "value"], rows)]
     parts += [f"![Accuracy and loss terms over the epochs]({figure})"] if figure else []
     return "\n\n".join(parts)
 
@@ -158,8 +162,10 @@ def library_of(config: dict[str, Any] | None) -> str | None:
 def method_section(results: dict[str, Any]) -> str:
     """Return the losses with their settings, and the citations."""
     if not results["losses"]:
-        return "## Method\n\nCross-entropy with the labels; no teacher."
-    rows = [["cross-entropy with the labels", f"{results['ce_weight']:g}", ""]]
+        own = results.get("label_loss")
+        return f"## Method\n\n{f'{code(own)} of' if own else 'Cross-entropy with'} the labels; no teacher."
+    own = results.get("label_loss")  # the user's, in place of the cross-entropy
+    rows = [[f"{code(own)} of the labels" if own else "cross-entropy with the labels", f"{results['ce_weight']:g}", ""]]
     for name, settings in results["losses"].items():
         others = [code(f"{key}: {json.dumps(value)}") for key, value in settings.items() if key != "weight"]
         rows.append([code(name), f"{settings['weight']:g}", ", ".join(others)])
@@ -186,12 +192,13 @@ def _cache(cache: dict[str, Any]) -> str:
 def training_section(results: dict[str, Any], recipe: str | None) -> str:
     """Return the settings, the command that repeats the run, and the environment."""
     rows = [] if recipe is None else _settings(parse_yaml(recipe, "recipe.yaml"))
-    rows.append(["devices", results["devices"]])
+    rows.append(["devices", plain(results["devices"])])
     if "seconds" in results:
         rows.append(["time, with evaluations", _duration(results["seconds"])])
     if results.get("images_per_second"):
         rows.append(["training images/s", f"{results['images_per_second']:,.0f}"])
-    rows.append(["versions", ", ".join(f"{name} {version}" for name, version in results["versions"].items())])
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    rows.append(["versions", plain(versions)])
     if results["git_commit"]:
         rows.append(["commit of hfkd", code(results["git_commit"])])
     section = f"## Training\n\n{_table(['setting', 'value'], rows)}"
@@ -211,7 +218,7 @@ def _settings(recipe: dict[str, Any]) -> list[list[str]]:
         schedule.append(f"schedule {code(values['lr_scheduler_type'])}")
         if warmup:
             schedule.append(f"warm-up {f'{warmup:g}' if warmup >= 1 else f'{100 * warmup:.3g} % of the'} steps")
-    batch = f"{values['per_device_train_batch_size']} images a device"
+    batch = f"{plain(str(values['per_device_train_batch_size']))} images a device"
     accumulated = values["gradient_accumulation_steps"]
     steps = values["max_steps"]
     return [
@@ -220,7 +227,7 @@ def _settings(recipe: dict[str, Any]) -> list[list[str]]:
         ["steps", f"{steps:,}"] if steps > 0 else ["epochs", f"{values['num_train_epochs']:g}"],
         ["batch size", batch + (f", {accumulated} batches a step" if accumulated > 1 else "")],
         ["precision", "bf16" if values["bf16"] else "fp16" if values["fp16"] else "float32"],
-        ["seed", str(values["seed"])],
+        ["seed", plain(str(values["seed"]))],
     ]
 
 
@@ -228,7 +235,8 @@ def _recipe(results: dict[str, Any], recipe: str) -> str:
     """Return the whole recipe and, for a run that a recipe started, the command that repeats it."""
     parts = []
     if {"student_name_or_path", "dataset_name"} <= parse_yaml(recipe, "recipe.yaml").keys():
-        processes = int(results["devices"].split()[0])
+        count = results["devices"].partition(" ")[0]
+        processes = int(count) if count.isdecimal() else 1
         program = f"accelerate launch --num_processes {processes} -m hfkd" if processes > 1 else "hfkd"
         verb = "train-teacher" if results["role"] == "teacher" else "distill"
         own = ", with files of your own where it says `path/to`" if "path/to/" in recipe else ""
@@ -250,6 +258,11 @@ def _duration(seconds: float) -> str:
 def one_line(text: str) -> str:
     """Return a text with all white space replaced by single spaces."""
     return " ".join(text.split())
+
+
+def is_hub_id(name: Any) -> bool:
+    """Return True for an id on the Hub, whose characters cannot end a link."""
+    return isinstance(name, str) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name, re.ASCII) is not None
 
 
 def heading(text: str) -> str:

@@ -18,6 +18,7 @@ from ..plots import (
     new_sheet,
     tidy,
 )
+from ..runs.writing import writing
 
 
 def save_curves(results: dict[str, Any], path: Path) -> None:
@@ -46,7 +47,8 @@ def save_curves(results: dict[str, Any], path: Path) -> None:
     panels[-1].set_xlabel("epoch")
     whole = rows[-1]["epoch"] - rows[0]["epoch"] >= 2
     mark_epochs(panels[-1].xaxis, whole)
-    figure.savefig(path)
+    with writing(path) as file:
+        figure.savefig(file)
 
 
 def _loss_terms(rows: list[dict[str, Any]]) -> list[str]:

@@ -85,6 +85,10 @@ class Taps:
         self.layers = list(dict.fromkeys(layers))
         self._channels_last = getattr(timm_model_of(model), "output_fmt", None) == "NHWC"  # such as timm's Swin
         self._recorded: dict[Layer, Tensor] = {}
+        self.attach(model)
+
+    def attach(self, model: nn.Module) -> None:
+        """Register the hooks, on the model that the taps were made for."""
         remove_taps(model)
         _HOOKS[timm_model_of(model)] = [self._tap(model, layer) for layer in self.layers]
 

@@ -46,6 +46,7 @@ def load_student(
     drop_path_rate: float | None = None,
     crop_pct: float = 1.0,
     interpolation: str = "bicubic",
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Return a transformers image classifier to train, with the classes of the data set.
 
@@ -62,6 +63,7 @@ def load_student(
         drop_path_rate: rate of stochastic depth, for a timm architecture; by default its own.
         crop_pct, interpolation: preprocessing for evaluation, saved with the model. A model of transformers' own has an
             image processor instead.
+        trust_remote_code: run the code that comes with a folder or a Hub id.
 
     Raises:
         HfkdError: without classes; for a name that is no architecture, folder or Hub id; for an argument that the
@@ -82,7 +84,7 @@ def load_student(
             raise HfkdError(
                 f"{key}={value} is for a timm architecture, and {name_or_path} has its own value: leave {key} out."
             )
-    student = load_pretrained(name_or_path, class_names)
+    student = load_pretrained(name_or_path, class_names, trust_remote_code=trust_remote_code)
     if isinstance(student, TimmWrapperForImageClassification):
         student.config.pretrained_cfg |= preparation
     return student
@@ -149,6 +151,7 @@ def load_teacher(
     image_size: int | None = None,
     image_mean: Sequence[float] | None = None,
     image_std: Sequence[float] | None = None,
+    trust_remote_code: bool = False,
 ) -> Teacher:
     """Load a teacher and freeze it.
 
@@ -162,6 +165,7 @@ def load_teacher(
         device_map: transformers' `device_map`, for a teacher that does not fit one device; for a folder or a Hub id.
         image_size, image_mean, image_std: input that the network in `checkpoint` was trained with, where it is not the
             architecture's own: side in pixels, mean and standard deviation (RGB, images in [0, 1]).
+        trust_remote_code: run the code that comes with a folder or a Hub id.
 
     Raises:
         HfkdError: for an unknown name, for weights that do not fit, or for an architecture without weights or with a
@@ -182,7 +186,8 @@ def load_teacher(
                 f"{name_or_path} holds its own weights. Name an architecture such as cifar_resnet56, or leave "
                 "teacher_checkpoint out."
             )
-        model, origin = load_pretrained(name_or_path, device_map=device_map), hub_id(name_or_path)
+        model = load_pretrained(name_or_path, device_map=device_map, trust_remote_code=trust_remote_code)
+        origin = hub_id(name_or_path)
     elif checkpoint is not None:
         model = load_architecture(name_or_path, checkpoint)
         _set_input(model, name_or_path, image_size, image_mean, image_std)
@@ -221,13 +226,17 @@ def _set_input(
 
 
 def load_pretrained(
-    name_or_path: str, class_names: list[str] | None = None, device_map: str | dict[str, Any] | None = None
+    name_or_path: str,
+    class_names: list[str] | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load a transformers image classifier from a folder or the Hub, in float32.
 
     Args:
         class_names: classes of the model, with a new classifier if their number differs; by default its own.
         device_map: transformers' `device_map`.
+        trust_remote_code: run the code that comes with the model.
 
     Raises:
         HfkdError: there is no such model, or weights other than a new classifier's are not in its checkpoint.
@@ -237,7 +246,7 @@ def load_pretrained(
         label2id = {name: index for index, name in enumerate(class_names)}
         classes = {"num_labels": len(class_names), "id2label": dict(enumerate(class_names)), "label2id": label2id}
     name_or_path = resolve_name(name_or_path)
-    config = _read_config(name_or_path, **classes)
+    config = _read_config(name_or_path, trust_remote_code, **classes)
     if isinstance(config, TimmWrapperConfig):
         if config.model_args:
             config.model_args.pop("num_classes", None)  # timm's push_to_hf_hub writes it; transformers refuses it
@@ -252,10 +261,13 @@ def load_pretrained(
             ignore_mismatched_sizes=class_names is not None,
             device_map=device_map,
             output_loading_info=True,
+            trust_remote_code=trust_remote_code,
         )
     except (OSError, SafetensorError) as error:  # no weights, or damaged ones
         raise not_found_error("weights", name_or_path, error) from error
     except ValueError as error:
+        if "trust_remote_code" in str(error):  # code of its own
+            raise not_found_error("weights", name_or_path, error) from error
         if device_map is None:
             raise
         raise HfkdError(f"teacher_device_map: {error}") from error
@@ -264,19 +276,25 @@ def load_pretrained(
 
 
 @overload
-def as_teacher(given: Teacher | nn.Module, standardized: bool) -> Teacher: ...
+def as_teacher(given: Teacher | nn.Module | str, standardized: bool) -> Teacher: ...
 
 
 @overload
 def as_teacher(
-    given: Teacher | TeacherEnsemble | nn.Module | Sequence[Teacher | nn.Module] | None, standardized: bool
+    given: Teacher | TeacherEnsemble | nn.Module | str | Sequence[Teacher | nn.Module | str] | None, standardized: bool
 ) -> Teacher | TeacherEnsemble | None: ...
 
 
 def as_teacher(
-    given: Teacher | TeacherEnsemble | nn.Module | Sequence[Teacher | nn.Module] | None, standardized: bool
+    given: Teacher | TeacherEnsemble | nn.Module | str | Sequence[Teacher | nn.Module | str] | None, standardized: bool
 ) -> Teacher | TeacherEnsemble | None:
-    """Return the trainer's `teacher` argument as one teacher: models are frozen, and several become an ensemble."""
+    """Return the trainer's `teacher` argument as one teacher: names are loaded, and several become an ensemble.
+
+    Raises:
+        HfkdError: if it is none of these, or as `load_teacher`.
+    """
+    if isinstance(given, str):
+        return load_teacher(given)
     if isinstance(given, nn.Module):
         # The model's configuration holds the size and normalisation that it was trained with.
         origin = hub_id(given.name_or_path or "") if isinstance(given, PreTrainedModel) else None
@@ -284,10 +302,15 @@ def as_teacher(
     if isinstance(given, Sequence):
         members = [as_teacher(member, standardized) for member in given]
         return members[0] if len(members) == 1 else TeacherEnsemble(members, standardized)
+    if not (given is None or isinstance(given, (Teacher, TeacherEnsemble))):
+        raise HfkdError(
+            f"The teacher must be a model, a Teacher, a name or a list of them, got {type(given).__name__}: "
+            "DistillationTrainer(student, teacher, args)."
+        )
     return given
 
 
-def check_model(name_or_path: str) -> None:
+def check_model(name_or_path: str, trust_remote_code: bool = False) -> None:
     """Check that a model can be loaded, as far as its name and its configuration show it.
 
     Raises:
@@ -298,24 +321,25 @@ def check_model(name_or_path: str) -> None:
     if _is_architecture(name_or_path):
         has_tag(name_or_path)
     else:
-        _read_config(name_or_path)
+        _read_config(name_or_path, trust_remote_code)
 
 
-def _read_config(name_or_path: str, **changes: Any) -> Any:
+def _read_config(name_or_path: str, trust_remote_code: bool, **changes: Any) -> Any:
     try:
-        return AutoConfig.from_pretrained(name_or_path, **changes)
+        # Without the last argument transformers would ask whether to run code that comes with a model.
+        return AutoConfig.from_pretrained(name_or_path, **changes, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise not_found_error("model", name_or_path, error) from error
 
 
-def load_processor(name_or_path: Any) -> Any:
+def load_processor(name_or_path: Any, trust_remote_code: bool = False) -> Any:
     """Return the image processor of a folder or a Hub id.
 
     Raises:
         NotFoundError: if there is none.
     """
     try:
-        return AutoImageProcessor.from_pretrained(name_or_path)
+        return AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise not_found_error("image processor", name_or_path, error) from error
 
@@ -391,7 +415,8 @@ def input_spec(model: nn.Module) -> InputSpec:
         # The timm model has a pretrained_cfg as well, but timm makes it anew when a folder is loaded.
         cfg = model.config.pretrained_cfg
     elif isinstance(model, PreTrainedModel):
-        return _processor_input_spec(load_processor(model.name_or_path), model.name_or_path)
+        trusted = type(model).__module__.startswith("transformers_modules.")  # its code runs already
+        return _processor_input_spec(load_processor(model.name_or_path, trusted), model.name_or_path)
     else:
         cfg = model.pretrained_cfg
     return InputSpec(cfg["input_size"][-1], tuple(cfg["mean"]), tuple(cfg["std"]))
@@ -428,7 +453,19 @@ def exported_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 
     They are contiguous, since safetensors refuses channels_last strides.
     """
-    return {name: value.contiguous() for name, value in gathered(timm_model_of(model).state_dict()).items()}
+    state = gathered(timm_model_of(model).state_dict())
+    return with_own_memory({name: value.contiguous() for name, value in state.items()})
+
+
+def with_own_memory(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a state in which weights that share memory, as tied ones do, are copies: safetensors refuses others."""
+    seen: set[int] = set()
+    own = {}
+    for name, value in state.items():
+        place = value.untyped_storage().data_ptr()
+        own[name] = value.clone() if place in seen else value
+        seen.add(place)
+    return own
 
 
 def load_exported(model: nn.Module, state: dict[str, torch.Tensor]) -> None:

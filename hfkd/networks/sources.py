@@ -85,6 +85,11 @@ def create_pretrained(architecture: str, **settings: Any) -> nn.Module:
 
 def not_found_error(part: str, name_or_path: str, error: Exception, advice: str = "") -> NotFoundError:
     """Return the error for a part of a model, such as its weights, that a name does not provide."""
+    if isinstance(error, ValueError) and "trust_remote_code" in str(error):
+        return NotFoundError(
+            f"{name_or_path} comes with code of its own, which was not run. Read it, and set trust_remote_code: true "
+            "to train with it if you trust it."
+        )
     if os.path.isdir(name_or_path):
         reason = "Give a folder that save_pretrained or hfkd wrote, such as runs/.../student"
     elif is_offline_mode():

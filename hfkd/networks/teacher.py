@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -11,36 +10,26 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from ..errors import HfkdError, RunError
+from ..errors import HfkdError
 from ..losses.standardize import at_least_float32, standardize
 from ..names import architecture_of
 from .class_matching import check_class_indices, match_classes
 from .costs import parameter_count
 from .features import EMBEDDING, InputSpec, Layer, Outputs, Taps, find_classifier, forward_views, remove_taps
+from .frozen import frozen_copy
 from .sharding import shard_frozen
 
 VIEWS = ("pixel_values", "pixel_values_strong")
 
 
-def _refuse_train_mode(module: nn.Module, mode: bool = True) -> nn.Module:
-    """Stand-in for `module.train` of a teacher's modules: it accepts only eval mode.
-
-    Raises:
-        RunError: if asked for train mode.
-    """
-    if mode:
-        raise RunError("A teacher stays in eval mode: its BatchNorm statistics and its dropout must not train.")
-    return module
-
-
 class Teacher:
-    """Classifier that is frozen in place and kept outside every module tree.
+    """Frozen classifier, kept outside every module tree.
 
-    It is no `nn.Module`, so it ends up in no checkpoint, no optimizer and no DDP bucket. The given model becomes part
-    of it: its parameters stop requiring gradients, and `model.train()` raises an error from then on.
+    It is no `nn.Module`, so it ends up in no checkpoint, no optimizer and no DDP bucket.
 
     Args:
-        model: a transformers image classifier, a timm model or a module that returns logits (B, C).
+        model: a transformers image classifier, a timm model or a module that returns logits (B, C). It is left as it
+            was: the teacher is a copy over the same memory (see `frozen_copy`). Its weights must not change meanwhile.
         name: name in results; by default the architecture.
         input_spec: size and normalisation that it was trained with; the student's images are converted to them. None:
             it takes the student's images as they are.
@@ -58,9 +47,8 @@ class Teacher:
     ):
         self.name = name or architecture_of(model)
         self.hub_id = hub_id
-        self.model = model.requires_grad_(False).eval()
-        for module in self.model.modules():
-            module.train = functools.partial(_refuse_train_mode, module)  # type: ignore[method-assign]  # so frozen
+        remove_taps(model)  # of an earlier trainer: the copy would take over its hooks
+        self.model = frozen_copy(model)
         self.input_spec = input_spec
         self.class_indices = class_indices
         self._autocast_dtype: torch.dtype | None = None
@@ -227,7 +215,6 @@ def _is_linear(outputs: Outputs, classifier: nn.Linear) -> bool:
 
 def _copy_of_classifier(model: nn.Module) -> nn.Linear | None:
     """Return a copy of the classifier, in float32 or wider, if it is one linear layer; else None."""
-    remove_taps(model)  # the copy would take over the hooks of an earlier trainer
     try:
         classifier = find_classifier(model)
     except ValueError:  # no classifier is found; this is an error only for losses that read it

@@ -92,6 +92,10 @@ class ModelArguments:
         default=None,
         metadata={"help": "Side of the student's patches in pixels, for a timm ViT; by default its own."},
     )
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Run code that comes with a student or teacher from a folder or the Hub. Read it first."},
+    )
 
     def __post_init__(self):
         check_ranges(self)
@@ -208,8 +212,8 @@ class DistillationConfig(TrainingArguments):
     """`TrainingArguments` with the keys of distillation, and other defaults where those of transformers cost speed.
 
     Changed defaults: no gradient clipping (`max_grad_norm` 0), no NaN filter (it waits for the device at every
-    step), no removal of columns (it would drop a second view), and no search for unused parameters under DDP. The best
-    checkpoint is the one with the highest top-1.
+    step), no removal of columns (a user's own loss may read them), and no search for unused parameters under DDP. The
+    best checkpoint is the one with the highest top-1.
 
     Raises:
         HfkdError: for a setting that hfkd does not support.
@@ -294,7 +298,7 @@ class DistillationConfig(TrainingArguments):
         default=False, metadata={"help": "Leave NaN losses out of the log; makes every step wait for the device."}
     )
     remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Drop batch entries that the student's forward does not take."}
+        default=False, metadata={"help": "Drop the columns of a data set that hfkd does not read."}
     )
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Passed to DistributedDataParallel."}

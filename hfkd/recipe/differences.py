@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..errors import HfkdError
 from ..losses import LOSSES
 from .keys import WITHOUT_EFFECT, public_value
 from .reading import ARGUMENT_CLASSES
@@ -46,10 +47,16 @@ def recipe_differences(path: Path, recipe: dict[str, Any]) -> list[str]:
     """Return the keys on which the recipe of an earlier run, if there is one, has another value, with both values.
 
     Keys that do not change the student are left out.
+
+    Raises:
+        HfkdError: if the file is damaged.
     """
     if not path.is_file():
         return []
-    there, here = settings_of(read_yaml(path) or {}), settings_of(recipe)
+    former = read_yaml(path)
+    if not isinstance(former, dict):
+        raise HfkdError(f"{path} is {'empty' if former is None else 'damaged'}: expected the recipe of a run.")
+    there, here = settings_of(former), settings_of(recipe)
     # The workers of a stream share out its rows, so that another number of them trains on another order.
     without_effect = WITHOUT_EFFECT - ({"dataloader_num_workers"} if recipe.get("streaming") else set())
     return [

@@ -140,6 +140,8 @@ _MODEL = {
         Key(RESULT),
     ),
     "teacher_device_map": Key(SPEED),
+    # Private: whoever repeats a published run decides anew.
+    "trust_remote_code": Key(OUTPUT, private=True),
 }
 _DATA = {
     "dataset_name": Key(RESULT, path=True),

@@ -8,7 +8,9 @@ content.
 from __future__ import annotations
 
 import io
+import itertools
 import json
+import os
 import re
 import shutil
 import zlib
@@ -16,11 +18,16 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from .folder import write_whole
+from ..errors import RunError
+from .reading import read_json
+from .writing import settle, sync_folder, write_whole
 
 logger = logging.get_logger(__name__)
 
 MANIFEST_NAME = "checkpoint.json"
+BEGUN_NAME = "checkpoint.begun"  # in a checkpoint that is being written, or was when its process was killed
+UNLOGGED_NAME = "unlogged.json"
+OWN_NAMES = (MANIFEST_NAME, BEGUN_NAME, UNLOGGED_NAME)  # one of them is in every checkpoint of hfkd
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -30,8 +37,36 @@ def write_manifest(folder: str | Path) -> None:
     Code that writes to the checkpoint again must remove the manifest first.
     """
     folder = Path(folder)
-    files = {path.name: size_and_checksum(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    settle(folder)  # a manifest must not reach the disk before the files that it vouches for
+    paths = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name != BEGUN_NAME]
+    files = {path.name: size_and_checksum(path) for path in paths}
     write_whole(folder / MANIFEST_NAME, json.dumps({"files": files}, indent=2))
+    (folder / BEGUN_NAME).unlink(missing_ok=True)
+    sync_folder(folder.parent)
+
+
+def begin_checkpoint(folder: Path) -> None:
+    """Make the folder of a checkpoint, in place of an earlier attempt, and mark it as one of hfkd.
+
+    Raises:
+        RunError: if there is a folder that hfkd did not write.
+    """
+    remove_checkpoint(folder)
+    if os.path.lexists(folder):
+        raise RunError(f"{folder} is in the way of a checkpoint, and hfkd did not write it: move it, and resume.")
+    folder.mkdir(parents=True)
+    (folder / BEGUN_NAME).touch(exist_ok=False)
+
+
+def is_own_checkpoint(folder: Path) -> bool:
+    """Return True if hfkd wrote a checkpoint, whole or not, or if it is an empty folder."""
+    return any((folder / name).is_file() for name in OWN_NAMES) or not any(folder.iterdir())
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove a checkpoint, if there is one that hfkd wrote."""
+    if folder.is_dir() and is_own_checkpoint(folder):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def defect(folder: str | Path) -> str | None:
@@ -43,12 +78,16 @@ def defect(folder: str | Path) -> str | None:
     if not manifest.is_file():
         return f"it was not written to the end: {MANIFEST_NAME} is missing"
     try:
-        files = {name: (facts["bytes"], facts) for name, facts in json.loads(manifest.read_text())["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        files = {name: (facts["bytes"], facts) for name, facts in read_json(manifest)["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST_NAME} cannot be read"
     for name, (size, facts) in files.items():
         path = folder / name
+        if name != path.name:
+            return f"{MANIFEST_NAME} names a file elsewhere, {name}"
         try:
+            if path.exists() and not path.is_file():  # reading a pipe or a device might never end
+                return f"{name} cannot be read: it is no file"
             if path.stat().st_size != size:
                 return f"{name} has {path.stat().st_size} bytes instead of {size}"
             if size_and_checksum(path) != facts:
@@ -83,17 +122,18 @@ def step_of(folder: Path) -> int:
 
 
 def drop_old(output_dir: str | Path, limit: int | None, keep: list[str]) -> None:
-    """Remove checkpoints until `limit` are left, except those in `keep`.
+    """Remove checkpoints until `limit` are left, except those in `keep` and those that hfkd did not write.
 
     Checkpoints without a manifest are removed first, then the oldest.
     """
     if not limit:
         return
-    folders, kept = checkpoints(output_dir), {Path(path).resolve() for path in keep}
+    folders = [folder for folder in checkpoints(output_dir) if is_own_checkpoint(folder)]
+    kept = {Path(path).resolve() for path in keep}
     old = [folder for folder in folders if folder.resolve() not in kept]
     old.sort(key=lambda folder: (folder / MANIFEST_NAME).exists())
     for folder in old[: max(0, len(folders) - limit)]:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_checkpoint(folder)
 
 
 def set_aside_newer(output_dir: str | Path, step: int) -> None:
@@ -103,10 +143,16 @@ def set_aside_newer(output_dir: str | Path, step: int) -> None:
     """
     for folder in checkpoints(output_dir):
         if step_of(folder) > step and defect(folder) is None:
-            aside = folder.with_name(f"superseded-{folder.name}")
-            shutil.rmtree(aside, ignore_errors=True)
+            aside = _free_name(folder.with_name(f"superseded-{folder.name}"))
             logger.warning(f"Training resumes from step {step}, so {folder} is renamed to {aside.name}.")
             folder.rename(aside)
+
+
+def _free_name(folder: Path) -> Path:
+    """Return the name, or the first of those with a number behind it that is not taken by another's files."""
+    remove_checkpoint(folder)
+    names = itertools.chain([folder], (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2)))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def size_and_checksum(content: Path | bytes) -> dict[str, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,9 +11,11 @@ from typing import Any
 from ..errors import HfkdError, NotFoundError, nearest
 from ..recipe.yaml_file import read_yaml
 from .folder import RECIPE_NAME, RESULTS_NAME, ROLES, WEIGHTS_NAME
+from .reading import printable, read_results
 
 BY_TOP1 = {"metric": "top1", "greater_is_better": True}  # what the best epoch is best by, unless results say otherwise
-FACTS = ("role", "recipe", "seed", "planned_steps")  # facts that readers of runs rely on; others may be missing
+# Facts that readers of runs rely on; others may be missing.
+FACTS = ("role", "recipe", "seed", "planned_steps", "parameters", "dataset", "published_top1", "devices")
 
 
 @dataclass(frozen=True)
@@ -125,15 +126,12 @@ def read_run(folder: str | Path) -> FinishedRun:
         raise NotFoundError(
             f"{folder} holds no {RESULTS_NAME}: give the folder of a run, which has one after its first evaluation."
         )
-    try:
-        results = json.loads(path.read_text())
-    except ValueError as error:
-        raise HfkdError(f"{path} is damaged: {error}") from error
-    missing = [name for name in FACTS if name not in results]
-    if missing:
-        raise HfkdError(f"{path} was written by another program or an earlier hfkd: it lacks {', '.join(missing)}.")
-    recipe = folder / RECIPE_NAME
-    return FinishedRun(folder, results, read_yaml(recipe) if recipe.is_file() else {})
+    results = read_results(path, FACTS)
+    path = folder / RECIPE_NAME
+    recipe = printable(read_yaml(path)) if path.is_file() else {}
+    if not isinstance(recipe, dict):
+        raise HfkdError(f"{path} is {'empty' if recipe is None else 'damaged'}: expected the recipe of the run.")
+    return FinishedRun(folder, results, recipe)
 
 
 def find_runs(paths: Sequence[str | Path]) -> tuple[list[FinishedRun], list[str]]:

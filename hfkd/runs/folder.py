@@ -1,11 +1,8 @@
-"""Files of a run's folder: their names, whole writes, and the environment that they record."""
+"""Files of a run's folder: their names, and the environment that they record."""
 
 from __future__ import annotations
 
 import errno
-import json
-import math
-import os
 import platform
 import shutil
 import subprocess
@@ -21,30 +18,6 @@ from ..names import ROLES as ROLES
 RECIPE_NAME = "recipe.yaml"
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"  # files of an export
 LIBRARIES = ("torch", "torchvision", "transformers", "accelerate", "datasets", "timm", "evaluate", "numpy")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file under another name and rename it, so that nobody ever sees it half-written."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        partial.write_text(text)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def strict_json(value: Any, **settings: Any) -> str:
-    """Return a value as JSON text; JSON has no NaN and no infinity, so null stands for them."""
-    return json.dumps(finite_or_none(value), allow_nan=False, **settings)
-
-
-def finite_or_none(value: Any) -> Any:
-    """Return a plain value with None in place of every number in it that is not finite."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: finite_or_none(entry) for key, entry in value.items()}
-    return [finite_or_none(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
 def check_writable(folder: Path, key: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import logging
 
 from ..errors import HfkdError, NotFoundError, did_you_mean
 from ..losses import LOSSES
@@ -20,6 +21,8 @@ from .checkpoints import last_checkpoint
 from .finished import FinishedRun, read_run, teacher_of
 from .folder import RECIPE_NAME, RESULTS_NAME, WEIGHTS_NAME
 from .published import published_runs
+
+logger = logging.get_logger(__name__)
 
 CHECKOUT = Path(__file__).parents[2]
 RUNS = Path("runs")  # where recipes expect their teachers
@@ -62,10 +65,14 @@ class Cell:
         return None if published is None else published.top1
 
     def run(self) -> FinishedRun | None:
-        """Read the run as far as it went; None before the first evaluation."""
+        """Read the run as far as it went; None before the first evaluation, and where its results are damaged."""
         if not (self.folder / RESULTS_NAME).is_file():
             return None
-        run = read_run(self.folder)
+        try:
+            run = read_run(self.folder)
+        except HfkdError as error:
+            logger.warning_once(f"{error} Its checkpoints are used.")
+            return None
         return run if run.results["epochs"] else None
 
     def is_done(self) -> bool:
@@ -95,7 +102,10 @@ class Cell:
         Raises:
             HfkdError: if it does; the message names the settings.
         """
-        different = recipe_differences(self.folder / RECIPE_NAME, self.settings[3])
+        try:
+            different = recipe_differences(self.folder / RECIPE_NAME, self.settings[3])
+        except HfkdError:
+            return  # damaged: training says so
         if different and not self.config.allow_recipe_change:
             way_out = "Give another --output_dir, or remove the folder"
             if self.role == "teacher":

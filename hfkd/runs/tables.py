@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Container, Iterable, Sequence
 from typing import Any
+
+from .reading import printable
 
 
 def markdown_table(
@@ -23,8 +26,8 @@ def markdown_table(
         right: headings of the columns that are aligned right.
         compact: write the rule, and an empty heading, with fewer spaces.
     """
-    # A bar would end its cell, even in a code span.
-    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in (header, *rows)]
+    # A bar would end its cell, even in a code span, and a line break its row.
+    cells = [[printable(str(cell)).replace("|", "\\|") for cell in row] for row in (header, *rows)]
     columns = [
         _column(column, padded, name in right, compact)
         for name, column in zip(header, zip(*cells, strict=True), strict=True)
@@ -42,6 +45,21 @@ def _column(cells: Sequence[str], padded: bool, right: bool, compact: bool) -> l
     return [heading, f" {rule} ", *values]
 
 
+def plain(text: str) -> str:
+    """Return a text from a file with its special characters escaped, so that Markdown shows it as it is."""
+    return re.sub(r"([\\`<>\[\]])", r"\\\1", printable(text))
+
+
+def _harmless(cell: Any) -> Any:
+    if not isinstance(cell, str) or not re.match(r"[=+\-@\t\r]", cell):
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return f"'{cell}"
+    return cell
+
+
 def without_empty_columns(
     header: Sequence[str], rows: Sequence[Sequence[str]], empty: Container[str] = ("",)
 ) -> tuple[list[str], list[list[str]]]:
@@ -51,9 +69,12 @@ def without_empty_columns(
 
 
 def csv_table(header: Iterable[str], rows: Iterable[Sequence[Any]], line_end: str = "\n") -> str:
-    """Return the text of a CSV file; None is an empty cell."""
+    """Return the text of a CSV file; None is an empty cell.
+
+    A spreadsheet would run a text that begins like a formula; an apostrophe in front makes it a text.
+    """
     file = io.StringIO()
     writer = csv.writer(file, lineterminator=line_end)
     writer.writerow(header)
-    writer.writerows(rows)
+    writer.writerows([_harmless(cell) for cell in row] for row in rows)
     return file.getvalue()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..plots import BLACK, BLUE, GREEN, VERMILION, mark_decades, new_sheet, tidy
+from ..runs.writing import writing
 from .results import SearchedTrial, best_of, recipe_of
 from .space import Parameter, short
 
@@ -19,7 +20,9 @@ COLUMNS = 2
 
 def save_search(trials: Sequence[SearchedTrial], space: Sequence[Parameter], path: Path) -> None:
     """Write `search_figure` as a PNG."""
-    search_figure(trials, space).savefig(path)
+    figure = search_figure(trials, space)
+    with writing(path) as file:
+        figure.savefig(file)
 
 
 def search_figure(trials: Sequence[SearchedTrial], space: Sequence[Parameter]) -> Figure:

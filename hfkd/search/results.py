@@ -15,6 +15,7 @@ from ..recipe.yaml_file import read_yaml
 from ..runs.tables import csv_table, markdown_table
 from .space import TRIAL_SETTINGS, Parameter, settings, short
 
+DATABASE_NAME = "study.db"  # trials of a search, in its folder
 # Keys of the command line that the best recipe does not get: they make trials shorter than the run that they are for,
 # or concern trials alone, or the search gives them other values. A given warm-up is kept.
 TRIAL_ONLY_KEYS = {

@@ -12,13 +12,14 @@ from typing import Any
 import optuna
 from filelock import FileLock
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import DatabaseError
 
+from ..errors import HfkdError
 from ..training.trainer import DistillationTrainer
-from .results import SearchedTrial
+from .results import DATABASE_NAME, SearchedTrial
 from .space import Parameter, settings, text
 
 STUDY_NAME = "search"
-DATABASE_NAME = "study.db"
 HEARTBEAT_SECONDS, GRACE_SECONDS = 10, 60  # without a heartbeat for the grace period, a trial's process has died
 WAITING_SECONDS = 1  # between two checks of other processes' trials
 STARTUP_TRIALS = 4  # trials before any is stopped early, and before the sampler uses the measurements
@@ -86,14 +87,21 @@ def run_trials(
 
 def _open_study(folder: Path, space: Sequence[Parameter]) -> tuple[optuna.Study, optuna.storages.RDBStorage]:
     """Open or create the study, and enqueue the trial of the recipe's own values if there is none."""
-    storage = optuna.storages.RDBStorage(
-        f"sqlite:///{(folder / DATABASE_NAME).absolute()}",
-        engine_kwargs={"connect_args": {"timeout": 60}},
-        heartbeat_interval=HEARTBEAT_SECONDS,
-        grace_period=GRACE_SECONDS,
-        heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(),
-    )
-    study = optuna.create_study(study_name=STUDY_NAME, storage=storage, direction="maximize", load_if_exists=True)
+    path = folder / DATABASE_NAME
+    try:
+        storage = optuna.storages.RDBStorage(
+            f"sqlite:///{path.absolute()}",
+            engine_kwargs={"connect_args": {"timeout": 60}},
+            heartbeat_interval=HEARTBEAT_SECONDS,
+            grace_period=GRACE_SECONDS,
+            heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(),
+        )
+        study = optuna.create_study(study_name=STUDY_NAME, storage=storage, direction="maximize", load_if_exists=True)
+    except (DatabaseError, RuntimeError, AssertionError) as error:
+        raise HfkdError(
+            f"{path} is damaged ({str(error).splitlines()[0]}): remove it, and with it the trials that it holds, or "
+            "give another --search_dir."
+        ) from error
     alive = [trial for trial in study.get_trials(deepcopy=False) if trial.state != TrialState.FAIL]
     if not any(RECIPE in trial.user_attrs for trial in alive):
         study.enqueue_trial({parameter.key: parameter.default for parameter in space}, user_attrs={RECIPE: True})

@@ -10,7 +10,6 @@ then renamed, so it is either whole or missing.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -23,12 +22,15 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import HfkdError, RunError
+from ..runs.reading import printable, read_json
+from ..runs.writing import PARTIAL, leftovers, writing
 from .rows import RowFormat
 
 CACHE_NAME, EVALUATION_NAME = "cache.json", "evaluation.bin"
 MAGIC = b"hfkdrows"
 HEADER = struct.Struct("<8sQI")
 OPEN_SHARDS = 256  # largest number that a process keeps open: each takes a file descriptor
+MANY_SHARDS = 100_000  # more are counted before they are listed
 CHOICE_DTYPE = np.dtype("<i4")
 
 
@@ -82,6 +84,7 @@ class CacheFiles:
         Raises:
             HfkdError: if a file is missing or has another size; the message names it.
         """
+        self._check_number()
         expected = {self.path(*shard): self.bytes_of(shard[1]) for shard in self.shards()}
         expected[self.folder / EVALUATION_NAME] = HEADER.size + self.facts["evaluation"]["rows"] * CHOICE_DTYPE.itemsize
         sizes = {path: path.stat().st_size if path.is_file() else None for path in expected}
@@ -95,12 +98,27 @@ class CacheFiles:
             if size != expected[path]:
                 raise HfkdError(damage_message(path, f"it has {size:,} bytes instead of {expected[path]:,}"))
 
+    def _check_number(self) -> None:
+        """Check that many shards are there before they are listed: a stranger's description may say any number.
+
+        Raises:
+            HfkdError: if there are fewer.
+        """
+        expected = self.epochs * math.ceil(self.num_rows / self.rows_a_shard)
+        found = sum(1 for _ in self.folder.glob("epoch-*/shard-*.bin"))
+        if found < expected and expected > MANY_SHARDS:
+            raise HfkdError(
+                f"The teacher cache {self.folder} is not finished: {expected - found:,} of its {expected:,} shards are "
+                "missing. The command that began it completes it."
+            )
+
     def finish(self) -> bool:
         """Return True if every file is there; then remove the partial files that killed processes left."""
         paths = [self.folder / EVALUATION_NAME, *(self.path(*shard) for shard in self.shards())]
         whole = all(path.is_file() for path in paths)
-        for path in self.folder.rglob("*.partial") if whole else ():
-            path.unlink(missing_ok=True)
+        for path in (self.folder / CACHE_NAME, *paths) if whole else ():
+            for partial in leftovers(path, PARTIAL):
+                partial.unlink(missing_ok=True)
         return whole
 
     # ---- Reading ---------------------------------------------------------------------------------------------------
@@ -174,15 +192,12 @@ def write_rows(path: Path, rows: np.ndarray) -> None:
     Raises:
         RunError: if the disk is full, or the file cannot be written for another reason.
     """
-    # The name holds the process id, since several processes may write the same cache.
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     content = rows.view(np.uint8).data
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
+        with writing(path) as file:
             file.write(HEADER.pack(MAGIC, len(rows), zlib.crc32(content)))
             file.write(content)
-        os.replace(partial, path)
     except FileNotFoundError:  # another process wrote the same file, finished the cache and removed partial files
         if not path.is_file():
             raise
@@ -192,8 +207,6 @@ def write_rows(path: Path, rows: np.ndarray) -> None:
             f"{path} could not be written ({error}); {free:,.0f} MiB are free on its disk. Free space and run the "
             "same command again: it goes on from the files that are whole."
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def is_whole(path: Path, dtype: np.dtype, count: int) -> bool:
@@ -205,17 +218,52 @@ def is_whole(path: Path, dtype: np.dtype, count: int) -> bool:
     return True
 
 
-def read_facts(folder: str | Path) -> dict[str, Any]:
+def read_facts(folder: str | Path, whole: bool = False) -> dict[str, Any]:
     """Return the content of `cache.json`.
+
+    Args:
+        whole: check all of it, for a reader of more than the row format.
 
     Raises:
         HfkdError: if it is missing or cannot be read.
     """
     path = Path(folder, CACHE_NAME)
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path.is_file it also takes a name that is too long
         raise HfkdError(f"{folder} holds no teacher cache: {path} is missing. `hfkd cache-teacher RECIPE` writes one.")
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        facts = printable(read_json(path))
+        facts["row"]["top_k"]
+        if whole:
+            _check_facts(facts)
+    except (HfkdError, LookupError, TypeError) as error:
         message = f"{path} cannot be read ({error}): remove it, and run the command that wrote it again."
         raise HfkdError(message) from error
+    return facts
+
+
+def _check_facts(facts: dict[str, Any]) -> None:
+    """Check the numbers of a description, which may be a stranger's, before memory is taken for what they say.
+
+    Raises:
+        HfkdError: for a number out of range; LookupError and TypeError for a description of another form.
+    """
+    row = facts["row"]
+    numbers = {
+        "epochs": (facts["epochs"], 10**4),  # as many as the names of their folders can tell apart
+        "rows_a_shard": (facts["rows_a_shard"], 2**40),
+        "train.rows": (facts["train"]["rows"], 2**40),
+        "evaluation.rows": (facts["evaluation"]["rows"], 2**40),
+        "row.classes": (row["classes"], 2**24),
+        "row.views": (row["views"], 2),
+        "row.top_k": (row["classes"] if row["top_k"] is None else row["top_k"], row["classes"]),
+        "the number of row.temperatures": (len(row["temperatures"]) + 1, 1000),
+    }
+    for name, (number, most) in numbers.items():
+        if type(number) is not int or not 1 <= number <= most:
+            raise HfkdError(f"{name} is {number!r}, expected 1 to {most:,}")
+    for name in ("teacher", "appearance", "given"):
+        facts[name]
+    teacher = facts["teacher"]
+    for member in teacher["members"]:
+        member["name"], member["hub_id"]
+    teacher["name"], teacher["parameters"]

@@ -47,7 +47,7 @@ class CachedTeacher:
     """
 
     def __init__(self, folder: str | Path):
-        self.files = CacheFiles(folder, read_facts(folder))
+        self.files = CacheFiles(folder, read_facts(folder, whole=True))
         self.files.check_complete()
         self.facts = self.files.facts
         self.name: str = self.facts["teacher"]["name"]

@@ -23,7 +23,9 @@ from ..errors import HfkdError, RunError
 from ..networks.features import InputSpec
 from ..networks.teacher import Teacher, TeacherEnsemble, check_placement
 from ..recipe.arguments import DistillationConfig
-from ..runs.folder import environment, write_whole
+from ..runs.claims import check_own
+from ..runs.folder import environment
+from ..runs.writing import write_whole
 from .files import CACHE_NAME, CHOICE_DTYPE, EVALUATION_NAME, CacheFiles, is_whole, read_facts, write_rows
 from .identity import appearance, describe_teacher, differences, same_augmentation
 from .rows import RowFormat
@@ -96,8 +98,11 @@ def claim_folder(files: CacheFiles) -> None:
         RunError: if there is not enough disk space.
     """
     folder, path = files.folder, files.folder / CACHE_NAME
+    folder.mkdir(parents=True, exist_ok=True)
+    epochs = [f"epoch-{epoch:04}" for epoch in range(files.epochs)]
+    check_own(folder, [EVALUATION_NAME, *epochs], path.is_file(), "cache_dir")
     if path.is_file():
-        there = read_facts(folder)
+        there = read_facts(folder, whole=True)
         different = differences(there | {key: files.facts[key] for key in NOT_COMPARED}, files.facts)
         if not same_augmentation(there["appearance"], files.facts["appearance"]):
             different.append("augmentation: the same settings give other images now")
@@ -106,7 +111,6 @@ def claim_folder(files: CacheFiles) -> None:
             raise HfkdError(
                 f"{folder} holds another cache:\n  {listed}\nGive another --cache_dir, or remove the folder."
             )
-    folder.mkdir(parents=True, exist_ok=True)
     needed = sum(files.bytes_of(shard) for epoch, shard in files.shards() if not files.path(epoch, shard).is_file())
     free = shutil.disk_usage(folder).free
     if needed > free:

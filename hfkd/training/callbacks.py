@@ -11,7 +11,9 @@ from torch import nn
 from transformers import ProgressCallback, Trainer, TrainerCallback
 
 from ..data import ImageSource, StreamingImageDataset
-from .term_log import UNLOGGED_NAME, TermLog
+from ..runs.checkpoints import UNLOGGED_NAME
+from .metrics import measured
+from .term_log import TermLog
 
 
 class SetEpoch(TrainerCallback):
@@ -96,7 +98,7 @@ class ProgressLines(ProgressCallback):
             return
         if "loss" in logs and args.logging_strategy == args.eval_strategy == "epoch":
             self._held = logs  # the evaluation follows, and both make one line
-        elif "loss" in logs or "eval_loss" in logs:
+        elif "loss" in logs or measured(logs):
             self.training_bar.write(f"epoch {state.epoch:.4g}/{args.num_train_epochs:g}  {_line(self._held | logs)}")
             self._held = {}
 
@@ -104,7 +106,7 @@ class ProgressLines(ProgressCallback):
 def _line(logs: dict[str, float]) -> str:
     """Format losses, temperatures and accuracies with four digits each."""
     shown = [key for key in logs if key == "loss" or key.startswith("loss_") or key.endswith("temperature")]
-    shown += [key for key in ("eval_top1", "eval_top5", "eval_agreement") if key in logs]
+    shown += [key for key in measured(logs) if not key.endswith(("_loss", "_teacher_top1"))]
     values = [f"{key.removeprefix('eval_').removeprefix('loss_')} {logs[key]:.4g}" for key in shown]
     speed = [f"{logs['images_per_second']:,.0f} images/s"] if "images_per_second" in logs else []
     return "  ".join(values + speed)

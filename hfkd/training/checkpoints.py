@@ -22,14 +22,22 @@ from ..data import StreamingImageDataset
 from ..data.subsets import image_source
 from ..errors import HfkdError, RunError
 from ..networks.features import timm_model_of
-from ..networks.loading import exported_state_dict, load_exported
+from ..networks.loading import exported_state_dict, load_exported, with_own_memory
 from ..networks.sharding import gathered
 from ..recipe.arguments import DistillationConfig
-from ..runs.checkpoints import defect, drop_old, last_checkpoint, set_aside_newer, write_manifest
-from ..runs.folder import strict_json
+from ..runs.checkpoints import (
+    UNLOGGED_NAME,
+    begin_checkpoint,
+    defect,
+    drop_old,
+    last_checkpoint,
+    remove_checkpoint,
+    set_aside_newer,
+    write_manifest,
+)
+from ..runs.writing import strict_json
 from .distiller import Distiller
 from .processes import check_same_checkpoint, check_same_steps, check_same_stream
-from .term_log import UNLOGGED_NAME
 
 logger = logging.get_logger(__name__)
 
@@ -163,7 +171,7 @@ class Checkpoints:
             RunError: if it cannot be written, naming the checkpoint that the run stands at.
         """
         if self.args.should_save:
-            shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt: its files need not be this one's
+            begin_checkpoint(folder)  # without the files of an earlier attempt, which need not be this one's
         self.wait_for_everyone()
         try:
             yield
@@ -172,7 +180,7 @@ class Checkpoints:
                 write_manifest(folder)
         except (OSError, RuntimeError, SafetensorError) as error:
             if self.args.should_save:
-                shutil.rmtree(folder, ignore_errors=True)
+                remove_checkpoint(folder)
             raise self.unwritten(folder, error) from error
         self.wait_for_everyone()  # a launcher ends the others when one process ends
 
@@ -188,7 +196,7 @@ class Checkpoints:
             return
         Path(folder, UNLOGGED_NAME).write_text(strict_json(unlogged))
         if state:
-            safetensors.torch.save_file(state, os.path.join(folder, LOSSES_NAME))
+            safetensors.torch.save_file(with_own_memory(state), os.path.join(folder, LOSSES_NAME))
         if average is not None:
             weights = exported_state_dict(distiller.student)
             safetensors.torch.save_file(weights, os.path.join(folder, TRAINING_WEIGHTS_NAME))
@@ -204,9 +212,10 @@ class Checkpoints:
         last = last_checkpoint(output_dir)
         free = shutil.disk_usage(output_dir).free / 2**20
         stands = f"The run stands at {last}: go on from there" if last else "There is no checkpoint yet: start again"
+        other_cause = isinstance(error, OSError) and error.errno not in DISK_IS_FULL
         return RunError(
             f"{path} could not be written ({error}); {free:,.0f} MiB are free on its disk. {stands} "
-            "(resume_from_checkpoint: true) once there is room."
+            f"(resume_from_checkpoint: true) once {'it can be written' if other_cause else 'there is room'}."
         )
 
     @contextlib.contextmanager
@@ -252,11 +261,11 @@ def _check_student(checkpoint: str, student: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def changed_for_now(args: DistillationConfig, **changes: Any) -> Iterator[None]:
-    """Change settings of a run within, and put them back."""
-    former = {name: getattr(args, name) for name in changes}
-    vars(args).update(changes)
+def changed_for_now(holder: Any, **changes: Any) -> Iterator[None]:
+    """Change attributes of the settings of a run, or of its trainer, within, and put them back."""
+    former = {name: getattr(holder, name) for name in changes}
+    vars(holder).update(changes)
     try:
         yield
     finally:
-        vars(args).update(former)
+        vars(holder).update(former)

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sized
+from typing import Any
 
 from torch import nn
+from torch.utils.data import IterableDataset
 
-from ..errors import HfkdError
+from ..data import StreamingImageDataset
+from ..errors import HfkdError, did_you_mean
+from ..networks.frozen import trainable_weights_in_common
 from ..networks.teacher import Teacher, TeacherEnsemble
 from ..recipe.arguments import DistillationConfig
+from .distiller import Distiller
+from .loaders import data_sets
+from .metrics import TIMES
+
+PLATEAU = ("reduce_lr_on_plateau", "greedy")  # schedules that read metric_for_best_model
 
 
 def check_ensemble(teacher: Teacher | TeacherEnsemble, losses: nn.ModuleDict, args: DistillationConfig) -> None:
@@ -31,6 +41,9 @@ def check_ensemble(teacher: Teacher | TeacherEnsemble, losses: nn.ModuleDict, ar
 def check_roles(model: nn.Module, teacher, losses: nn.ModuleDict, args: DistillationConfig) -> None:
     """Check that teacher, student, losses and mixing fit together.
 
+    Args:
+        teacher: the trainer's, None for a student without one.
+
     Raises:
         HfkdError: if they do not.
     """
@@ -38,8 +51,12 @@ def check_roles(model: nn.Module, teacher, losses: nn.ModuleDict, args: Distilla
         raise HfkdError(f"The losses {sorted(losses)} need a teacher: set teacher_name_or_path, or remove them.")
     if not losses and args.ce_weight == 0:
         raise HfkdError("There is nothing to train on: ce_weight is 0 and there are no losses. Set one of them.")
-    if teacher is not None and model is (teacher.model if isinstance(teacher, Teacher) else teacher):
-        raise HfkdError("Student and teacher are the same object: the teacher is frozen, so pass a copy.")
+    networks = [member.model for member in teacher.members if isinstance(member, Teacher)] if teacher else []
+    if any(trainable_weights_in_common(model, network) for network in networks):
+        raise HfkdError(
+            "Student and teacher are the same object or have weights in common, which training would change in both: "
+            "pass copy.deepcopy(teacher) as the student."
+        )
     if not args.mixes:
         return
     for name, loss in losses.items():
@@ -54,22 +71,26 @@ def check_roles(model: nn.Module, teacher, losses: nn.ModuleDict, args: Distilla
             raise HfkdError(f"The loss '{name}' takes two views of an image: leave mixup and cutmix at 0.")
 
 
-def check_last_batch(losses: nn.ModuleDict, rows: int, args: DistillationConfig) -> None:
-    """Check that an epoch has a batch, and that every loss can take its last one.
-
-    With several processes the last batch is filled up.
+def smallest_batch(train_dataset: Any, losses: nn.ModuleDict, args: DistillationConfig) -> int | None:
+    """Return the least number of images that a process gets in a training batch; None for an unknown number of images.
 
     Raises:
-        HfkdError: if all images would be dropped, or the last batch is too small for a loss.
+        HfkdError: if all images would be dropped, or the smallest batch is too small for a loss.
     """
     images = args.per_device_train_batch_size
-    if args.dataloader_drop_last and rows < images * args.world_size:
+    streamed = isinstance(train_dataset, StreamingImageDataset)
+    if not isinstance(train_dataset, Sized) or (isinstance(train_dataset, IterableDataset) and not streamed):
+        return None
+    rows = -(-train_dataset.num_rows // args.world_size) if streamed else len(train_dataset)
+    if not streamed and args.dataloader_drop_last and rows < images * args.world_size:
         raise HfkdError(
             f"{rows:,} training images do not fill a batch of {images} for each of {args.world_size} process(es): set "
             "a smaller per_device_train_batch_size, fewer processes, or dataloader_drop_last: false."
         )
-    if args.world_size > 1 or args.dataloader_drop_last or rows % images == 0:
-        return
+    settings: Any = args.accelerator_config  # an object once args is built
+    filled_up = not streamed and args.world_size > 1 and settings.even_batches
+    if filled_up or args.dataloader_drop_last or rows % images == 0:
+        return images
     for name, loss in losses.items():
         if rows % images < loss.least_images:
             raise HfkdError(
@@ -77,3 +98,82 @@ def check_last_batch(losses: nn.ModuleDict, rows: int, args: DistillationConfig)
                 f"batches of {images} has {rows % images}: set dataloader_drop_last: true, or another "
                 "per_device_train_batch_size."
             )
+    return rows % images
+
+
+def check_types(model: Any, args: Any) -> None:
+    """Check the types of the trainer's first arguments.
+
+    Raises:
+        HfkdError: if the student is neither a model nor a name, or the settings are no `DistillationConfig`.
+    """
+    if not isinstance(args, DistillationConfig):
+        raise HfkdError(
+            f"args must be a DistillationConfig, got {type(args).__name__}. It takes every field of TrainingArguments: "
+            "DistillationTrainer(student, teacher, DistillationConfig(output_dir, learning_rate=0.1, ...))."
+        )
+    if not (model is None or isinstance(model, (nn.Module, str))):
+        raise HfkdError(f"The student must be a model or its name, got {type(model).__name__}.")
+
+
+def check_metric_settings(model: nn.Module, eval_dataset: Any, args: DistillationConfig) -> None:
+    """Check that the settings of a user's metrics can be met.
+
+    Raises:
+        HfkdError: if they cannot.
+    """
+    if "inputs" in args.include_for_metrics and getattr(model, "main_input_name", None) != "pixel_values":
+        raise HfkdError(
+            f"include_for_metrics: inputs needs a model of transformers or timm, and {type(model).__name__} does not "
+            "name its input: leave it out."
+        )
+    if args.batch_eval_metrics and any(isinstance(each, StreamingImageDataset) for each in data_sets(eval_dataset)):
+        raise HfkdError(
+            "batch_eval_metrics is not supported with a streamed evaluation set, which does not tell its last batch: "
+            "set streaming or batch_eval_metrics to false."
+        )
+
+
+def check_given_optimizer(optimizer: Any, distiller: Distiller) -> None:
+    """Check that an optimizer of the user's holds what is to be trained.
+
+    Raises:
+        HfkdError: if it lacks the parameters of a loss, or has none of the student's.
+    """
+    if optimizer is None:
+        return
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if not any(id(parameter) in held for parameter in distiller.student.parameters()):
+        raise HfkdError(
+            "The optimizer given holds no parameter of the student, which may have been rebuilt for a loss: give "
+            "optimizer_cls_and_kwargs=(torch.optim.SGD, {'lr': 0.1}) in place of optimizers."
+        )
+    for name, loss in distiller.losses.items():
+        if any(parameter.requires_grad and id(parameter) not in held for parameter in loss.parameters()):
+            raise HfkdError(
+                f"The loss '{name}' has parameters of its own, which the optimizer given would not train: give "
+                "optimizer_cls_and_kwargs=(torch.optim.SGD, {'lr': 0.1}) in place of optimizers."
+            )
+
+
+def asks_for_best(args: DistillationConfig) -> bool:
+    """Return whether the run needs `metric_for_best_model`."""
+    return args.load_best_model_at_end or args.save_strategy == "best" or args.lr_scheduler_type in PLATEAU
+
+
+def check_best_metric(wanted: str | None, eval_dataset: Any, names: list[str] | None) -> None:
+    """Check that an evaluation will give the metric that decides which checkpoint is the best.
+
+    Args:
+        names: names that the evaluation of one data set gives; None if they are not known.
+
+    Raises:
+        HfkdError: if it will not; the message lists the names.
+    """
+    if names is None or wanted is None:  # Trainer refuses None
+        return
+    prefixes = [f"{each}_" for each in eval_dataset] if isinstance(eval_dataset, dict) else [""]
+    given = [prefix + name for prefix in prefixes for name in (*names, *TIMES)]
+    if wanted.removeprefix("eval_") not in given:
+        shown = [prefix + name for prefix in prefixes for name in names]
+        raise HfkdError(f"metric_for_best_model: no evaluation gives '{wanted}'.{did_you_mean(wanted, shown)}.")

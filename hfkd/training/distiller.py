@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.modeling_outputs import ImageClassifierOutput
 
 from ..errors import HfkdError
 from ..losses.standardize import at_least_float32
-from ..networks.features import Outputs, Taps, forward_views, has_two_heads, logits_of, train_heads_apart
+from ..networks.features import (
+    Outputs,
+    Taps,
+    forward_views,
+    has_two_heads,
+    logits_of,
+    remove_taps,
+    train_heads_apart,
+)
 
 LOGGED = ("learning_rate", "grad_norm", "images_per_second", "skipped_images")  # names in the log beside the losses'
 
@@ -23,18 +34,27 @@ class Distiller(nn.Module):
         student: the network to train.
         losses: distillation losses by name, each a `DistillationLoss`.
         ce_weight: weight of the cross-entropy with the labels, summed over the views of the batch.
+        label_loss: Trainer's `compute_loss_func`, in place of the cross-entropy.
 
     Raises:
         HfkdError: if a loss names a layer that the student does not have, or if a class head would not be trained.
     """
 
-    def __init__(self, student: nn.Module, losses: nn.ModuleDict, ce_weight: float):
+    def __init__(
+        self,
+        student: nn.Module,
+        losses: nn.ModuleDict,
+        ce_weight: float,
+        label_loss: Callable[..., Tensor] | None = None,
+    ):
         super().__init__()
         self.student = student
         self.losses = losses
         self.ce_weight = ce_weight
+        self._label_loss = [label_loss] if label_loss else []  # in a list, else a module would become part of this one
         layers = [layer for loss in losses.values() for layer in loss.student_layers]
         self.taps = Taps(student, layers) if layers else None
+        self._tapped = self.taps is not None
         # DDP reads this attribute and does not broadcast these buffers before every forward. They are equal in all
         # processes without it, and broadcasting CRD's memory would take most of a step.
         self._ddp_params_and_buffers_to_ignore = [
@@ -50,6 +70,18 @@ class Distiller(nn.Module):
                 "ce_weight is 0, and the student has a class head that only the cross-entropy trains, while evaluation "
                 "averages both heads: set ce_weight above 0, or take a student without a distillation token."
             )
+
+    def attach_taps(self) -> None:
+        """Record the layers that the losses read again, after `remove_taps`."""
+        if self.taps is not None and not self._tapped:
+            self.taps.attach(self.student)
+            self._tapped = True
+
+    def remove_taps(self) -> None:
+        """Remove the hooks from the student, which cannot be copied with them."""
+        if self._tapped:
+            remove_taps(self.student)
+            self._tapped = False
 
     def predict(self, batch: dict[str, Tensor]) -> Outputs:
         """Return the student's outputs for every view in `batch`, in float32 or wider."""
@@ -73,8 +105,10 @@ class Distiller(nn.Module):
         with torch.autocast(student.logits.device.type, enabled=False):
             terms = {}
             if self.ce_weight > 0:
-                views = [F.cross_entropy(view.class_logits, batch["labels"]) for view in student.views()]
-                terms["loss_ce"] = self.ce_weight * sum(views)
+                name = "loss_labels" if self._label_loss else "loss_ce"
+                terms[name] = self.ce_weight * sum(
+                    self._learn_labels(view, batch["labels"]) for view in student.views()
+                )
             for name, loss in self.losses.items():
                 value = loss(student, teacher, batch)
                 if isinstance(value, Tensor):
@@ -85,6 +119,12 @@ class Distiller(nn.Module):
                         raise HfkdError(f"Two terms of the losses have the name '{key}': give '{name}' another name.")
                     terms[key] = loss.weight * term_value
         return terms
+
+    def _learn_labels(self, view: Outputs, labels: Tensor) -> Tensor:
+        for label_loss in self._label_loss:
+            # A sum over the number of images is then the mean of this batch, which is what Trainer gets of every loss.
+            return label_loss(ImageClassifierOutput(logits=view.class_logits), labels, num_items_in_batch=len(labels))
+        return F.cross_entropy(view.class_logits, labels)
 
     def metrics(self) -> dict[str, Tensor]:
         """Return what the losses log besides their terms, such as CTKD's temperature, as 0-d tensors.

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import random
+import warnings
+from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,11 +41,12 @@ def dry_run(
         HfkdError: if the classes of data, student and teacher do not agree, or a loss cannot work with the outputs.
     """
     source = image_source(train_dataset if train_dataset is not None else eval_dataset)
-    was_training = distiller.student.training
+    modes = {module: module.training for module in distiller.student.modules()}
     distiller.student.eval()
     with torch.no_grad(), autocast:
         student = distiller.predict(batch)
-    distiller.student.train(was_training)
+    for module, was_training in modes.items():
+        module.training = was_training
     if student.logits.isnan().any():
         raise HfkdError("The student's logits for the first images are NaN: give other weights, or check the images.")
     classes = student.logits.shape[1]
@@ -68,3 +74,45 @@ def dry_run(
         except ValueError as error:
             raise HfkdError(f"losses.{name}: {error}") from error
     return classes
+
+
+def check_single_image(
+    distiller: Distiller,
+    teacher: Teacher | TeacherEnsemble | CachedTeacher | None,
+    batch: dict[str, Tensor],
+    autocast: contextlib.AbstractContextManager,
+) -> None:
+    """Check that student and losses can be trained on a batch of one image, which BatchNorm may refuse.
+
+    A copy is run, in train mode: weights, statistics, memories of losses and random numbers stay as they are.
+
+    Args:
+        batch: images of the dry run, on the device.
+
+    Raises:
+        HfkdError: if they cannot.
+    """
+    image = {name: value[:1] if isinstance(value, Tensor) else value for name, value in batch.items()}
+    image["progress"] = torch.zeros((), device=image["labels"].device)
+    outputs = teacher(image) if teacher is not None and distiller.losses else None
+    with _same_random_state(image["labels"].device), torch.no_grad(), autocast, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # gradient checkpointing warns that there is no gradient
+        try:
+            copy.deepcopy(distiller).train()(image, outputs)
+        except (ValueError, RuntimeError, IndexError) as error:
+            raise HfkdError(
+                "A batch of one image comes up in training, and the student or a loss cannot train on one "
+                f"({error}). Set dataloader_drop_last: true, which leaves out the last batch, or another "
+                "per_device_train_batch_size."
+            ) from error
+
+
+@contextlib.contextmanager
+def _same_random_state(device: torch.device) -> Iterator[None]:
+    """Leave the state of all random generators as it is."""
+    states = random.getstate(), np.random.get_state()
+    devices, kind = ([], "cuda") if device.type == "cpu" else ([device], device.type)
+    with torch.random.fork_rng(devices, device_type=kind):
+        yield
+    random.setstate(states[0])
+    np.random.set_state(states[1])

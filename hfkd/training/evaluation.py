@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data import ImageSource
 from ..data.subsets import image_source
@@ -84,6 +85,19 @@ class TeacherMemory:
             known = known.int()
             torch.distributed.all_reduce(known, torch.distributed.ReduceOp.MIN)
         return bool(known)
+
+
+@contextlib.contextmanager
+def own_forward(model: nn.Module) -> Iterator[None]:
+    """Give a model its forward back: in an evaluation before training, accelerate wraps it in autocast for good."""
+    attributes = vars(model)
+    former = {name: attributes[name] for name in ("forward", "_original_forward") if name in attributes}
+    try:
+        yield
+    finally:
+        for name in ("forward", "_original_forward"):
+            attributes.pop(name, None)
+        attributes.update(former)
 
 
 def ranked_predictions(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,11 +12,14 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from ..hub.card import write_card
+from ..errors import RunError
+from ..hub.card import CARD_NAME, FIGURE_NAME, write_card
 from ..recipe.arguments import DistillationConfig
 from ..recipe.keys import NOT_RECORDED, public_recipe
 from ..recipe.yaml_file import dump_yaml
-from ..runs.folder import RECIPE_NAME, RESULTS_NAME, write_whole
+from ..runs.claims import is_own_export
+from ..runs.folder import RECIPE_NAME, RESULTS_NAME
+from ..runs.writing import FORMER, PARTIAL, beside, leftovers, settle, sync_folder, write_whole
 from .checkpoints import WEIGHTS_PATTERN
 from .results import ResultsWriter
 
@@ -80,22 +83,54 @@ class Exports:
 
 @contextlib.contextmanager
 def _replacing(folder: Path, writes: bool = True) -> Iterator[Path]:
-    """Give a folder to write to, which takes the place of another one at the end; until then that one stays."""
-    partial, former = (folder.with_name(f"{folder.name}.{state}") for state in ("partial", "former"))
+    """Give a folder to write to, which takes the place of an export at the end; until then that one stays.
+
+    Files that somebody added to the export are kept.
+
+    Raises:
+        RunError: if the folder is not an export of hfkd.
+    """
+    partial, former = beside(folder, PARTIAL), beside(folder, FORMER)
     if not writes:
         yield partial
         return
-    for path in (partial, former):
-        shutil.rmtree(path, ignore_errors=True)
+    _clear_up(folder)
+    if not is_own_export(folder):
+        raise RunError(f"{folder} is not an export of hfkd, and the trained model would replace it: move it.")
     partial.mkdir(parents=True)
     try:
         yield partial
         if folder.exists():
+            _keep_others(folder, partial)
+        settle(partial)
+        if folder.exists():
             folder.rename(former)
         partial.rename(folder)
+        sync_folder(folder.parent)
     finally:
-        for path in (partial, former):
+        for path in (partial, former) if folder.exists() else (partial,):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _clear_up(folder: Path) -> None:
+    """Put back an export whose process was killed while replacing it, and remove what such processes left."""
+    for former in leftovers(folder, FORMER):
+        if not folder.exists():
+            former.rename(folder)
+    for path in (*leftovers(folder, PARTIAL), *leftovers(folder, FORMER)):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _keep_others(folder: Path, partial: Path) -> None:
+    """Copy the files of an export that hfkd did not write to the one that takes its place."""
+    for path in folder.iterdir():
+        own = path.name in (CARD_NAME, FIGURE_NAME) or path.match(f"{WEIGHTS_PATTERN}*")
+        if own or (partial / path.name).exists():
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, partial / path.name, symlinks=True)
+        else:
+            shutil.copy2(path, partial, follow_symlinks=False)
 
 
 def _changed_fields(args: TrainingArguments) -> dict[str, Any]:

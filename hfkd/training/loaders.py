@@ -6,7 +6,8 @@ import copy
 import functools
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,23 +16,37 @@ from torch.utils.data import DataLoader, IterableDataset
 from ..data import ImageDataset, ImageSource, StreamingImageDataset
 from ..data.source import RowCache
 from ..data.subsets import image_source
+from ..errors import HfkdError
 from ..recipe.arguments import DistillationConfig
 from .preemption import end_workers_at_exit, ignore_signals
 
 
+def data_sets(given: Any) -> list[Any]:
+    """Return a data set, or those of a dictionary, as a list; an empty one for None."""
+    if given is None:
+        return []
+    return list(given.values()) if isinstance(given, dict) else [given]
+
+
+def first_set(given: Any) -> Any:
+    """Return a data set, or the first one of a dictionary."""
+    return next(iter(data_sets(given)), None)
+
+
 def place_images(
-    train_dataset, eval_dataset, views: int, cache: RowCache | None, args: DistillationConfig
+    train_dataset, eval_sets: Sequence[Any], views: int, cache: RowCache | None, args: DistillationConfig
 ) -> ImageSource | None:
     """Move small images to the training device, where they are augmented.
 
     Args:
+        eval_sets: the evaluation data sets.
         views: augmented views of each training image.
         cache: teacher logits that batches of the training data carry along.
 
     Returns:
         The hfkd data set that is trained on, None for another one.
     """
-    for dataset in (image_source(train_dataset), image_source(eval_dataset)):
+    for dataset in map(image_source, (train_dataset, *eval_sets)):
         if isinstance(dataset, ImageDataset) and args.dataloader_num_workers == 0:
             dataset.to(args.device)
             args.dataloader_pin_memory = False  # the batches are on the device already
@@ -42,18 +57,48 @@ def place_images(
 
 
 def first_images(dataset, collate: Callable) -> dict[str, Tensor] | None:
-    """Return a batch of the first and the last image, of a stream the first two; None for a dict or no data set."""
+    """Return a batch of the first and the last image, of a stream the first two; None for no data set.
+
+    Raises:
+        HfkdError: if the images do not make a batch that hfkd can read.
+    """
     source = image_source(dataset)
     if isinstance(source, StreamingImageDataset):
         return source.first_batch(2)
-    if dataset is None or isinstance(dataset, dict):
+    if dataset is None:
         return None
     if isinstance(dataset, IterableDataset):
         samples = list(itertools.islice(dataset, 2))
     else:
         pair = [0, len(dataset) - 1]
         samples = [dataset[i] for i in pair] if source is None else dataset.__getitems__(pair)
-    return collate(samples)
+    try:
+        return collate(samples)
+    except HfkdError:
+        raise
+    except Exception as error:  # whatever a data set of the user's makes a collator raise
+        raise HfkdError(
+            f"The data set's items make no batch ({type(error).__name__}: {error}). Each must hold pixel_values, a "
+            "float tensor (3, H, W), and labels; remove_unused_columns=True leaves out other columns. With a data set "
+            "of hfkd.data give no data_collator."
+        ) from error
+
+
+def check_batch(batch: Any) -> None:
+    """Check that a batch holds images and labels.
+
+    Raises:
+        HfkdError: if it does not.
+    """
+    found = dict(batch) if isinstance(batch, Mapping) else {}
+    pixels, labels = found.get("pixel_values"), found.get("labels")
+    images = isinstance(pixels, Tensor) and pixels.ndim == 4 and pixels.is_floating_point()
+    if not images or not isinstance(labels, Tensor) or labels.shape != pixels.shape[:1]:
+        parts = [f"{name} {tuple(each.shape)} {each.dtype}" for name, each in found.items() if isinstance(each, Tensor)]
+        raise HfkdError(
+            f"A batch must hold pixel_values (B, 3, H, W), float, and labels (B,); this one holds "
+            f"{', '.join(parts) or type(batch).__name__}."
+        )
 
 
 def stream_loader(dataset: StreamingImageDataset, args: DistillationConfig, is_training: bool) -> DataLoader:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from pathlib import Path
@@ -10,13 +9,23 @@ from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback
+from transformers.utils import logging
 
+from ..errors import HfkdError
 from ..names import hub_id, public_name
 from ..networks.teacher import Teacher, TeacherEnsemble
 from ..recipe.arguments import DistillationConfig
 from ..runs.finished import BY_TOP1, best_words
-from ..runs.folder import RESULTS_NAME, environment, strict_json, write_whole
+from ..runs.folder import RESULTS_NAME, environment
+from ..runs.reading import read_results
+from ..runs.writing import strict_json, write_whole
 from ..teacher_cache.teacher import CachedTeacher
+from .metrics import OWN, WITH_TEACHER, measured
+
+# Figures that the best and the last row of the summary have in common with every run; the others are the user's own.
+SUMMED_UP = {f"eval_{name}" for name in (*OWN, *WITH_TEACHER)}
+
+logger = logging.get_logger(__name__)
 
 
 class ResultsWriter(TrainerCallback):
@@ -28,6 +37,8 @@ class ResultsWriter(TrainerCallback):
     Attributes:
         facts: facts of the run that are known before training: networks, losses, data set, published value, versions.
         rows: measurements, one row for each evaluation.
+        first_set: name of the first of several evaluation sets, whose figures also stand without it; None for one set.
+        recording: whether the next evaluation adds to the rows.
         planned_steps: number of steps of a run that is not stopped.
     """
 
@@ -35,18 +46,35 @@ class ResultsWriter(TrainerCallback):
         self.facts: dict[str, Any] = {}
         self.rows: list[dict[str, Any]] = []
         self.planned_steps = 0
+        self.first_set: str | None = None
+        self.recording = True
         self._started = time.perf_counter()
 
     def on_train_begin(self, args, state, control, **kwargs):
         path = Path(args.output_dir, RESULTS_NAME)
+        if state.global_step == 0:  # a second training, from the weights of the first
+            self.rows = [row for row in self.rows if row["step"] == 0]
         if state.global_step > 0 and path.is_file():
-            rows = json.loads(path.read_text())["epochs"]
-            self.rows = [row for row in rows if row["step"] <= state.global_step]
+            self.rows = [row for row in _former_rows(path) if row["step"] <= state.global_step]
         self.planned_steps = state.max_steps
         self._started = time.perf_counter()
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
-        if not math.isfinite(metrics.get("eval_top1", math.nan)):  # NaN: the run has diverged
+        if not self.recording:
+            return
+        metrics = measured(metrics)
+        if self.first_set is not None:
+            prefix = f"eval_{self.first_set}_"
+            metrics |= {f"eval_{key.removeprefix(prefix)}": metrics[key] for key in metrics if key.startswith(prefix)}
+        finite = {key: value for key, value in metrics.items() if math.isfinite(value)}
+        if "eval_top1" not in metrics:
+            for row in self.rows:
+                if row["step"] == state.global_step:  # of the first set, which is evaluated before the others
+                    row |= finite
+            self._write_file(args, state)
+            return
+        if "eval_top1" not in finite:  # the run has diverged
+            return
             return
         now = time.perf_counter()
         epoch = round(state.epoch or 0.0, 4)
@@ -54,10 +82,11 @@ class ResultsWriter(TrainerCallback):
         self._started = now
         training = next((entry for entry in reversed(state.log_history) if "loss" in entry), {})
         row |= {key: value for key, value in training.items() if key not in ("epoch", "step") and value is not None}
-        names = dict.fromkeys(("loss", "top1", "top5", "agreement", "teacher_top1", self._best_by["metric"]))
-        measured = {f"eval_{name}": metrics.get(f"eval_{name}", math.nan) for name in names}
-        row |= {key: value for key, value in measured.items() if math.isfinite(value)}
+        row |= finite  # also those of the user's functions
         self.rows = [other for other in self.rows if other["step"] != row["step"]] + [row]
+        self._write_file(args, state)
+
+    def _write_file(self, args, state) -> None:
         if args.should_save and not state.is_hyper_param_search:  # a search stores its trials in its own database
             self.write(Path(args.output_dir, RESULTS_NAME))
 
@@ -100,9 +129,22 @@ class ResultsWriter(TrainerCallback):
         write_whole(path, "{\n" + ",\n".join(lines) + ',\n  "epochs": [\n' + rows + "\n  ]\n}\n")
 
 
+def _former_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of an interrupted run; none, with a warning, if the file is damaged: its checkpoints go on."""
+    try:
+        rows = read_results(path, ["epochs"])["epochs"]
+        return [row for row in rows if isinstance(row["step"], int)]
+    except (HfkdError, KeyError) as error:
+        logger.warning(f"{error} The measurements before the checkpoint are lost; the run goes on without them.")
+        return []
+
+
 def _summary(row: dict[str, Any]) -> dict[str, Any]:
     keys = ("epoch", "step", "eval_top1", "eval_top5", "eval_agreement")
     summary = {key.removeprefix("eval_"): row[key] for key in keys if key in row}
+    others = {key.removeprefix("eval_"): row[key] for key in row if key.startswith("eval_") and key not in SUMMED_UP}
+    if others:
+        summary["others"] = others
     return summary | {"checkpoint": f"checkpoint-{row['step']}"}
 
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import datasets
+import timm
 import torch
 from torch import nn
 from transformers import PreTrainedModel, set_seed
+from transformers.models.timm_wrapper import TimmWrapperForImageClassification
 
 from ..data import ImageSource
 from ..data.subsets import image_source
+from ..errors import HfkdError
 from ..networks.features import InputSpec, remove_taps, settle_layers
-from ..networks.loading import known_input_spec, wrap_timm
+from ..networks.loading import known_input_spec, load_processor, load_student, wrap_timm
 from ..networks.simkd_rebuild import with_teacher_classifier
 from ..networks.teacher import Teacher, TeacherEnsemble, check_placement
 from ..recipe.arguments import DistillationConfig
@@ -40,6 +46,40 @@ def fit_student(
     dataset = eval_dataset if train_dataset is None else train_dataset
     model = with_teacher_classifier(model, teacher, losses, image_source(dataset))
     return model.to(memory_format=torch.channels_last) if args.channels_last else model
+
+
+def load_named_student(name_or_path: str, dataset: Any) -> PreTrainedModel:
+    """Return the student of a name, for the classes, the size and the normalisation of a data set.
+
+    Raises:
+        HfkdError: if the data set does not tell its classes, or as `load_student`.
+    """
+    source = image_source(dataset)
+    names = _class_names(dataset) if source is None else source.class_names
+    if names is None:
+        raise HfkdError(
+            f"The student '{name_or_path}' is to be loaded for the classes of the data set, and a "
+            f"{type(dataset).__name__} does not tell them: pass load_student('{name_or_path}', class_names)."
+        )
+    if source is None:
+        return load_student(name_or_path, names)
+    student = load_student(name_or_path, names, image_size=source.image_size if timm.is_model(name_or_path) else None)
+    if isinstance(student, TimmWrapperForImageClassification):  # what others prepare their images by
+        student.config.pretrained_cfg |= {"mean": source.mean, "std": source.std}
+    return student
+
+
+def _class_names(dataset: Any) -> list[str] | None:
+    """Return the class names of a data set of `datasets` or torchvision, None where it has none."""
+    features = dataset.features if isinstance(dataset, datasets.Dataset) else {}
+    labels = features.get("labels", features.get("label"))
+    names = labels.names if isinstance(labels, datasets.ClassLabel) else getattr(dataset, "classes", None)
+    return None if names is None else list(names)
+
+
+def own_processor(model: PreTrainedModel) -> Any:
+    """Return the image processor of a model loaded by name; None for timm's, whose config.json says the same."""
+    return None if isinstance(model, TimmWrapperForImageClassification) else load_processor(model.name_or_path)
 
 
 def _wrap(model: nn.Module, source: ImageSource | None) -> PreTrainedModel:

@@ -10,8 +10,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-UNLOGGED_NAME = "unlogged.json"  # file of a checkpoint
-
 
 class TermLog:
     """Sums of the loss terms since the last log, kept on the device: nothing here waits for it before `drain`."""

@@ -11,22 +11,25 @@ import contextlib
 import os
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from safetensors import SafetensorError
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, ProgressCallback, Trainer, set_seed
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import TrainOutput, has_length
 from transformers.utils import logging
 
 from ..data import StreamingImageDataset, collate_batch
+from ..data.image_dataset import BATCH_ENTRIES
+from ..data.subsets import image_source
 from ..errors import HfkdError
 from ..losses import DistillationLoss, build_losses
 from ..losses.standardize import at_least_float32
@@ -34,24 +37,42 @@ from ..networks.gradient_checkpointing import use_gradient_checkpointing
 from ..networks.loading import as_teacher, exported_state_dict
 from ..networks.teacher import Teacher, TeacherEnsemble
 from ..recipe.arguments import DistillationConfig
-from ..runs.folder import finite_or_none
+from ..runs.writing import finite_or_none, use_umask
 from ..teacher_cache.teacher import CachedTeacher
 from .backends import backend_of
 from .callbacks import ContinueLog, EndWhereDone, ProgressLines, SetEpoch, UpdateAverage
-from .checkpoints import Checkpoints, changed_for_now, check_best
-from .checks import check_last_batch, check_roles
+from .checkpoints import WEIGHTS_PATTERN, Checkpoints, changed_for_now, check_best
+from .checks import (
+    asks_for_best,
+    check_best_metric,
+    check_given_optimizer,
+    check_metric_settings,
+    check_roles,
+    check_types,
+    smallest_batch,
+)
 from .distiller import Distiller
 from .divergence import Divergence
-from .dry_run import dry_run
-from .evaluation import TeacherMemory, mean_cross_entropy, ranked_predictions
+from .dry_run import check_single_image, dry_run
+from .evaluation import TeacherMemory, mean_cross_entropy, own_forward, ranked_predictions
 from .exports import Exports
-from .loaders import evaluation_share, first_images, place_images, skipped_images, stream_loader, without_signals
-from .metrics import compute_metrics
+from .loaders import (
+    check_batch,
+    data_sets,
+    evaluation_share,
+    first_images,
+    first_set,
+    place_images,
+    skipped_images,
+    stream_loader,
+    without_signals,
+)
+from .metrics import EvaluationMetrics, names_of_users, own_names
 from .optimization import decayed_parameter_names, lomo_looked_up_once, multi_step_schedule, optimizer_settings
 from .preemption import StopOnSigterm
 from .pushes import Pushes
 from .results import ResultsWriter, run_facts
-from .student import batch_spec, fit_student, prepare_teacher
+from .student import batch_spec, fit_student, load_named_student, own_processor, prepare_teacher
 from .teacher_report import TeacherReport
 from .term_log import TermLog
 
@@ -67,17 +88,19 @@ class DistillationTrainer(Trainer):
 
     Args:
         model: the student: a transformers image classifier, a timm model (`trainer.model` is then transformers'
-            wrapper around it) or a module that returns logits (B, C).
-        teacher: a `Teacher` (see `load_teacher`) or a model, which is frozen in place; a list of them is an ensemble.
-            A `CachedTeacher` reads stored logits. None: labels alone.
+            wrapper around it), a module that returns logits (B, C), or a name that `load_student` takes.
+        teacher: a `Teacher` (see `load_teacher`), a model, which is left as it was, or a name that `load_teacher`
+            takes; a list of them is an ensemble. A `CachedTeacher` reads stored logits. None: labels alone.
         args: the `DistillationConfig`.
         train_dataset, eval_dataset: a data set of `hfkd.data`, or any other whose batches hold `pixel_values`
-            (B, 3, H, W) and `labels` (B,).
+            (B, 3, H, W) and `labels` (B,), or whose items are pairs of image and label. Of several evaluation sets in
+            a dictionary, the first one's top-1 is that of `results.json`, where it has one.
         losses: in place of `args.losses`; values may also be `DistillationLoss` instances.
         model_init: in place of `model`, a function that makes a student, which `hyperparameter_search` needs. Every
             trial, and every `train()`, begins with a fresh student and fresh losses, those of `args.losses` as the
             trial has set them. The teacher stays.
-        **kwargs: everything else that `Trainer` takes.
+        **kwargs: everything else that `Trainer` takes. `compute_metrics` gets logits and labels, and adds to hfkd's own
+            figures. `compute_loss_func` takes the place of the cross-entropy with the labels in training.
 
     Attributes:
         distiller: student and losses, the one module that is trained.
@@ -105,6 +128,7 @@ class DistillationTrainer(Trainer):
     eval_dataset: Any
     optimizer: torch.optim.Optimizer  # None before `create_optimizer`
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None  # type: ignore[assignment]  # Trainer's: only LambdaLR
+    _signature_columns: list[str]  # type: ignore[assignment]  # Trainer's: only None
     hub_model_id: str | None  # type: ignore[assignment]  # Trainer's: only None
 
     # compute_loss returns a mean over its batch: Trainer divides it by the number of accumulated batches.
@@ -112,8 +136,14 @@ class DistillationTrainer(Trainer):
 
     def __init__(
         self,
-        model: nn.Module | None = None,
-        teacher: Teacher | TeacherEnsemble | CachedTeacher | nn.Module | Sequence[Teacher | nn.Module] | None = None,
+        model: nn.Module | str | None = None,
+        teacher: Teacher
+        | TeacherEnsemble
+        | CachedTeacher
+        | nn.Module
+        | str
+        | Sequence[Teacher | nn.Module | str]
+        | None = None,
         args: DistillationConfig | None = None,
         *,
         train_dataset: Any = None,
@@ -126,6 +156,7 @@ class DistillationTrainer(Trainer):
         # repositories and folders. Trainer must get the final student, so SimKD rebuilds it before. Taps, the average
         # and the dry run come last (`_begin`): they need the device, which Trainer's constructor settles.
         args = args or DistillationConfig(output_dir="trainer_output")
+        check_types(model, args)
         if args.n_gpu > 1:
             logger.warning("Several GPUs are visible and this process uses one: `accelerate launch` uses all of them.")
             args._n_gpu = 1
@@ -139,11 +170,15 @@ class DistillationTrainer(Trainer):
             model = self.call_model_init()
         given: Any = args.losses if losses is None else losses  # args.losses is a mapping once args is built
         built = build_losses(given, args.logit_standardization)
-        check_roles(model, teacher, built, args)
         self.teacher: Teacher | TeacherEnsemble | CachedTeacher | None = (
             teacher if isinstance(teacher, CachedTeacher) else as_teacher(teacher, args.logit_standardization)
         )
-        model = fit_student(model, self.teacher, built, args, train_dataset, eval_dataset)
+        if isinstance(model, str):
+            set_seed(args.seed)  # as for a recipe
+            model = load_named_student(model, first_set(eval_dataset) if train_dataset is None else train_dataset)
+            kwargs["processing_class"] = kwargs.get("processing_class") or own_processor(model)
+        check_roles(model, self.teacher, built, args)
+        model = fit_student(model, self.teacher, built, args, train_dataset, first_set(eval_dataset))
         if isinstance(train_dataset, StreamingImageDataset):  # Trainer asks for its length at once
             train_dataset.shard(args.process_index, args.world_size, args.train_batch_size, args.dataloader_drop_last)
         self.results = ResultsWriter()
@@ -155,10 +190,10 @@ class DistillationTrainer(Trainer):
         self.pushes = Pushes(args, self.exports, on_begin=lambda: trainer._tell_of_push())
         self.stop_on_sigterm = StopOnSigterm()
         self.term_log = TermLog()
-        kwargs.setdefault("data_collator", collate_batch)
-        kwargs.setdefault("compute_metrics", compute_metrics)
+        kwargs["data_collator"] = kwargs.get("data_collator") or collate_batch
         super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
 
+        self._signature_columns = list(BATCH_ENTRIES)  # what remove_unused_columns keeps, whatever the student takes
         if model_init is not None:  # Trainer takes one or the other
             self.model_init = model_init
             self._validate_args()
@@ -168,7 +203,9 @@ class DistillationTrainer(Trainer):
         self.checkpoints = Checkpoints(args, self.accelerator.wait_for_everyone)
         self.teacher_memory = TeacherMemory(self.teacher, args.device)
         self._continue_log = ContinueLog(self, self.term_log)
-        self._keep_logits = False
+        self._keep_logits = self._asks_teacher = False
+        self._steps_per_epoch = 1  # known once training begins, when a schedule that a user has created is replaced
+        self.results.first_set = next(iter(eval_dataset), None) if isinstance(eval_dataset, dict) else None
         self._whole_state: dict[str, Tensor] | None = None
         # The report comes before the clocks of the others.
         callbacks = (
@@ -182,6 +219,10 @@ class DistillationTrainer(Trainer):
         for callback in (*callbacks, self.divergence):  # the last one takes back a checkpoint that others ask for
             self.add_callback(callback)
         self._begin(built)
+        check_metric_settings(self.model, eval_dataset, args)
+        check_given_optimizer(self.optimizer, self.distiller)
+        if asks_for_best(args) and eval_dataset is not None:
+            check_best_metric(args.metric_for_best_model, eval_dataset, self._metric_names())
 
     # ---- One run: the only one, or a trial of a search -------------------------------------------------------------
 
@@ -202,43 +243,69 @@ class DistillationTrainer(Trainer):
             settings: Any = args.gradient_checkpointing_kwargs  # a mapping or None once args is built
             use_gradient_checkpointing(self.model, settings or {})
         if self.teacher is not None:
-            images = batch_spec(self.train_dataset, self.eval_dataset, self.model)
+            images = batch_spec(self.train_dataset, first_set(self.eval_dataset), self.model)
             prepare_teacher(self.teacher, self.model, losses, args, images)
-        self.distiller = Distiller(self.model, losses, args.ce_weight)
+        self.distiller = Distiller(self.model, losses, args.ce_weight, self.compute_loss_func)
         self.results.facts |= run_facts(self.exports.name, self.model, self.teacher, losses, args)
+        if self.compute_loss_func is not None:
+            kind = type(self.compute_loss_func).__name__
+            self.results.facts["label_loss"] = getattr(self.compute_loss_func, "__name__", kind)
         self.results.rows = []
         self.divergence.start()
         self.term_log.start()
         self._place_images(losses)
-        self._dry_run()
-        if isinstance(self.train_dataset, Sized) and not isinstance(self.train_dataset, IterableDataset):
-            check_last_batch(losses, len(self.train_dataset), args)
+        batch = self._dry_run()
         self.distiller.to(args.device)
+        if smallest_batch(self.train_dataset, losses, args) == 1 and batch is not None:
+            check_single_image(self.distiller, self.teacher, batch, self.backend.autocast())
         if args.torch_compile and self.teacher is not None:
             self.teacher.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
 
     def _place_images(self, losses: nn.ModuleDict) -> None:
         views: list[Any] = [loss.views for loss in losses.values()]
         cache = self.teacher.files if isinstance(self.teacher, CachedTeacher) else None
-        images = place_images(self.train_dataset, self.eval_dataset, max(views, default=1), cache, self.args)
+        eval_sets = data_sets(self.eval_dataset)
+        images = place_images(self.train_dataset, eval_sets, max(views, default=1), cache, self.args)
         self.pop_callback(SetEpoch)
         self._set_epoch = None if images is None else SetEpoch(images)
         if self._set_epoch is not None:
             self.add_callback(self._set_epoch)
 
-    def _dry_run(self) -> None:
+    def _dry_run(self) -> dict[str, Tensor] | None:
+        """Return the images of the dry run, on the device; None without a data set."""
         self._mixup: Mixup | None = None
         self.num_classes: int | None = None
-        dataset = self.train_dataset if self.train_dataset is not None else self.eval_dataset
-        batch = first_images(dataset, self.data_collator)
+        eval_set = first_set(self.eval_dataset)
+        batch = self._first_images(eval_set if self.train_dataset is None else self.train_dataset)
         if batch is None:
-            return
-        batch = self._prepare_inputs(batch)
+            return None
         autocast = self.backend.autocast()
-        classes = dry_run(self.distiller, self.teacher, batch, self.train_dataset, self.eval_dataset, autocast)
+        classes = dry_run(self.distiller, self.teacher, batch, self.train_dataset, eval_set, autocast)
         self.num_classes = classes
         if self.args.mixes:
             self._mixup = Mixup(self.args.mixup, self.args.cutmix, label_smoothing=0.0, num_classes=classes)
+        return batch
+
+    def _first_images(self, dataset) -> dict[str, Tensor] | None:
+        if self.args.remove_unused_columns and isinstance(dataset, datasets.Dataset):
+            dataset = self._remove_unused_columns(dataset)
+        batch = first_images(dataset, self.data_collator)
+        if batch is None:
+            return None
+        check_batch(batch)
+        return self._prepare_inputs(batch)
+
+    def _metric_names(self) -> list[str] | None:
+        """Return the names that an evaluation gives; None if a user's function does not tell from two images."""
+        if self.args.prediction_loss_only:
+            return ["loss"]
+        own = own_names(with_teacher=self.teacher is not None)
+        if self.compute_metrics is None:
+            return own
+        batch: Any = self._first_images(first_set(self.eval_dataset))
+        metrics = self._evaluation_metrics(keeps_logits=True)
+        users = names_of_users(metrics, batch["labels"], self.args.batch_eval_metrics)
+        return None if users is None else own + users
 
     def _hp_search_setup(self, trial):
         # Trainer calls it in every `train()`, after model_init has made a student. It sets the values of the trial, and
@@ -249,7 +316,9 @@ class DistillationTrainer(Trainer):
         args = self.args
         losses = build_losses(args.losses, args.logit_standardization)
         check_roles(self.model, self.teacher, losses, args)
-        self.model = fit_student(self.model, self.teacher, losses, args, self.train_dataset, self.eval_dataset)
+        self.model = fit_student(
+            self.model, self.teacher, losses, args, self.train_dataset, first_set(self.eval_dataset)
+        )
         self.model_wrapped = self.model
         self._begin(losses)
 
@@ -282,6 +351,7 @@ class DistillationTrainer(Trainer):
         with listening, self.checkpoints.full_disk_explained(), lomo_looked_up_once(), self._compiling():
             with changed_for_now(self.args, save_total_limit=None if limit == 1 else limit):
                 output = super().train(checkpoint, trial, ignore_keys_for_eval)
+        self.distiller.remove_taps()  # the trained model can be copied
         if self.average is not None:  # the exported student is what was evaluated
             self.model.load_state_dict(self.average.module.state_dict())
         if trial is None:
@@ -354,6 +424,7 @@ class DistillationTrainer(Trainer):
         if self._mixup is not None:
             # It draws from numpy's generator, whose state is in Trainer's checkpoints, and which no hfkd data set uses.
             batch["pixel_values"], batch["labels"] = self._mixup(batch["pixel_values"], batch["labels"])
+        self.distiller.attach_taps()  # unless they are; an earlier `train()` has removed them
         teacher = self.teacher(batch) if self.distiller.losses else None
         with self.backend.autocast():
             terms = model(batch, teacher)
@@ -374,14 +445,26 @@ class DistillationTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         if isinstance(self.train_dataset, StreamingImageDataset):
             return without_signals(stream_loader(self.train_dataset, self.args, is_training=True))
-        return without_signals(super().get_train_dataloader())
+        with changed_for_now(self.args, **self._columns(self.train_dataset)):
+            return without_signals(super().get_train_dataloader())
+
+    def _columns(self, dataset) -> dict[str, bool]:
+        """Return the changed settings under which a data set's loader is built: hfkd's batches are whole already."""
+        return {} if image_source(dataset) is None else {"remove_unused_columns": False}
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        return self._evaluation_loader(
-            self.eval_dataset[dataset] if isinstance(dataset, str) else dataset,
-            lambda: super(DistillationTrainer, self).get_eval_dataloader(eval_dataset),
-        )
+        # With persistent workers Trainer would keep the loader of any other data set as that of `eval_dataset`.
+        kept = self.args.dataloader_persistent_workers and self._is_own(eval_dataset)
+        with changed_for_now(self.args, dataloader_persistent_workers=kept):
+            return self._evaluation_loader(
+                self.eval_dataset[dataset] if isinstance(dataset, str) else dataset,
+                lambda: super(DistillationTrainer, self).get_eval_dataloader(eval_dataset),
+            )
+
+    def _is_own(self, dataset) -> bool:
+        """Return whether `evaluate(dataset)` is about `eval_dataset`, or one of several."""
+        return dataset is None or isinstance(dataset, str) or dataset is self.eval_dataset
 
     def get_test_dataloader(self, test_dataset) -> DataLoader:
         return self._evaluation_loader(
@@ -394,7 +477,7 @@ class DistillationTrainer(Trainer):
             dataset = evaluation_share(dataset, args, args.eval_batch_size, dataset is self.train_dataset)
             return without_signals(stream_loader(dataset, args, is_training=False))
         # Trainer would leave the last images out of an evaluation as well.
-        with changed_for_now(args, dataloader_drop_last=False):
+        with changed_for_now(args, dataloader_drop_last=False, **self._columns(dataset)):
             return without_signals(trainers_own())
 
     def num_examples(self, dataloader: DataLoader) -> int:
@@ -423,7 +506,8 @@ class DistillationTrainer(Trainer):
 
     def create_optimizer(self, model=None):
         created = self.optimizer is None
-        optimizer = super().create_optimizer(model)
+        # A user may call it with the student or without a model: what the losses own is trained as well.
+        optimizer = super().create_optimizer(self.distiller)
         if created:
             # DeepSpeed drops empty groups, and schedules count them: checkpoints are to fit either way.
             optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
@@ -448,6 +532,17 @@ class DistillationTrainer(Trainer):
 
     # ---- Evaluation ------------------------------------------------------------------------------------------------
 
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Evaluate as Trainer does; `results.json` gets a row for `eval_dataset` of the constructor, not for others."""
+        self.results.recording = self.eval_dataset is None or self._is_own(eval_dataset)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def _evaluation_metrics(self, keeps_logits: bool) -> EvaluationMetrics:
+        with_losses = "loss" in self.args.include_for_metrics
+        return EvaluationMetrics(self.compute_metrics, self.preprocess_logits_for_metrics, keeps_logits, with_losses)
+
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
@@ -459,18 +554,26 @@ class DistillationTrainer(Trainer):
             # Every rank has seen other images since the last forward: all evaluate with rank 0's BatchNorm statistics.
             for buffer in self.model.buffers():
                 torch.distributed.broadcast(buffer, 0)
-        self._keep_logits = description == "Prediction"
+        predicting = description == "Prediction"
+        self._asks_teacher = not predicting
+        self._keep_logits = predicting or self.compute_metrics is not None
+        metrics = self._evaluation_metrics(self._keep_logits)
+        users = {"compute_metrics": metrics, "preprocess_logits_for_metrics": metrics.preprocess}
+        if self.compute_metrics is None:
+            prediction_loss_only = None  # `evaluate` takes it for a sign that there is nothing to compute
         self.teacher_memory.open(dataloader.dataset)
         streamed = isinstance(dataloader.dataset, StreamingImageDataset)
         if streamed:  # nothing to leave out: its padding is marked, and accelerate does not know its length
             self.gather_function = self.accelerator.gather
         try:
-            with self._compiling():
+            with self._compiling(), changed_for_now(self, **users), own_forward(self.model):
                 output = super().evaluation_loop(
                     dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
                 )
         finally:
             self.model = student
+        if self._keep_logits and output.label_ids is not None:
+            output = output._replace(predictions=metrics.logits(output.predictions))
         if streamed:  # Trainer takes the number of batches
             output = output._replace(num_samples=dataloader.dataset.num_rows)
         self.divergence.judge(output.metrics, metric_key_prefix, self.state)
@@ -495,10 +598,7 @@ class DistillationTrainer(Trainer):
 
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Return loss, predictions and labels of a batch.
-
-        `predict()` gets logits; `evaluate()` the best classes of the student and the teacher's choice.
-        """
+        """Return loss, outputs and labels of a batch; the outputs are those that `EvaluationMetrics` describes."""
         inputs = self._prepare_inputs(inputs)
         labels = inputs.get("labels")
         with self.backend.autocast():
@@ -506,11 +606,11 @@ class DistillationTrainer(Trainer):
         self.divergence.watch(logits)
         if prediction_loss_only and labels is not None:
             return mean_cross_entropy(logits, labels), None, None
-        if self._keep_logits or labels is None:
-            return None, logits, labels
-        ranked, losses = ranked_predictions(logits, labels)
-        choice = self.teacher_memory.choice(inputs)
-        return None, (ranked, losses) if choice is None else (ranked, losses, choice), labels
+        if labels is None:
+            return None, logits, None
+        choice = self.teacher_memory.choice(inputs) if self._asks_teacher else None
+        outputs = (*ranked_predictions(logits, labels), choice, logits if self._keep_logits else None)
+        return None, tuple(output for output in outputs if output is not None), labels
 
     # ---- Checkpoints -----------------------------------------------------------------------------------------------
 
@@ -545,6 +645,7 @@ class DistillationTrainer(Trainer):
         if self.args.should_save:  # Trainer's pickle of the arguments holds the Hub token
             folder: Any = output_dir or self.args.output_dir  # a path once args is built
             os.remove(os.path.join(folder, TRAINING_ARGS_NAME))
+            use_umask(Path(folder).glob(WEIGHTS_PATTERN))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.args.should_save:
@@ -564,8 +665,10 @@ class DistillationTrainer(Trainer):
 
     def _determine_best_metric(self, metrics, trial):
         # save_strategy: best saves only where this says that it is the best, and the last step must be saved. What has
-        # diverged never is.
-        is_best = self.divergence.logits_are_finite and super()._determine_best_metric(metrics, trial)
+        # diverged never is. Where no best model is asked for, Trainer would miss the default metric among those of
+        # several data sets.
+        known = asks_for_best(self.args) or f"eval_{self.args.metric_for_best_model}" in metrics
+        is_best = known and self.divergence.logits_are_finite and super()._determine_best_metric(metrics, trial)
         self.state.best_metric = finite_or_none(self.state.best_metric)  # Trainer begins with an infinite one
         return is_best or self.stop_on_sigterm.stopping
 

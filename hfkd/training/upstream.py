@@ -44,6 +44,7 @@ OVERRIDDEN = {
     "create_optimizer": "model",
     "create_scheduler": "num_training_steps optimizer",
     "floating_point_ops": "inputs",
+    "evaluate": "eval_dataset ignore_keys metric_key_prefix",
     "evaluation_loop": "dataloader description prediction_loss_only ignore_keys metric_key_prefix",
     "prediction_step": "model inputs prediction_loss_only ignore_keys",
     "save_model": "output_dir _internal_call",
@@ -68,6 +69,7 @@ USED = (
     "transformers.Trainer._validate_args",  # trainer.py
     "transformers.Trainer._get_output_dir",  # trainer.py
     "transformers.Trainer._prepare_inputs",  # trainer.py
+    "transformers.Trainer._remove_unused_columns",  # trainer.py
     "transformers.Trainer._inner_training_loop",  # calls everything above in the order that trainer.py relies on
     "transformers.TrainingArguments._VALID_DICT_FIELDS",  # recipe/arguments.py
     "accelerate.optimizer.is_lomo_available",  # optimization.py patches it
@@ -87,7 +89,8 @@ USED = (
 # Attributes that are read or set from outside, and the class or function whose code must mention them.
 ATTRIBUTES = {
     "transformers.Trainer": "_tr_loss _globalstep_last_logged _created_lr_scheduler is_fsdp_enabled model_wrapped "
-    "is_deepspeed_enabled callback_handler gather_function loss_is_scaled_for_ga hub_model_id",
+    "is_deepspeed_enabled callback_handler gather_function loss_is_scaled_for_ga hub_model_id "
+    "_signature_columns compute_loss_func compute_metrics preprocess_logits_for_metrics",
     "transformers.TrainingArguments": "_n_gpu",
     "transformers.core_model_loading.revert_weight_conversion": "_weight_conversions",
     "accelerate.data_loader.DataLoaderAdapter": "base_dataloader",

@@ -283,3 +283,18 @@ def test_hostile_names():
     assert f"on ``{line}`` (100 classes" in loaded.text and f"the split `x|y` of ``{line}``;" in loaded.text
     assert table_of(loaded.text, "Method")[-1][2] == r'``student_layers: ["a\|b", "`c`"]``'
     assert "\n````yaml\n" in loaded.text, "a fence that the recipe does not close"
+
+
+def test_nothing_foreign_is_markup():
+    """Every text in results and recipe may be a stranger's."""
+    evil = "<script>x</script>\x1b[2J](http://x)\n# y"
+    dataset = RESULTS["dataset"] | dict.fromkeys(("name", "hub_id", "eval_split"), evil)
+    foreign = {"devices": evil, "versions": {evil: evil}, "dataset": dataset, "base_models": [evil], "git_commit": evil}
+    foreign |= {"student": evil, "teacher": evil, "losses": {evil: {"weight": 1.0, evil: evil}}}
+    recipe = RECIPE | {"seed": evil, "per_device_train_batch_size": evil, "optim": evil}
+    card = written("run", RESULTS | MEASURED | foreign, recipe)
+    shown = re.sub(r"^```.*?^```$", "", card.text, flags=re.DOTALL | re.MULTILINE)  # code blocks
+    shown = re.sub(r"(`+).*?\1", "", shown.replace("\\`", ""))  # code spans
+    assert not re.search(r"(?<!\\)<(?!/?details>|/?summary>)", shown) and "\x1b" not in card.content
+    assert "](http://x)" not in re.sub(r"\\\\.", "", shown.replace("\\]", "")) and "\n# y" not in shown
+    assert card.data.base_model is None and card.data.datasets is None

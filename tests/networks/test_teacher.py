@@ -108,7 +108,9 @@ def test_teacher_class_indices_pick_the_columns():
         Plain(classes=4), Teacher(teacher, class_indices=[5, 0, 3, 2]), args, train_dataset=train_set
     )
     batch = train_set.__getitems__([0, 1])
-    assert torch.equal(trainer.teacher(batch).logits, teacher(batch["pixel_values"])[:, [5, 0, 3, 2]])
+    expected = trainer.teacher.model(batch["pixel_values"])[:, [5, 0, 3, 2]]
+    assert torch.equal(trainer.teacher(batch).logits, expected)
+    torch.testing.assert_close(teacher(batch["pixel_values"])[:, [5, 0, 3, 2]], expected, rtol=1e-5, atol=1e-6)
     trainer.train()
     for indices, message in (([5, 0, 3], "3 entries and the student 4"), ([5, 0, 3, 6], "holds 6; .* 0 ... 5")):
         with pytest.raises(ValueError, match=message):

@@ -32,7 +32,15 @@ from hfkd.search.space import TRIAL_SETTINGS
 
 PRIVATE = {
     *("output_dir", "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
-    *("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"),
+    *(
+        "trust_remote_code",
+        "push_to_hub",
+        "hub_model_id",
+        "hub_strategy",
+        "hub_private_repo",
+        "hub_always_push",
+        "hub_revision",
+    ),
 }
 FREE = PRIVATE | {
     *("disable_tqdm", "report_to", "dataloader_num_workers", "per_device_eval_batch_size"),

@@ -15,7 +15,8 @@ def sealed(step, output_dir="run"):
     folder = Path(output_dir, f"checkpoint-{step}")
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(bytes(range(256)) * 9)
-    (folder / "trainer_state.json").write_text("{}")
+    for name in ("trainer_state.json", "unlogged.json"):
+        (folder / name).write_text("{}")
     write_manifest(folder)
     return folder
 

@@ -1,6 +1,6 @@
 """Markdown and CSV tables: alignment, bars in cells, empty columns."""
 
-from hfkd.runs.tables import csv_table, markdown_table, without_empty_columns
+from hfkd.runs.tables import csv_table, markdown_table, plain, without_empty_columns
 
 HEADER, ROWS = ["run", "top-1", "note"], [["a|b", "71.5", ""], ["kd", 9, "short"]]
 
@@ -29,3 +29,18 @@ def test_columns_without_a_value_are_left_out():
 
 def test_csv():
     assert csv_table(["run", "top-1"], [["a, b", None], ["c", 71.123456]]) == 'run,top-1\n"a, b",\nc,71.123456\n'
+
+
+def test_csv_holds_no_formulas():
+    """A spreadsheet would run them; numbers stay numbers."""
+    row = ['=HYPERLINK("x")', "+1+1", "@SUM(A1)", "-2+3", "-0.5", -0.5, "+3e4", "a=b", None, "-inf"]
+    (line,) = csv_table([], [row]).splitlines()[1:]
+    assert line == '"\'=HYPERLINK(""x"")",\'+1+1,\'@SUM(A1),\'-2+3,-0.5,-0.5,+3e4,a=b,,-inf'
+
+
+def test_cells_end_no_row_and_command_no_terminal():
+    assert markdown_table(["a"], [["b\n| c\x1b[2J"]]).splitlines()[2:] == ["| b \\| c [2J |"]
+
+
+def test_text_of_others_is_shown_as_it_is():
+    assert plain("<b>![x](y)`z`\n") == "\\<b\\>!\\[x\\](y)\\`z\\` "

@@ -23,7 +23,7 @@ from hfkd.training.backends import FullyShardedDataParallel, OneDevice, ZeroRedu
 from hfkd.training.checkpoints import Checkpoints, changed_for_now
 from hfkd.training.evaluation import TeacherMemory, mean_cross_entropy, ranked_predictions
 from hfkd.training.exports import Exports
-from hfkd.training.loaders import first_images
+from hfkd.training.loaders import first_images, first_set
 from hfkd.training.optimization import decayed_parameter_names, lomo_looked_up_once, multi_step_schedule
 from hfkd.training.pushes import Pushes
 from hfkd.training.results import ResultsWriter
@@ -221,7 +221,7 @@ def test_the_first_images_of_any_data():
         return {"labels": [sample["labels"] for sample in samples]}
 
     assert first_images(pairs, collate) == {"labels": [0, 3]}
-    assert first_images(None, collate) is None and first_images({"a": pairs}, collate) is None
+    assert first_images(None, collate) is None and first_set({"a": pairs}) is pairs and first_set(None) is None
     assert first_images(images(8), lambda batch: batch)["labels"].tolist() == [0, 7]
 
 

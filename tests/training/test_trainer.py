@@ -104,7 +104,7 @@ def test_any_student_learns_from_any_teacher(student_kind, teacher_kind):
     trainer.train()
     assert all(not torch.equal(before[name], value) for name, value in student.named_parameters())
     assert all(torch.equal(frozen[name], value) for name, value in teacher.state_dict().items())
-    assert not any(module.training for module in teacher.modules())
+    assert not any(module.training for module in trainer.teacher.model.modules())
     metrics = trainer.evaluate()
     assert {"eval_loss", "eval_top1", "eval_top5", "eval_agreement", "eval_teacher_top1"} <= metrics.keys()
 
@@ -351,7 +351,7 @@ def test_one_teacher_for_two_trainers():
     teacher, data = Plain(), images()
     for _ in range(2):
         DistillationTrainer(Plain(), teacher, config(losses=KD, max_steps=1), train_dataset=data).train()
-    assert not teacher.training
+    assert teacher.training and all(parameter.requires_grad for parameter in teacher.parameters())
 
 
 def test_ones_own_data_set():
