@@ -90,7 +90,7 @@ class FolderSplits(Mapping[str, datasets.Dataset]):
         if known is not None or split.lower() in SPLIT_NAMES or split.startswith(".") or Path(split).name != split:
             return known
         path = self.folder / split
-        return path if path.is_dir() and self._has_labels(path) else None
+        return path if os.path.isdir(path) and self._has_labels(path) else None  # also of a name that is too long
 
     def _has_labels(self, path):
         if _table(path) or _annotations(path) or _table_above(self.folder, path):

@@ -93,15 +93,15 @@ def run_case(sort: ModuleType, case: dict, ground: Path, folder: Path) -> Outcom
     plan = sort.build(case, ground, folder)
     before = snapshot(folder) | snapshot(ground)
     said, report = folder.with_name(f"{folder.name}.said"), folder.with_name(f"{folder.name}.report")
-    held = _resident()
     code, peak = in_child(lambda: _command(plan, said, report), folder)
     changed = foreign_changes(before, snapshot(folder) | snapshot(ground), [folder / name for name in plan.own])
     printed = said.read_text(errors="replace") if said.exists() else ""
-    found = json.loads(report.read_text()) if report.exists() else {"trained": False, "wrong": None}
+    found = json.loads(report.read_text()) if report.exists() else {"held": 0, "trained": False, "wrong": None}
+    peak -= found["held"]
     for path in (said, report):
         path.unlink(missing_ok=True)
-    name, detail = judge(plan, code, peak - held, printed, found, changed)
-    return Outcome(name, _without_names(detail, folder, ground), max(peak - held, 0), printed)
+    name, detail = judge(plan, code, peak, printed, found, changed)
+    return Outcome(name, _without_names(detail, folder, ground), max(peak, 0), printed)
 
 
 def judge(plan: Plan, code: int | None, peak: int, printed: str, found: dict, changed: list[str]) -> tuple[str, str]:
@@ -160,7 +160,7 @@ def in_child(work: Callable[[], None], folder: Path) -> tuple[int | None, int]:
             os.setpgid(0, 0)  # what it starts ends with it
             os.chdir(folder)
             resource.setrlimit(resource.RLIMIT_AS, (_mapped() + ADDRESS_SPACE,) * 2)
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            resource.setrlimit(resource.RLIMIT_CORE, (1, 1))  # 0 would not hold back a program that collects cores
             work()
             code = Records.code
         finally:
@@ -181,9 +181,11 @@ def _command(plan: Plan, said: Path, report: Path) -> None:
     """Run hfkd's command line, with its output in a file, and write down what came of it."""
     redirect(said)
     _record()
+    found = {"held": _resident(), "trained": False, "wrong": None}
+    report.write_text(json.dumps(found))
     Records.code = hfkd(plan.argv)
     sys.stdout.flush()
-    found = {"trained": Records.trained, "wrong": None}
+    found["trained"] = Records.trained
     if Records.code == 0:
         redirect(Path(os.devnull))
         try:
