@@ -146,6 +146,7 @@ def build_ground(ground: Path) -> None:
     run = RECIPE | {
         "output_dir": "run",
         "num_train_epochs": 2,
+        "max_steps": -1,
         "save_strategy": "epoch",
         "load_best_model_at_end": True,
     }

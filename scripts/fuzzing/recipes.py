@@ -42,7 +42,7 @@ RIGHT: dict[str, list] = {
     "logging_steps": [1, 0.5, 100],
     "train_split": ["train", "train[:75%]", "train[:24]"],
     "eval_split": ["test", "test[:50%]", "train"],
-    "run_name": ["ü 'name'", "null", "1"],
+    "run_name": ["ü 'name'", "1"],
     "report_to": ["none", ["none"]],
     "teacher_class_indices": [[0, 1, 2, 3], [3, 2, 1, 0]],
     "losses": [
