@@ -328,7 +328,7 @@ def _read_config(name_or_path: str, trust_remote_code: bool, **changes: Any) -> 
     try:
         # Without the last argument transformers would ask whether to run code that comes with a model.
         return AutoConfig.from_pretrained(name_or_path, **changes, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # for a damaged file whatever transformers and timm meet in it
         raise not_found_error("model", name_or_path, error) from error
 
 

@@ -16,8 +16,8 @@ from torch.distributed import DistNetworkError, DistStoreError
 from transformers import TrainingArguments
 
 from ..errors import HfkdError, RendezvousError, did_you_mean
-from .checks import check_ranges, check_training
-from .keys import RECIPE_KEYS
+from .checks import check_names, check_ranges, check_training
+from .keys import PATH_KEYS, RECIPE_KEYS
 from .yaml_file import parse_yaml
 
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # names of transformers
@@ -99,6 +99,7 @@ class ModelArguments:
 
     def __post_init__(self):
         check_ranges(self)
+        check_names(self, PATH_KEYS)
         if isinstance(self.teacher_device_map, str):
             self.teacher_device_map = parse_device_map(self.teacher_device_map)
         # Callers from code may pass one name without a list.
@@ -201,6 +202,7 @@ class DataArguments:
 
     def __post_init__(self):
         check_ranges(self)
+        check_names(self, PATH_KEYS)
         for each in dataclasses.fields(DataArguments):
             needed = RECIPE_KEYS[each.name].augmentation
             if needed not in (None, self.augmentation) and getattr(self, each.name) != each.default:

@@ -108,6 +108,8 @@ def refused(capsys, argv, message):
         ("color_jitter", -1, "must not be negative"),
         ("teacher_class_indices", [0, -1], "must not be negative, got -1"),
         ("fp16", True, "fp16"),
+        ("dataset_name", "a/" + "x" * 256, "is no name that a file could have"),
+        ("teacher_name_or_path", ["a", "x" * 256], "is no name that a file could have"),
         ("ddp_timeout", 10**30, "transformers refuses these settings"),
         ("teacher_device_map", "nowhere", "must be one of auto, .*, got 'nowhere'"),
         ("teacher_device_map", "{a", "teacher_device_map is not valid YAML"),
