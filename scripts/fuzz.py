@@ -1,6 +1,6 @@
 """Try hfkd on what users may bring: recipes, data folders and run folders, changed at random.
 
-python scripts/fuzz.py [--recipes 1000] [--data 200] [--runs 200] [--seed 0] [--jobs N] [--case JSON]
+python scripts/fuzz.py [--recipes 1000] [--data 200] [--runs 200] [--seed 0] [--jobs N] [--log FILE] [--case JSON]
 
 Each case is one command in a process of its own, on tiny networks and images and for two steps. It must end in one of
 two ways: the command does what was asked, with right results, or it refuses with one message. Everything else is a
@@ -16,9 +16,11 @@ import collections
 import json
 import multiprocessing
 import os
+import shlex
 import sys
 import tempfile
 import time
+from multiprocessing.pool import Pool
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -71,16 +73,34 @@ def smallest(sort: str, outcomes: list[tuple[dict, Outcome]], ground: Path) -> d
     return case
 
 
-def report(sort: str, cases: list[dict], outcomes: list[Outcome], ground: Path) -> None:
+def run_sort(sort: str, number: int, args: argparse.Namespace, ground: Path, pool: Pool) -> list[tuple[dict, Outcome]]:
+    """Run the cases of one sort, print their row of the table, and return them with their outcomes."""
+    start = time.perf_counter()
+    cases = draw(SORTS[sort].cases(), number, args.seed)
+    outcomes = []
+    for case, outcome in zip(cases, pool.imap(run, [(sort, case, ground) for case in cases]), strict=True):
+        outcomes.append((case, outcome))
+        if args.log:
+            entry = {"sort": sort, "outcome": outcome.name, "detail": outcome.detail, "case": case}
+            with open(args.log, "a") as log:
+                log.write(json.dumps(entry) + "\n")
+    counts = collections.Counter(outcome.name for _, outcome in outcomes)
+    cells = [sort, len(cases), *(counts[name] for name in (*GOOD, *FAILURES))]
+    cells += [f"{time.perf_counter() - start:.0f}", max(outcome.peak for _, outcome in outcomes) >> 20]
+    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+    return outcomes
+
+
+def report(sort: str, outcomes: list[tuple[dict, Outcome]], ground: Path) -> None:
     """Print each kind of failure with its smallest example."""
     kinds = collections.defaultdict(list)
-    for case, outcome in zip(cases, outcomes, strict=True):
+    for case, outcome in outcomes:
         if outcome.name not in GOOD:
             kinds[outcome.kind].append((case, outcome))
     for (name, detail), found in sorted(kinds.items()):
         example = smallest(sort, found, ground)
-        print(f"\n{sort}, {name}, {len(found)} of {len(cases)}: {detail}")
-        print(f"  python scripts/fuzz.py --case '{json.dumps({'sort': sort} | example)}'".replace("\\u0027", "'\\''"))
+        print(f"\n{sort}, {name}, {len(found)} of {len(outcomes)}: {detail}")
+        print(f"  python scripts/fuzz.py --case {shlex.quote(json.dumps({'sort': sort} | example))}")
 
 
 def repeat(text: str, ground: Path) -> Outcome:
@@ -103,38 +123,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--case", help="run this case only")
     args = parser.parse_args(argv)
     import_all()
-    failed = False
     with tempfile.TemporaryDirectory(prefix="fuzz-") as scratch:
         ground = Path(scratch).resolve() / "ground"
         build_ground(ground)
         if args.case:
             return int(repeat(args.case, ground).name not in GOOD)
         print("| sort | cases | " + " | ".join((*GOOD, *FAILURES)) + " | seconds | peak MiB |")
-        print("|---" * (5 + len(GOOD) + len(FAILURES) - 1) + "|")
-        reports = []
+        print("|---" * (4 + len(GOOD) + len(FAILURES)) + "|")
         with multiprocessing.get_context("fork").Pool(args.jobs) as pool:
-            for sort, module in SORTS.items():
-                number = getattr(args, sort)
-                if not number:
-                    continue
-                start = time.perf_counter()
-                cases = draw(module.cases(), number, args.seed)
-                outcomes = []
-                for case, outcome in zip(cases, pool.imap(run, [(sort, case, ground) for case in cases]), strict=True):
-                    outcomes.append(outcome)
-                    if args.log:
-                        entry = {"sort": sort, "outcome": outcome.name, "detail": outcome.detail, "case": case}
-                        with open(args.log, "a") as log:
-                            log.write(json.dumps(entry) + "\n")
-                counts = collections.Counter(outcome.name for outcome in outcomes)
-                cells = [sort, len(cases), *(counts[name] for name in (*GOOD, *FAILURES))]
-                cells += [f"{time.perf_counter() - start:.0f}", max(outcome.peak for outcome in outcomes) >> 20]
-                print("| " + " | ".join(map(str, cells)) + " |", flush=True)
-                reports.append((sort, cases, outcomes))
-        for sort, cases, outcomes in reports:
-            report(sort, cases, outcomes, ground)
-            failed |= any(outcome.name not in GOOD for outcome in outcomes)
-    return int(failed)
+            numbers = {sort: getattr(args, sort) for sort in SORTS}
+            ran = {sort: run_sort(sort, number, args, ground, pool) for sort, number in numbers.items() if number}
+        for sort, outcomes in ran.items():
+            report(sort, outcomes, ground)
+    return int(any(outcome.name not in GOOD for outcomes in ran.values() for _, outcome in outcomes))
 
 
 if __name__ == "__main__":

@@ -215,7 +215,7 @@ def _class_images(class_folder):
     """Return the images below a class folder, sorted.
 
     Raises:
-        HfkdError: there is none, or one is no regular file.
+        HfkdError: there is none, one is no regular file, or a name is not UTF-8.
     """
     files = sorted(_images_below(str(class_folder), (os.path.realpath(class_folder),)))
     if not files:
@@ -223,6 +223,10 @@ def _class_images(class_folder):
             f"The class folder {class_folder} holds no image: no file ends in one of "
             f"{', '.join(sorted(IMAGE_SUFFIXES))}. Put the class's images there, or remove the folder."
         )
+    try:
+        "".join(files).encode()
+    except UnicodeEncodeError as error:
+        raise HfkdError(f"The class folder {class_folder} holds a name that is not UTF-8. Rename it.") from error
     return files
 
 

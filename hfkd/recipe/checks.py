@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 from ..errors import HfkdError, did_you_mean
@@ -94,6 +94,8 @@ def check_ranges(arguments: Any, ranges: Mapping[str, Range] = RANGES) -> None:
                 continue
             if not math.isfinite(value):
                 raise HfkdError(f"{each.name} must be a finite number, got {value}.")
+            if isinstance(value, Integral) and abs(value) >= 2**53:  # no counter of torch or Python takes any number
+                raise HfkdError(f"{each.name} must be below 2**53, got {value}.")
             if each.name in ranges and not ranges[each.name].holds(value):
                 raise HfkdError(f"{each.name} {ranges[each.name].words}, got {value}.")
 

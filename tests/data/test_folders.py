@@ -146,6 +146,13 @@ def test_a_pipe_in_place_of_a_parquet_file(tmp_path, streaming):
         (open_streams if streaming else load_image_splits)(str(tmp_path))
 
 
+def test_a_name_that_is_not_utf8(tmp_path):
+    class_folders(tmp_path)
+    os.rename(tmp_path / "train/cat/a.png", os.fsencode(tmp_path / "train/cat") + b"/\xff.png")
+    with pytest.raises(ValueError, match="cat holds a name that is not UTF-8"):
+        load(tmp_path)
+
+
 def test_links_to_folders(tmp_path):
     folder, elsewhere = class_folders(tmp_path / "pets"), tmp_path / "elsewhere"
     picture(elsewhere / "emu" / "a.png")
