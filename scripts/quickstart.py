@@ -16,10 +16,10 @@ def main() -> None:
     started = time.perf_counter()
     for name in ("teacher", *STUDENTS.values()):
         shutil.rmtree(f"runs/digits/{name}", ignore_errors=True)
-    train_teacher(["recipes/digits/teacher.yaml"])
+    train_teacher(["digits/teacher"])
     rows = [("teacher, ResNet-20", "runs/digits/teacher")]
     for title, name in STUDENTS.items():
-        distill([f"recipes/digits/{name}.yaml"])
+        distill([f"digits/{name}"])
         rows.append((f"student, ResNet-8, {title}", f"runs/digits/{name}"))
     print(f"\n{'digits':40s} {'parameters':>10s} {'top-1':>7s} {'agreement':>10s} {'seconds':>8s}")
     for title, folder in rows:

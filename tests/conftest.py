@@ -4,6 +4,7 @@ import functools
 import importlib.metadata
 import os
 import random
+import signal
 import types
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -16,6 +17,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite that a shell starts in the background ignores it
 # The suite builds some 3,000 trainers. Each collects garbage, for which Python looks through all that is imported: 0.3
 # seconds before a training of 0.1 (Python still collects by itself). Each asks for the versions of nine packages, which
 # reads and parses files, and sets seeds, for each of which torch keeps the whole stack if there is no GPU.

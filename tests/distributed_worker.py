@@ -21,6 +21,12 @@ class DrawnByRow(CRDLoss):
 
 MAPS = {"student_layers": ["conv", "deep"], "teacher_layers": ["conv", "deep"], "weight": 1.0}  # of `Deeper`
 
+OFD = {  # of ResNets
+    "student_layers": ["layer2.0.act2:input", "layer3.0.act2:input"],
+    "teacher_layers": ["layer2.1.act2:input", "layer3.1.act2:input"],
+    "teacher_norms": ["layer2.1.bn2", "layer3.1.bn2"],
+}
+
 MEANS = {  # losses that are means over the batch: splitting the batch over processes must not change them
     "kd": {"kd": {}},
     "dkd": {"dkd": {"warmup_epochs": 2}},
@@ -40,15 +46,23 @@ MEANS = {  # losses that are means over the batch: splitting the batch over proc
     "wsld": {"wsld": {}},
     "hard": {"hard": {}},
     "rld": {"rld": {"warmup_epochs": 2}},
+    "tf_kd": {"tf_kd": {"multiplier": 10.0}},
     "crld": {"crld": {"weak_threshold": 0.3}},
     "nst": {"nst": MAPS},
     "token_mse": {"token_mse": MAPS},
     "vkd": {"vkd": MAPS},
     "feature_queue": {"feature_queue": {"size": 16}},
+    "reviewkd": {"reviewkd": MAPS | {"warmup_epochs": 2}},
+    "cat_kd": {"cat_kd": {}},
+    "ofd": {"ofd": OFD | {"weight": 1e-5}},
+    "ca_mkd": {"ca_mkd": {"features": 0.1}},
+    "ofa": {"ofa": {"student_layers": ["conv", "deep"]}},
+    "regions": {"kd": {"regions": [1, 2, 4]}},
+    "mgd": {"mgd": MAPS | {"dropped": 0.5, "weight": 1e-3}},
 }
 # So that logit_standardization makes others of them.
 READ_LOGITS = ("kd", "dkd", "ctkd", "ctkd_instance", "mlkd", "dist", "ttm", "wttm", "nkd", "abkd", "wsld", "hard")
-READ_LOGITS += ("rld", "crld")
+READ_LOGITS += ("rld", "crld", "skd", "ofa")
 
 COUPLED = {  # losses that compare the images of a batch with one another: each process compares its own
     "mlkd": {"mlkd": {}},
@@ -60,11 +74,14 @@ COUPLED = {  # losses that compare the images of a batch with one another: each 
     "cc": {"cc": {"dimension": 4, "weight": 1.0}},
     "srd": {"srd": {}},
     "itrd": {"itrd": {}},
+    "skd": {"skd": {}},
+    "uskd": {"uskd": {"student_layer": "conv", "mu": 1.0}},
 }
 
 LEARNT = {  # losses with parts that learn, or that change the student: every one must get a gradient in every step
     "features": {"kd": {}, **{name: {} for name in ("fitnet", "vid", "semckd", "srrl", "at", "sp", "pkt")}},
     "new_features": {name: {} for name in ("rkd", "nst", "cc", "token_mse", "srd", "itrd", "vkd", "feature_queue")},
+    "newer_features": {"reviewkd": {}, "cat_kd": {}, "ofd": OFD, "mgd": {}, "uskd": {}, "ofa": {}},
     "learnt_simkd": {"kd": {}, "simkd": {}},
 }
 
@@ -83,8 +100,9 @@ class Deeper(Plain):
 def networks_in_float64(name):
     """A student and a teacher for a run of `MEANS` or `COUPLED`."""
     torch.manual_seed(0)
-    if name == "simkd":  # it cuts students of timm
-        return resnets()
+    if name in ("simkd", "cat_kd", "ofd", "ca_mkd", "regions"):  # which need layers that `Deeper` has not
+        student, teacher = resnets()
+        return student, [teacher, load_student("cifar_resnet8x4", num_classes=10)] if name == "ca_mkd" else teacher
     student, teacher = Deeper(8), Deeper(12)
     if name == "batch_norm":
         student.deep = nn.Sequential(student.deep, nn.BatchNorm2d(8))

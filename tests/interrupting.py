@@ -200,7 +200,8 @@ def left_in(folder, role="student") -> dict:
     folder = Path(folder)
     results = json.loads((folder / "results.json").read_text())
     last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    left = {f"{last.name}/{path.name}": _content(path) for path in last.iterdir() if path.name != "checkpoint.json"}
+    marks = ("checkpoint.json", "checkpoint.begun")  # the second stays if the process is killed just before its end
+    left = {f"{last.name}/{path.name}": _content(path) for path in last.iterdir() if path.name not in marks}
     left[role] = _content(folder / role / "model.safetensors")
     left["rows"] = [_timeless(row) for row in results["epochs"]]
     left["best"], left["last"] = results["best"], results["last"]

@@ -53,6 +53,8 @@ from hfkd.losses import (
     LOSSES,
     ABKDLoss,
     ATLoss,
+    CAMKDLoss,
+    CATKDLoss,
     CCLoss,
     CRDLoss,
     CRLDLoss,
@@ -66,19 +68,26 @@ from hfkd.losses import (
     ITRDLoss,
     KDLoss,
     LocalityGuidanceLoss,
+    MGDLoss,
     MLKDLoss,
     NKDLoss,
     NSTLoss,
+    OFALoss,
+    OFDLoss,
     PKTLoss,
+    ReviewKDLoss,
     RKDLoss,
     RLDLoss,
     SemCKDLoss,
     SimKDLoss,
+    SKDLoss,
     SPLoss,
     SRDLoss,
     SRRLLoss,
+    TfKDLoss,
     TokenMSELoss,
     TTMLoss,
+    USKDLoss,
     VIDLoss,
     VkDLoss,
     WSLDLoss,
@@ -86,6 +95,10 @@ from hfkd.losses import (
     abkd_loss,
     at_loss,
     build_losses,
+    ca_mkd_features_loss,
+    ca_mkd_logits_loss,
+    ca_mkd_weights,
+    cat_kd_loss,
     cc_loss,
     crd_loss,
     crld_loss,
@@ -95,24 +108,34 @@ from hfkd.losses import (
     feature_queue_loss,
     fitnet_loss,
     hard_loss,
+    installed_losses,
     itrd_correlation_loss,
     itrd_mutual_loss,
     kd_loss,
     locality_guidance_loss,
+    loss_class,
+    mgd_loss,
     mlkd_loss,
     nkd_loss,
     nst_loss,
+    ofa_loss,
+    ofd_loss,
+    ofd_margin,
     pkt_loss,
+    reviewkd_loss,
     rkd_loss,
     rld_loss,
     semckd_loss,
     simkd_loss,
+    skd_loss,
     sp_loss,
     srd_loss,
     srrl_loss,
     standardize,
+    tf_kd_loss,
     token_mse_loss,
     ttm_loss,
+    uskd_loss,
     vid_loss,
     vkd_loss,
     wsld_loss,
@@ -258,6 +281,11 @@ def augmented(images: Tensor, bits: np.ndarray[Any, Any]) -> Tensor:
     return StrongAugmentation(WeakAugmentation())(images, bits)
 
 
+def methods() -> list[type[DistillationLoss]]:
+    """Methods of hfkd and of installed packages by name, and one of a module."""
+    return [loss_class(name) for name in (*LOSSES, *installed_losses(), "my_project.losses:LogitMSE")]
+
+
 def losses_by_name() -> nn.ModuleDict:
     assert_type(LOSSES["kd"].citation, str)
     return build_losses({"kd": {"temperature": 4.0}, "dkd": None, "own": OwnLoss()}, logit_standardization=True)
@@ -267,10 +295,14 @@ def every_loss() -> list[DistillationLoss]:
     of_logits: list[DistillationLoss] = [
         *(KDLoss(temperature=4.0), DKDLoss(beta=2.0), MLKDLoss(), CTKDLoss(instance_wise=True), DISTLoss(), TTMLoss()),
         *(WTTMLoss(0.1), NKDLoss(), ABKDLoss(), WSLDLoss(), HardLoss(weight=0.5), RLDLoss(), CRLDLoss()),
+        *(SKDLoss(damping=0.1), CAMKDLoss(features=50.0), OFALoss([1, 2], eps=1.5), KDLoss(regions=[1, 2, 4])),
+        *(TfKDLoss(multiplier=50.0), USKDLoss(student_layer="layer3")),
     ]
     of_maps: list[DistillationLoss] = [
         *(LocalityGuidanceLoss([1], ["blocks.6"]), FitNetLoss(), ATLoss([1, 2], [1, 2]), SPLoss(), VIDLoss()),
         *(SemCKDLoss(batch_size=32), NSTLoss(), VkDLoss(), TokenMSELoss(), SimKDLoss(teacher_layer="embedding")),
+        *(ReviewKDLoss(max_channels=256), CATKDLoss(normalize=True), MGDLoss(dropped=0.5)),
+        OFDLoss(["layer1.2.act2:input"], ["layer1.8.act2:input"], ["layer1.8.bn2"]),
     ]
     of_embeddings: list[DistillationLoss] = [
         *(PKTLoss(), CRDLoss(negatives=4096), SRRLLoss(), RKDLoss(squared=True), CCLoss(), SRDLoss()),
@@ -282,6 +314,9 @@ def every_loss() -> list[DistillationLoss]:
 def functions_of_logits(student: Tensor, teacher: Tensor, labels: Tensor) -> list[Tensor]:
     student, teacher = standardize(student), standardize(teacher)
     within = crld_loss(student, teacher, student, teacher, 4.0, weak_threshold=0.9, strong_threshold=0.2)
+    own = uskd_loss(student, student, labels)
+    directions = skd_loss(student, teacher, temperature=4.0, damping=0.1)
+    weights = ca_mkd_weights([teacher, teacher], labels)
     levels = mlkd_loss(student, teacher, student, teacher, 4.0, logit_standardization=True)
     return [
         kd_loss(student, teacher, temperature=4.0),
@@ -296,6 +331,12 @@ def functions_of_logits(student: Tensor, teacher: Tensor, labels: Tensor) -> lis
         wsld_loss(student, teacher, labels, temperature=4.0, alpha=2.25),
         hard_loss(student, teacher),
         rld_loss(student, teacher, labels, alpha=1.0, beta=8.0, temperature=4.0, target_temperature=1.0),
+        kd_loss(student, teacher, temperature=4.0, reduction="none"),
+        ofa_loss(student, teacher, labels, eps=1.5, temperature=1.0),
+        tf_kd_loss(student, labels, temperature=20.0),
+        ca_mkd_logits_loss([student, student], [teacher, teacher], weights, temperature=4.0),
+        *assert_type(own, dict[str, Tensor]).values(),
+        *assert_type(directions, dict[str, Tensor]).values(),
         *assert_type(within, dict[str, Tensor]).values(),
         *assert_type(levels, dict[str, Tensor]).values(),
     ]
@@ -312,6 +353,11 @@ def functions_of_maps(student: list[Tensor], teacher: list[Tensor]) -> list[Tens
         nst_loss(student, teacher),
         vkd_loss(student, teacher),
         token_mse_loss(student, teacher),
+        reviewkd_loss(student, teacher),
+        mgd_loss(student, teacher),
+        ofd_loss(student, teacher, [ofd_margin(one[0, :, 0, 0], one[0, :, 0, 0]) for one in teacher]),
+        cat_kd_loss(student[0], student[0][0, :, 0], teacher[0], teacher[0][0, :, 0], resolution=2, normalize=False),
+        ca_mkd_features_loss(student, teacher, weights=student[0]),
         simkd_loss(student[0], teacher[0]),
     ]
 

@@ -7,11 +7,12 @@ import re
 
 import pytest
 import torch
-import yaml
 from helpers import ROOT, run_script
 from interrupting import in_child
 
 from hfkd.losses import LOSSES
+from hfkd.recipe.finding import packaged_names
+from hfkd.recipe.reading import load_recipe
 
 SPEED_ROWS = {
     "data: weak view",
@@ -24,7 +25,7 @@ SPEED_ROWS = {
     "cache: resnet20, KD from all logits",
     "cache: resnet20, KD from the largest 16",
 }
-RECIPES = ROOT / "recipes/cifar100/resnet32x4-resnet8x4"
+PAIR = "cifar100/resnet32x4-resnet8x4"
 PARTS = {
     "data",
     "teacher, forward",
@@ -75,8 +76,8 @@ def test_prints_every_speed_with_its_numbers(tables):
 def test_prints_what_every_method_costs(tables):
     rows, _, _ = tables  # the sections come in the order given
     peak, more = ({cells[0]: float(cells[column].replace(",", "")) for cells in rows} for column in (5, 6))
-    recipes = [RECIPES / f"{method}.yaml" for method in LOSSES]
-    kd, *others = [" + ".join(yaml.safe_load(path.read_text())["losses"]) for path in recipes if path.is_file()]
+    recipes = [f"{PAIR}/{method}" for method in LOSSES if f"{PAIR}/{method}" in packaged_names()]
+    kd, *others = [" + ".join(load_recipe(name)["losses"]) for name in recipes]
     assert list(peak) == [kd, "kd + Z-score", *others]
     assert {"kd", "mlkd", "kd + crd", "simkd"} <= set(peak)
     for name, ours, theirs, ratio, quartiles, _, _ in rows:

@@ -94,7 +94,7 @@ def groups_of(printed):
 def test_help_explains_every_key(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")  # each on one line
     printed = printed_help(capsys, "distill", "--help-all")
-    assert printed.startswith("usage: hfkd distill recipe.yaml [--key value ...]\n")
+    assert printed.startswith("usage: hfkd distill RECIPE [--key value ...]\n")
     keys, methods = printed.split("\nmethods, ")
     explained = dict(re.findall(r"^  --(\w+)[ \n](.*?)\n(?=  --|\n|$)", keys, re.MULTILINE | re.DOTALL))
     fields = [field for cls in ARGUMENT_CLASSES for field in dataclasses.fields(cls) if field.init]
@@ -171,7 +171,7 @@ def test_each_command_has_help(command, capsys):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        ([], r"The first argument must be a recipe, got '': hfkd distill recipe.yaml \[--key value"),
+        ([], r"The first argument must be a recipe, got '': hfkd distill RECIPE \[--key value"),
         (["--seed", "1"], "must be a recipe, got '--seed'"),
         (["rr.yaml"], "no recipe at rr.yaml. Did you mean r.yaml?"),
         (["r.yaml", "--sed", "1"], "'sed' in the command line. Did you mean 'seed'?"),

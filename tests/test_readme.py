@@ -20,6 +20,7 @@ from PIL import Image as PILImage
 
 from hfkd.cli import main
 from hfkd.losses import LOSSES
+from hfkd.losses.regions import CITATION as REGIONS_CITATION
 from hfkd.losses.standardize import CITATION
 
 README = (ROOT / "README.md").read_text()
@@ -39,12 +40,15 @@ RECIPES = {  # in the README: the two files of one's own data
 }
 SMALL = "--num_train_epochs 1 --per_device_train_batch_size 50 --bf16 false --disable_tqdm true".split()
 TEACHER = "--teacher_name_or_path runs/cifar100/teachers/resnet56/teacher".split()
+SMALL_PHOTOS = "--image_size 32 --dataloader_num_workers 1 --pretrained false".split()
 # What stands in for a teacher that is not trained here or for the Hub, and for sizes that take minutes.
 IN_PLACE_OF = {
     "recipes/cifar100/resnet32x4-resnet8x4/kd_zscore.yaml": TEACHER,
     "30": ["--epochs", "2"],  # of the cache
     "recipes/cifar100/resnet32x4-resnet8x4/crd.yaml": TEACHER,
     "recipes/cifar100/resnet32x4-resnet8x4/simkd.yaml": TEACHER,
+    "resnet50": SMALL_PHOTOS,
+    "mobilenetv4_conv_small": SMALL_PHOTOS,
     "recipes/deit_tiny.yaml": ["--image_size", "64", "--dataloader_num_workers", "1"],
     "recipes/imagenet/resnet34-resnet18/kd_zscore.yaml": [
         *TEACHER,
@@ -59,7 +63,7 @@ OUTPUT_OF = {
     "--teacher_cache": "runs/cached",
 }
 TESTED_APART = {"scripts/benchmark/run.py", "export", "reproduce", "search", "visualize"}  # each takes long
-EVALUATES = ("evaluate", "compare", "push", "--help")  # commands that train nothing
+EVALUATES = ("evaluate", "compare", "push", "recipes", "--help")  # commands that train nothing
 
 
 def paper(citation):
@@ -83,6 +87,7 @@ def test_the_table_of_methods():
     section = README.partition("\n## Methods\n")[2].partition("\n## ")[0]
     _, *rows = [row for row in section.splitlines() if row.startswith("| ")]
     expected = [f"| `{name}` | {paper(loss.citation)} | `{parameters(loss)}` |" for name, loss in LOSSES.items()]
+    expected.append(f"| `regions: [1, 2, 4]` | {paper(REGIONS_CITATION)} | of the logit methods that have it |")
     expected.append(f"| `logit_standardization: true` | {paper(CITATION)} | over every logit loss |")
     missing, outdated = set(expected) - set(rows), set(rows) - set(expected)
     assert not missing and not outdated, "\n".join(["add:", *missing, "remove:", *outdated])
@@ -133,6 +138,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
     for name in ("scripts", "recipes"):
         (folder / name).symlink_to(ROOT / name)
+    (folder / "photos").symlink_to(folder / "imagefolder")
     for name, recipe in RECIPES.items():
         (folder / name).write_text(recipe.replace("path/to/flowers", str(folder / "imagefolder")))
     labels = {"fine_label": ClassLabel(names=[f"fine {i}" for i in range(100)])}
@@ -172,9 +178,9 @@ def test_the_commands(folder, monkeypatch, capsys):
     """In order, since one needs what the one before left; on two CPU processes where it says several GPUs."""
     monkeypatch.chdir(folder)
     verbs = [re.search(r"hfkd ([\w-]+)|scripts/([\w/]+)\.py", command).group(1, 2) for command in COMMANDS]
-    expected = "train_teacher distill evaluate distill distill distill train-teacher distill train_teacher distill"
-    expected += " distill distill distill distill distill distill cache-teacher distill benchmark/run compare"
-    expected += " visualize export reproduce search distill push"
+    expected = "train_teacher distill evaluate distill distill distill train-teacher distill train-teacher distill"
+    expected += " train_teacher distill distill distill distill distill recipes recipes distill distill cache-teacher"
+    expected += " distill benchmark/run compare visualize export reproduce search distill push"
     assert [verb for pair in verbs for verb in pair if verb] == expected.split()
     with writable_hub(folder / "hub", monkeypatch) as hub:
         for command in COMMANDS:

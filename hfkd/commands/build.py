@@ -32,6 +32,7 @@ def build_student(model_args: ModelArguments, data_args: DataArguments, class_na
         model_args.student_name_or_path,
         class_names,
         image_size=data_args.image_size,
+        pretrained=model_args.pretrained,
         patch_size=model_args.patch_size,
         drop_path_rate=model_args.drop_path_rate,
         crop_pct=data_args.crop_pct,

@@ -11,9 +11,11 @@ from pathlib import Path
 from ..errors import HfkdError
 from ..losses import DistillationLoss, build_losses
 from ..networks.loading import as_teacher, input_spec
+from ..recipe.finding import find_recipe
 from ..recipe.parser import ArgumentParser
-from ..recipe.reading import ARGUMENT_CLASSES, parse_recipe, recipe_name
+from ..recipe.reading import ARGUMENT_CLASSES, parse_recipe
 from ..runs.folder import check_writable
+from ..runs.planned import missing_teacher
 from ..teacher_cache.files import CacheFiles
 from ..teacher_cache.identity import given_teachers
 from ..teacher_cache.rows import RowFormat
@@ -21,8 +23,10 @@ from ..teacher_cache.teacher import check_supported
 from ..teacher_cache.writing import write_cache
 from .arguments import parse_known, split_subject
 from .build import build_student, image_sets, load_splits, load_teachers
+from .train import train_first
+from .without_recipe import with_recipe
 
-USAGE = "hfkd cache-teacher recipe.yaml [--epochs N] [--top_k K] [--key value ...]"
+USAGE = "hfkd cache-teacher RECIPE [--epochs N] [--top_k K] [--key value ...]"
 
 
 @dataclass
@@ -48,7 +52,7 @@ class CacheArguments:
     )
     cache_dir: str | None = field(
         default=None,
-        metadata={"help": "Folder of the cache. By default runs/cache/ and the recipe's path below its recipes folder"},
+        metadata={"help": "Folder of the cache. By default runs/cache/ and the recipe's name."},
     )
 
     def __post_init__(self):
@@ -74,15 +78,16 @@ def cache_teacher(argv: list[str] | None = None) -> Path:
         HfkdError: if the recipe has no teacher or a setting that cannot be cached, or the folder holds another cache.
         RunError: if writing fails, as on a full disk.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    argv = with_recipe(sys.argv[1:] if argv is None else argv)
     parser = ArgumentParser((CacheArguments, *ARGUMENT_CLASSES), USAGE)
     path, rest = split_subject(argv, parser, "a recipe")
     parser.check_keys(rest)
     cache_args, rest = parse_known(rest, ArgumentParser((CacheArguments,), USAGE))
-    model_args, data_args, config, _ = parse_recipe([path, *rest], command="hfkd cache-teacher")
+    settings = parse_recipe([path, *rest], command="hfkd cache-teacher")
+    model_args, data_args, config, _ = settings
     if any(token.partition("=")[0] == "--output_dir" for token in rest):
         raise HfkdError("--output_dir is the folder of a run. --cache_dir says where the cache is written.")
-    folder = Path(cache_args.cache_dir or Path("runs", "cache", recipe_name(path)))
+    folder = Path(cache_args.cache_dir or Path("runs", "cache", find_recipe(path).name))
     if not model_args.teacher_name_or_path:
         raise HfkdError(f"{path} names no teacher to cache: set teacher_name_or_path.")
     if config.shard_teacher:
@@ -90,6 +95,10 @@ def cache_teacher(argv: list[str] | None = None) -> Path:
     if data_args.streaming:
         raise HfkdError("A teacher cache finds images by their row, and a stream has no rows: set streaming: false.")
     check_writable(folder, "cache_dir")
+    teacher = missing_teacher(path, model_args, settings[3])
+    if teacher is not None:
+        train_first(teacher, model_args)
+        model_args, data_args, config, _ = parse_recipe([path, *rest])  # see train_first
     files = _write_from_arguments(folder, cache_args, model_args, data_args, config)
     if files is not None:
         size = sum(files.bytes_of(shard) for _, shard in files.shards()) / 2**20
@@ -129,9 +138,10 @@ def temperatures_of(losses: Mapping[str, DistillationLoss], cache_args: CacheArg
     """
     if cache_args.top_k is None:
         return ()
-    temperatures = cache_args.temperatures or [loss.teacher_temperature for loss in losses.values()]
+    needed = {name: loss.teacher_temperature for name, loss in losses.items() if loss.needs_teacher}
+    temperatures = cache_args.temperatures or list(needed.values())
     if not temperatures or None in temperatures:
-        names = [name for name, loss in losses.items() if loss.teacher_temperature is None]
+        names = [name for name, temperature in needed.items() if temperature is None]
         reason = f"the loss '{names[0]}' needs all logits" if names else "the recipe has no loss that tells it"
         raise HfkdError(
             f"top_k needs the temperature at which losses will read the logits, and {reason}: leave top_k out, or set "

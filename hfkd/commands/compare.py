@@ -90,6 +90,7 @@ def report(rows: Sequence[Row], left_out: Sequence[str], teacher: str | None, fo
     if savings:
         parts.append("## Savings of the students\n\n" + "\n".join(f"- {plain(line)}" for line in savings.splitlines()))
         print(f"\n{parts[-1]}")
+    folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / NAMES[0], "\n\n".join(parts) + "\n")
     write_whole(folder / NAMES[1], csv_text(rows))
     require("matplotlib", "figures")

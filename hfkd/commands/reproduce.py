@@ -18,7 +18,8 @@ from ..recipe.keys import SCHEDULE_KEYS, SEEDS
 from ..recipe.parser import ArgumentParser
 from ..recipe.reading import ARGUMENT_CLASSES
 from ..runs.claims import InUseError, check_own, wait_until_free
-from ..runs.published_cells import RUNS, Cell, planned_cells, recipe_folder, recipes_of
+from ..runs.planned import PlannedRun
+from ..runs.published_cells import find_pair, planned_cells, recipes_of
 from ..runs.writing import write_whole
 from ..training.preemption import EXIT_CODE
 from .arguments import parse_known, split_subject
@@ -26,10 +27,10 @@ from .train import train
 
 USAGE = "hfkd reproduce PAIR [--methods a,b] [--seeds N] [--epochs_scale S] [--time_limit SECONDS] [--key value ...]"
 DESCRIPTION = (
-    "Repeat the runs of a published table. PAIR is a folder of recipes such as resnet32x4-resnet8x4. Its teacher is\n"
-    "trained first, then every method with every seed. Stopped runs are resumed and finished runs are skipped. Any\n"
-    "other `--key value` of `hfkd distill` is passed to every run. The measured values are printed beside the\n"
-    "published ones, and written to the pair's folder as reproduce.md and reproduce.csv.\n\n"
+    "Repeat the runs of a published table. PAIR is a file of recipes such as resnet32x4-resnet8x4 (`hfkd recipes`\n"
+    "lists them). Its teacher is trained first, then every method with every seed. Stopped runs are resumed and\n"
+    "finished runs are skipped. Any other `--key value` of `hfkd distill` is passed to every run. The measured values\n"
+    "are printed beside the published ones, and written to the pair's folder as reproduce.md and reproduce.csv.\n\n"
     "The exit code is 0 when all runs are finished, 75 when the time was up before, and 1 when a run failed."
 )
 REPORTS = ("reproduce.md", "reproduce.csv")
@@ -40,7 +41,7 @@ RESERVED_KEYS = {  # keys that cannot be given to `reproduce`, with the reason
     **dict.fromkeys(SCHEDULE_KEYS, "--epochs_scale shortens all settings that are counted in epochs"),
     "resume_from_checkpoint": "every stopped run is resumed",
     **dict.fromkeys(
-        ("student_name_or_path", "losses", "logit_standardization", "ce_weight"),
+        ("student_name_or_path", "student", "losses", "logit_standardization", "ce_weight"),
         "it defines the recipe; to change it, use `hfkd distill`",
     ),
 }
@@ -72,7 +73,7 @@ class ReproductionArguments:
         },
     )
     output_dir: str = field(
-        default=str(RUNS),
+        default="runs",
         metadata={"help": "Folder of all results; runs lie below it as `hfkd distill` places them below runs."},
     )
 
@@ -109,25 +110,23 @@ def reproduce(argv: list[str] | None = None) -> list[Row]:
         The rows of the table.
 
     Raises:
-        NotFoundError: if the recipes do not exist.
         HfkdError: for an unknown pair, method or key, a number out of range, or a folder that holds other runs.
         SystemExit: with 75 if the time was up before all runs were finished, 1 if a run failed.
     """
     argv = sys.argv[1:] if argv is None else argv
     pair, args, overrides = parse(argv)
     limit = TimeLimit(args.time_limit)
-    folder = recipe_folder(pair)
-    recipes = recipes_of(folder, [name.strip() for name in args.methods.split(",")] if args.methods else [])
+    pair = find_pair(pair)
+    recipes = recipes_of(pair, [name.strip() for name in args.methods.split(",")] if args.methods else [])
     root = Path(args.output_dir)
     if args.epochs_scale != 1:
         root /= f"epochs_x{args.epochs_scale:g}"
     cells = planned_cells(recipes, args.seeds, args.epochs_scale, root, overrides)
     for cell in cells:
         cell.check_folder()
-    name = f"{folder.parent.name}/{folder.name}"
-    check_own(root / name, REPORTS, is_report(root / name / REPORTS[0]), "output_dir")
+    check_own(root / pair, REPORTS, is_report(root / pair / REPORTS[0]), "output_dir")
     failures = run_cells(cells, limit)
-    rows = report(name, cells, failures, args.epochs_scale, root / name)
+    rows = report(pair, cells, failures, args.epochs_scale, root / pair)
     left = sum(not cell.is_done() for cell in cells)
     print(f"\n{len(cells) - left} of {len(cells)} trainings are done, in {limit.elapsed:,.0f} s of this call.", end=" ")
     print("Run the same command again to continue." if left else "Nothing is left to run.")
@@ -174,7 +173,7 @@ def parse(argv: list[str]) -> tuple[str, ReproductionArguments, list[str]]:
     return pair, args, overrides
 
 
-def run_cells(cells: Sequence[Cell], limit: TimeLimit) -> dict[Path, str]:
+def run_cells(cells: Sequence[PlannedRun], limit: TimeLimit) -> dict[Path, str]:
     """Train all unfinished runs until the time is up.
 
     Returns:
@@ -196,7 +195,7 @@ def run_cells(cells: Sequence[Cell], limit: TimeLimit) -> dict[Path, str]:
     return failures
 
 
-def attempt(cell: Cell, limit: TimeLimit) -> str | None:
+def attempt(cell: PlannedRun, limit: TimeLimit) -> str | None:
     """Train one run until the time is up; return its error message, if it fails, so that the others still run."""
     try:
         waiting = True
@@ -220,7 +219,9 @@ def attempt(cell: Cell, limit: TimeLimit) -> str | None:
     return None
 
 
-def report(name: str, cells: Sequence[Cell], failures: Mapping[Path, str], scale: float, folder: Path) -> list[Row]:
+def report(
+    name: str, cells: Sequence[PlannedRun], failures: Mapping[Path, str], scale: float, folder: Path
+) -> list[Row]:
     """Print the measured beside the published values, write them as Markdown and CSV, and return the rows."""
     runs = [run for run in (cell.run() for cell in cells) if run is not None]
     rows, gaps = compared(runs), _gaps(cells)
@@ -241,7 +242,7 @@ def report(name: str, cells: Sequence[Cell], failures: Mapping[Path, str], scale
     return rows
 
 
-def _gaps(cells: Sequence[Cell]) -> list[Gap]:
+def _gaps(cells: Sequence[PlannedRun]) -> list[Gap]:
     """Return a row for every recipe with seeds that are not measured yet."""
     seeds: dict[str, list[int]] = {}
     published = {}

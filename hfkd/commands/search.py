@@ -18,11 +18,13 @@ from ..errors import HfkdError, require
 from ..networks.loading import check_model, input_spec
 from ..recipe.arguments import DataArguments, DistillationConfig, ModelArguments
 from ..recipe.differences import recipe_differences
+from ..recipe.finding import find_recipe
 from ..recipe.parser import ArgumentParser
-from ..recipe.reading import ARGUMENT_CLASSES, load_recipe, parse_recipe, recipe_name
+from ..recipe.reading import ARGUMENT_CLASSES, load_recipe, parse_recipe
 from ..recipe.yaml_file import dump_yaml, read_yaml
 from ..runs.claims import check_own
 from ..runs.folder import check_writable
+from ..runs.planned import missing_teacher
 from ..runs.writing import write_whole
 from ..search.figure import save_search
 from ..search.results import (
@@ -40,11 +42,12 @@ from ..training.trainer import DistillationTrainer
 from .arguments import parse_known, split_subject
 from .build import build_student, image_sets, load_splits, load_teachers, open_cache
 from .messages import hide_token
-from .train import check_teacher_is_used
+from .train import check_teacher_is_used, train_first
+from .without_recipe import with_recipe
 
 SETTINGS_NAME, BEST_NAME = "search.yaml", "best.yaml"  # settings of the search, best recipe
 FILES = (SETTINGS_NAME, BEST_NAME, DATABASE_NAME, "trials.csv", "trials.md", "search.png")
-USAGE = "hfkd search recipe.yaml [--n_trials N] [--held_out SHARE] [--key value ...]"
+USAGE = "hfkd search RECIPE [--n_trials N] [--held_out SHARE] [--key value ...]"
 
 
 @dataclass
@@ -66,9 +69,7 @@ class SearchArguments:
     )
     search_dir: str | None = field(
         default=None,
-        metadata={
-            "help": "Folder of the search. By default runs/search/ and the recipe's path below its recipes folder."
-        },
+        metadata={"help": "Folder of the search. By default runs/search/ and the recipe's name."},
     )
 
     def __post_init__(self):
@@ -79,7 +80,7 @@ class SearchArguments:
 
 
 def search(argv: list[str] | None = None) -> list[SearchedTrial]:
-    """Search for the best values of a recipe's keys: `recipe.yaml [--n_trials 20 --key value ...]`.
+    """Search for the best values of a recipe's keys: `RECIPE [--n_trials 20 --key value ...]`.
 
     Each trial trains the student with other values of the keys in the recipe's `search` section. The same command
     resumes an interrupted search. If several processes run it, they share the trials.
@@ -92,7 +93,7 @@ def search(argv: list[str] | None = None) -> list[SearchedTrial]:
         HfkdError: for a space that cannot be searched (see `search_space`), several processes a trial, a stream with
             `held_out`, or a folder that holds another search.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    argv = with_recipe(sys.argv[1:] if argv is None else argv)
     search_args, model_args, data_args, config, recipe = _parse(argv)
     check_teacher_is_used(model_args, config)
     for module in ("optuna", "matplotlib"):
@@ -100,7 +101,7 @@ def search(argv: list[str] | None = None) -> list[SearchedTrial]:
     written = load_recipe(argv[0])
     space = search_space(written.get("search"), config)
     _check(search_args, model_args, data_args, config, space)
-    folder = Path(search_args.search_dir or Path("runs", "search", recipe_name(argv[0])))
+    folder = Path(search_args.search_dir or Path("runs", "search", find_recipe(argv[0]).name))
     config.output_dir = str(folder)
     check_writable(folder, "search_dir")
     check_own(folder, FILES, _is_search(folder / SETTINGS_NAME), "search_dir")
@@ -108,6 +109,11 @@ def search(argv: list[str] | None = None) -> list[SearchedTrial]:
     with lock:
         searched = {each.key: each.entry() for each in space}
         _claim_folder(folder, recipe | {"held_out": search_args.held_out, "search": searched})
+        teacher = missing_teacher(argv[0], model_args, recipe)
+        if teacher is not None:
+            train_first(teacher, model_args)  # while other processes of the search wait
+            _, model_args, data_args, config, recipe = _parse(argv)
+            config.output_dir = str(folder)
 
     losses = config.losses  # before trials change them
     trainer = build_search_trainer(model_args, data_args, config, search_args.held_out)
@@ -119,7 +125,7 @@ def search(argv: list[str] | None = None) -> list[SearchedTrial]:
     found = summary_table(trials, space, f"{images:,} {kind}", images)
     given = {key: value for key, value in recipe.items() if written.get(key) != value}
     with lock:
-        best = best_recipe(Path(argv[0]), folder, given, losses, best_of(trials))
+        best = best_recipe(find_recipe(argv[0]), folder, given, losses, best_of(trials))
         write_whole(folder / BEST_NAME, _header(argv, found, folder) + dump_yaml(best))
         write_whole(folder / "trials.csv", trials_csv(trials, space))
         write_whole(folder / "trials.md", f"{trials_markdown(trials, space)}\n\n{found}\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import json
 import sys
 from collections.abc import Callable
@@ -13,15 +14,19 @@ from typing import TYPE_CHECKING, Any
 from transformers.utils import logging
 
 from ..errors import HfkdError
+from ..losses import build_losses
 from ..names import hub_id, last_part
 from ..recipe.arguments import DataArguments, DistillationConfig, ModelArguments
 from ..recipe.differences import recipe_differences
-from ..recipe.reading import parse_recipe, recipe_name
+from ..recipe.finding import find_recipe
+from ..recipe.reading import parse_recipe
 from ..recipe.yaml_file import dump_yaml
 from ..runs.checkpoints import MANIFEST_NAME, checkpoints, last_checkpoint
 from ..runs.claims import STATE_NAME, check_run_folder, claimed
 from ..runs.folder import RECIPE_NAME, RESULTS_NAME, ROLES, check_writable
+from ..runs.planned import PlannedRun, check_learns_from_labels, missing_teacher
 from ..runs.writing import write_whole
+from .without_recipe import with_recipe
 
 if TYPE_CHECKING:
     from ..training.trainer import DistillationTrainer
@@ -30,11 +35,18 @@ logger = logging.get_logger(__name__)
 
 
 def distill(argv: list[str] | None = None) -> DistillationTrainer:
-    """Train the student of a recipe and export it to `<output_dir>/student`."""
-    argv = sys.argv[1:] if argv is None else argv
-    model_args, data_args, config, recipe = parse_recipe(argv)
+    """Train the student of a recipe, after its teacher if that is missing, and export it to `<output_dir>/student`."""
+    argv = with_recipe(sys.argv[1:] if argv is None else argv)
+    settings = parse_recipe(argv)
+    model_args, _, config, recipe = settings
     check_teacher_is_used(model_args, config)
-    return train(model_args, data_args, config, recipe, role="student", name=recipe_name(argv[0]))
+    teacher = missing_teacher(argv[0], model_args, recipe)
+    if teacher is not None:
+        check_writable(Path(config.output_dir), "output_dir")
+        claim_output_dir(config, recipe)
+        train_first(teacher, model_args)
+        settings = parse_recipe(argv)  # see train_first
+    return train(*settings, role="student", name=find_recipe(argv[0]).name)
 
 
 def train_teacher(argv: list[str] | None = None) -> DistillationTrainer:
@@ -43,21 +55,48 @@ def train_teacher(argv: list[str] | None = None) -> DistillationTrainer:
     Raises:
         HfkdError: if the recipe names a teacher or losses.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    model_args, data_args, config, recipe = parse_recipe(argv, command="hfkd train-teacher")
-    if model_args.teacher_name_or_path or model_args.teacher_cache or config.losses:
-        raise HfkdError("train-teacher trains from the labels alone: use distill for a recipe with a teacher.")
-    return train(model_args, data_args, config, recipe, role="teacher", name=recipe_name(argv[0]))
+    argv = with_recipe(sys.argv[1:] if argv is None else argv, role="teacher")
+    settings = parse_recipe(argv, command="hfkd train-teacher")
+    check_learns_from_labels(settings)
+    return train(*settings, role="teacher", name=find_recipe(argv[0]).name)
+
+
+def train_first(teacher: PlannedRun, model_args: ModelArguments) -> None:
+    """Train a teacher that is missing, before its student. All processes must call it.
+
+    An interrupted training is resumed. Afterwards `parse_recipe` must be called again for the student, because
+    accelerate's state is that of the teacher's run.
+
+    Raises:
+        HfkdError: before training, if the student's name is that of no model.
+    """
+    from ..networks.loading import check_model  # imports timm, which takes seconds
+
+    check_model(model_args.student_name_or_path)
+    if teacher.config.process_index == 0:
+        print(
+            f"There is no teacher at {teacher.folder / teacher.role} yet. Its recipe {teacher.name} is trained first "
+            f"({teacher.state()}).",
+            flush=True,
+        )
+    trainer = train(*teacher.settings, role=teacher.role, name=teacher.name)
+    trainer.accelerator.wait_for_everyone()  # until the first process has written the model
+    del trainer
+    gc.collect()  # a trainer has reference cycles, which would keep its networks and images on the device
 
 
 def check_teacher_is_used(model_args: ModelArguments, config: DistillationConfig) -> None:
-    """Check that a recipe with a teacher has a loss that reads it.
+    """Check that a recipe with a teacher has a loss that reads it, and that one with such a loss has a teacher.
 
     Raises:
-        HfkdError: if it has none.
+        HfkdError: if either is missing.
     """
+    losses = build_losses(config.losses, config.logit_standardization)  # type: ignore[arg-type]  # a mapping by now
+    taught = sorted(name for name, loss in losses.items() if loss.needs_teacher)
+    if taught and not (model_args.teacher_name_or_path or model_args.teacher_cache):
+        raise HfkdError(f"The losses {taught} need a teacher: set teacher_name_or_path, or remove them.")
     key = "teacher_name_or_path" if model_args.teacher_name_or_path else "teacher_cache"
-    if getattr(model_args, key) and not config.losses:
+    if getattr(model_args, key) and not taught:
         raise HfkdError(
             f"{key} names a teacher, and no loss learns from it. Add a loss, such as --losses.kd.temperature 4, or "
             f"leave {key} out."

@@ -230,6 +230,7 @@ def visualize(argv: list[str] | None = None) -> list[Path]:
         check_writable(folder, "output_dir")
         names = [f"{name}.csv", f"{name}.png"]
         check_own(folder, names, is_table(folder / names[0], table), "output_dir")
+        folder.mkdir(parents=True, exist_ok=True)
         figure = kind.draw(table)
         figure.suptitle(kind.title(subject), fontsize="medium")
         written.append(folder / f"{name}.png")

@@ -11,6 +11,7 @@ from typing import Any
 import timm
 
 from ..losses import LOSSES
+from ..losses.regions import CITATION as REGIONS_CITATION
 from ..losses.standardize import CITATION
 from ..recipe.arguments import DistillationConfig
 from ..recipe.yaml_file import parse_yaml
@@ -173,6 +174,8 @@ def method_section(results: dict[str, Any]) -> str:
     if "teacher_cache" in results:
         parts.append(_cache(results["teacher_cache"]))
     citations = [LOSSES[name].citation for name in results["losses"] if name in LOSSES]
+    if any(settings.get("regions") for settings in results["losses"].values()):
+        citations.append(REGIONS_CITATION)
     if results["logit_standardization"]:
         parts.append("Z-score: the logits of student and teacher are standardized before they are compared.")
         citations.append(CITATION)

@@ -14,6 +14,8 @@ from torch import nn
 from ..errors import HfkdError, did_you_mean
 from .base import DistillationLoss as DistillationLoss
 from .checks import checked_arguments
+from .own import installed_losses as installed_losses
+from .own import own_loss
 from .standardize import standardize as standardize
 
 # --help and the benchmark list the methods in this order.
@@ -31,6 +33,16 @@ from .wsld import WSLDLoss as WSLDLoss, wsld_loss as wsld_loss
 from .hard import HardLoss as HardLoss, hard_loss as hard_loss
 from .rld import RLDLoss as RLDLoss, rld_loss as rld_loss
 from .crld import CRLDLoss as CRLDLoss, crld_loss as crld_loss
+from .skd import SKDLoss as SKDLoss, skd_loss as skd_loss
+from .ofa import OFALoss as OFALoss, ofa_loss as ofa_loss
+from .ca_mkd import (
+    CAMKDLoss as CAMKDLoss,
+    ca_mkd_features_loss as ca_mkd_features_loss,
+    ca_mkd_logits_loss as ca_mkd_logits_loss,
+    ca_mkd_weights as ca_mkd_weights,
+)
+from .tf_kd import TfKDLoss as TfKDLoss, tf_kd_loss as tf_kd_loss
+from .uskd import USKDLoss as USKDLoss, uskd_loss as uskd_loss
 from .locality_guidance import (
     LocalityGuidanceLoss as LocalityGuidanceLoss,
     locality_guidance_loss as locality_guidance_loss,
@@ -40,6 +52,10 @@ from .at import ATLoss as ATLoss, at_loss as at_loss
 from .sp import SPLoss as SPLoss, sp_loss as sp_loss
 from .vid import VIDLoss as VIDLoss, vid_loss as vid_loss
 from .semckd import SemCKDLoss as SemCKDLoss, semckd_loss as semckd_loss
+from .reviewkd import ReviewKDLoss as ReviewKDLoss, reviewkd_loss as reviewkd_loss
+from .cat_kd import CATKDLoss as CATKDLoss, cat_kd_loss as cat_kd_loss
+from .ofd import OFDLoss as OFDLoss, ofd_loss as ofd_loss, ofd_margin as ofd_margin
+from .mgd import MGDLoss as MGDLoss, mgd_loss as mgd_loss
 from .pkt import PKTLoss as PKTLoss, pkt_loss as pkt_loss
 from .crd import CRDLoss as CRDLoss, crd_loss as crd_loss
 from .srrl import SRRLLoss as SRRLLoss, srrl_loss as srrl_loss
@@ -74,8 +90,8 @@ def build_losses(
     """Build the losses of a run, by name, in the order given.
 
     Args:
-        losses: for each method of `LOSSES` its keyword arguments, or None for its defaults. Under any other name, an
-            instance of a DistillationLoss.
+        losses: for each method (see `loss_class`) its keyword arguments, or None for its defaults. Under any other
+            name, an instance of a DistillationLoss. A loss named `module:Class` gets the name of its class.
         logit_standardization: the run's switch. It is set on every loss, given instances included.
 
     Raises:
@@ -85,8 +101,11 @@ def build_losses(
     if not isinstance(losses, Mapping):
         raise HfkdError(f"losses is {losses!r}: give a mapping of methods, such as {{'kd': {{'temperature': 4.0}}}}")
     modules = nn.ModuleDict()
-    for name, given in losses.items():
-        loss = given if isinstance(given, DistillationLoss) else _build(name, given)
+    for method, given in losses.items():
+        loss = given if isinstance(given, DistillationLoss) else _build(method, given)
+        name = method.rpartition(":")[2] if isinstance(method, str) else method
+        if name in modules:
+            raise HfkdError(f"losses: two losses have the name {name!r}: {', '.join(losses)}")
         if not (isinstance(name, str) and name.isidentifier()) or name in dir(modules):
             raise HfkdError(f"losses: {name!r} cannot name a loss; use letters, digits and underscores")
         if name == "ce":
@@ -100,17 +119,28 @@ def build_losses(
     return modules
 
 
+def loss_class(method: str) -> type[DistillationLoss]:
+    """Return the class of a method: a name in `LOSSES`, an entry point of a package, or `module:Class`.
+
+    Raises:
+        HfkdError: if there is none; the message names the nearest.
+    """
+    found = LOSSES.get(method) or own_loss(str(method))
+    if found is None:
+        raise HfkdError(f"losses: no method {method!r}.{did_you_mean(method, [*LOSSES, *installed_losses()])}")
+    return found
+
+
 def _build(name: str, arguments: Mapping[str, Any] | None) -> DistillationLoss:
-    if name not in LOSSES:
-        raise HfkdError(f"losses: no method {name!r}.{did_you_mean(name, LOSSES)}")
+    method = loss_class(name)
     if arguments is not None and not isinstance(arguments, Mapping):
         raise HfkdError(
             f"losses.{name} is {arguments!r}: give its parameters by name, nothing for the defaults, "
             "or an instance of a DistillationLoss"
         )
-    arguments = checked_arguments(name, LOSSES[name], arguments or {})
+    arguments = checked_arguments(name, method, arguments or {})
     try:
-        loss = LOSSES[name](**arguments)
+        loss = method(**arguments)
     except ValueError as error:
         raise HfkdError(f"losses.{name}: {error}") from error
     loss.arguments = arguments

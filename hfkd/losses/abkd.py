@@ -11,11 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import DistillationLoss, Outputs, paired
+from .base import paired, reduced
 from .checks import finite, positive
+from .regions import PerImageLoss
 
 
-def abkd_loss(student_logits: Tensor, teacher_logits: Tensor, alpha: float, beta: float, temperature: float) -> Tensor:
+def abkd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    alpha: float,
+    beta: float,
+    temperature: float,
+    reduction: str = "mean",
+) -> Tensor:
     """Return the sum over the classes of the alpha-beta divergence of the probabilities at T, averaged over the batch.
 
     With p of the teacher and q of the student, the divergence is
@@ -41,9 +49,10 @@ def abkd_loss(student_logits: Tensor, teacher_logits: Tensor, alpha: float, beta
         alpha: exponent of the teacher's probabilities.
         beta: exponent of the student's probabilities.
         temperature: T, above 0.
+        reduction: "mean", or "none" for the value of each image.
 
     Returns:
-        0-d, float32 or float64.
+        0-d, or (B,) without reduction; float32 or float64.
 
     Raises:
         ValueError: the logits' shapes differ or are not (B, C).
@@ -51,7 +60,7 @@ def abkd_loss(student_logits: Tensor, teacher_logits: Tensor, alpha: float, beta
     student_logits, teacher_logits = paired(student_logits, teacher_logits)
     student_log_probs = F.log_softmax(student_logits / temperature, dim=1)
     teacher_log_probs = F.log_softmax(teacher_logits / temperature, dim=1)
-    return _divergences(teacher_log_probs, student_log_probs, alpha, beta).sum(dim=1).mean()
+    return reduced(_divergences(teacher_log_probs, student_log_probs, alpha, beta).sum(dim=1), reduction)
 
 
 def _divergences(log_p: Tensor, log_q: Tensor, alpha: float, beta: float) -> Tensor:
@@ -88,7 +97,7 @@ def _exp(exponent: Tensor) -> Tensor:
     return exponent.clamp(max=math.log(torch.finfo(exponent.dtype).max) / 2).exp()
 
 
-class ABKDLoss(DistillationLoss):
+class ABKDLoss(PerImageLoss):
     """`abkd_loss` as a method of a recipe.
 
     In a run with `logit_standardization` the released code multiplies the loss by T^2; here `weight` does.
@@ -98,6 +107,7 @@ class ABKDLoss(DistillationLoss):
         beta: exponent of the student's probabilities, any finite number.
         temperature: above 0.
         weight: see `DistillationLoss`.
+        regions: see `PerImageLoss`.
 
     Raises:
         ValueError: one of them out of range.
@@ -114,8 +124,15 @@ class ABKDLoss(DistillationLoss):
         }
     """
 
-    def __init__(self, alpha: float = 0.5, beta: float = 0.5, temperature: float = 4.0, weight: float = 1.0):
-        super().__init__(weight)
+    def __init__(
+        self,
+        alpha: float = 0.5,
+        beta: float = 0.5,
+        temperature: float = 4.0,
+        weight: float = 1.0,
+        regions: list | None = None,
+    ):
+        super().__init__(weight, regions)
         self.alpha = finite("alpha", alpha)
         self.beta = finite("beta", beta)
         self.temperature = positive("temperature", temperature)
@@ -124,6 +141,6 @@ class ABKDLoss(DistillationLoss):
     def teacher_temperature(self) -> float:
         return self.temperature
 
-    def forward(self, student: Outputs, teacher: Outputs, batch: Mapping[str, Tensor]) -> Tensor:
-        student_logits, teacher_logits = self.logits(student, teacher)
-        return abkd_loss(student_logits, teacher_logits, self.alpha, self.beta, self.temperature)
+    def per_image(self, student_logits: Tensor, teacher_logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        settings = self.alpha, self.beta, self.temperature
+        return abkd_loss(student_logits, teacher_logits, *settings, reduction="none")

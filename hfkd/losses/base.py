@@ -19,8 +19,11 @@ class Outputs(Protocol):
     logits: Tensor  # (B, C)
     features: Mapping[int | str, Tensor]  # outputs of the layers that losses name
     embedding: Tensor  # (B, D), input of the classifier, if a loss names the layer "embedding"
-    classifier: nn.Linear | None  # of a teacher, frozen; None unless one linear layer gives its logits
+    averaged_map: Tensor  # (B, D, H, W), input of the global pooling, if a loss names the layer "averaged_map"
+    # With "embedding", if one linear layer makes it the logits: this layer, of a teacher frozen; else None.
+    classifier: nn.Linear | None
     standardized: bool  # of a teacher: True if its logits are already Z-scores
+    members: "Sequence[Outputs]"  # of several teachers: the outputs of each, with its layers if a loss `reads_members`
     strong: "Outputs | None"  # the same images, strongly augmented, if a loss has views = 2
 
 
@@ -60,6 +63,7 @@ class DistillationLoss(nn.Module):
     """
 
     views = 1  # 2: `student.strong` and `teacher.strong` are filled
+    needs_teacher = True  # False: it works without a teacher, and `forward` may get None for it
     reads_logits = True  # False: this loss does not train a student's distillation head
     reads_raw_logits = False  # True: it reads logits besides `self.logits()`, so also unstandardized ones
     # The one temperature at which `forward` reads the teacher's logits. None: it reads them in another way.
@@ -71,13 +75,19 @@ class DistillationLoss(nn.Module):
     else:
         teacher_temperature = None
     takes_mixed_labels = True  # False: `labels` must be classes, so mixup and CutMix are refused
-    # The layers that `features` must hold: stage indices, module paths or "embedding". None: every stage except the
-    # first; the trainer replaces None by these stages.
+    # The layers that `features` must hold: stage indices, module paths (with ":input" behind it the module's input),
+    # "embedding" or "averaged_map". None: every stage except the first, and `beside_stages`; the trainer replaces None.
     student_layers: Sequence[int | str] | None = ()
     teacher_layers: Sequence[int | str] | None = ()
+    beside_stages: Sequence[str] = ()
+    # BatchNorms of the teacher whose scale and shift, (2, C), `features` must hold under f"{path}:affine".
+    teacher_norms: Sequence[str] = ()
+    reads_members = False  # True: it reads `members`, and its `teacher_layers` are those of each teacher
     needs_index = False  # True: `batch` holds `index`, the images' rows in the data set, and `setup_rows` is called
+    draws_noise = False  # True: `batch` holds `index` and `step`, for `uniform_noise` with `seed`
     replicated_buffers: Sequence[str] = ()  # kept equal in all processes by `forward`, so DDP does not copy them
     least_images = 1  # smallest batch: 2 if BatchNorm sees one value for each image and channel
+    warmup_epochs = 0.0  # of the factor `warmup`, for a loss that multiplies its terms by it
     reuses_classifier: ReusedClassifier | None = None  # not None: the student gets a module "projector"
 
     citation = ""  # BibTeX entry of the method's paper, with any indentation; a run's model card quotes it
@@ -86,6 +96,7 @@ class DistillationLoss(nn.Module):
     logit_standardization = False
     arguments: Mapping[str, Any] = {}  # of the constructor, with defaults; set by `build_losses`
     autocast_dtype: torch.dtype | None = None  # the run's precision, None for float32; set by the trainer
+    seed = 0  # of the run; set by the trainer
 
     def __init__(self, weight: float = 1.0):
         super().__init__()
@@ -126,8 +137,9 @@ class DistillationLoss(nn.Module):
         """Return the unweighted terms: one 0-d tensor, or {term: 0-d tensor}.
 
         Args:
-            batch: holds `labels`, (B,) int64, or after mixup (B, C), the share of each class; and `progress`, 0-d, the
-                epochs done: 2.5 half way through the third epoch.
+            teacher: None in a run without a teacher, for a loss that needs none.
+            batch: holds `labels`, (B,) int64, or after mixup (B, C), the share of each class; `progress`, 0-d, the
+                epochs done: 2.5 half way through the third epoch; and `step`, 0-d int64, the steps done.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define forward")
 
@@ -140,6 +152,12 @@ class DistillationLoss(nn.Module):
         layers: dict[str, Any] = {"student_layers": self.student_layers, "teacher_layers": self.teacher_layers}
         actual = {key: list(value) for key, value in layers.items() if key in self.arguments}
         return {**self.arguments, **actual, "weight": self.weight}
+
+    def warmup(self, batch: Mapping[str, Tensor]) -> Tensor | float:
+        """Return min(epoch / warmup_epochs, 1), 0-d, epochs counted from 1."""
+        if self.warmup_epochs == 0:
+            return 1.0
+        return (epoch_number(batch["progress"]) / self.warmup_epochs).clamp(max=1)
 
     def logits(self, student: Outputs, teacher: Outputs) -> tuple[Tensor, Tensor]:
         """Return student and teacher logits, each (B, C), standardized if the run asks for it."""
@@ -162,6 +180,17 @@ def paired(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tens
     if student_logits.ndim != 2 or student_logits.shape[1] < 2:
         raise HfkdError(f"logits of shape (B, C) with C >= 2 expected, got {tuple(student_logits.shape)}")
     return at_least_float32(student_logits), at_least_float32(teacher_logits)
+
+
+def reduced(values: Tensor, reduction: str) -> Tensor:
+    """Return the mean of the values (B,) of the images, or, for the reduction "none", the values.
+
+    Raises:
+        HfkdError: for another reduction.
+    """
+    if reduction not in ("mean", "none"):
+        raise HfkdError(f'reduction is {reduction!r}: give "mean" or "none"')
+    return values if reduction == "none" else values.mean()
 
 
 def epoch_number(progress: Tensor) -> Tensor:

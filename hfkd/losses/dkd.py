@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import HfkdError
-from .base import DistillationLoss, Outputs, epoch_number, paired
+from .base import paired, reduced
 from .checks import not_negative, positive
+from .labels import dominant_classes
+from .regions import PerImageLoss
 
 
 def dkd_loss(
@@ -21,6 +23,7 @@ def dkd_loss(
     alpha: float,
     beta: float,
     temperature: float,
+    reduction: str = "mean",
 ) -> Tensor:
     """Return T^2 * (alpha * TCKD + beta * NCKD), averaged over the batch.
 
@@ -34,9 +37,10 @@ def dkd_loss(
         alpha: weight of TCKD.
         beta: weight of NCKD.
         temperature: above 0.
+        reduction: "mean", or "none" for the value of each image.
 
     Returns:
-        0-d, float32 or float64.
+        0-d, or (B,) without reduction; float32 or float64.
 
     Raises:
         HfkdError: the logits' shapes differ or are not (B, C), or labels are not (B,).
@@ -49,9 +53,9 @@ def dkd_loss(
         )
     student_target, student_others = _decoupled_log_probs(student_logits / temperature, labels)
     teacher_target, teacher_others = _decoupled_log_probs(teacher_logits / temperature, labels)
-    tckd = F.kl_div(student_target, teacher_target, reduction="batchmean", log_target=True)
-    nckd = F.kl_div(student_others, teacher_others, reduction="batchmean", log_target=True)
-    return (alpha * tckd + beta * nckd) * temperature**2
+    tckd = F.kl_div(student_target, teacher_target, reduction="none", log_target=True).sum(dim=1)
+    nckd = F.kl_div(student_others, teacher_others, reduction="none", log_target=True).sum(dim=1)
+    return reduced((alpha * tckd + beta * nckd) * temperature**2, reduction)
 
 
 def _decoupled_log_probs(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,7 +73,7 @@ def _decoupled_log_probs(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
     return target_log_probs, (others - others_total).scatter(1, label_column, 0.0)
 
 
-class DKDLoss(DistillationLoss):
+class DKDLoss(PerImageLoss):
     """`dkd_loss` as a method of a recipe, with its warm-up.
 
     The loss is multiplied by min(epoch / warmup_epochs, 1), with epochs counted from 1.
@@ -82,6 +86,7 @@ class DKDLoss(DistillationLoss):
         dominant_label: True: the label of a mixed image (mixup, CutMix) is the class with the largest share. False:
             mixing is refused, since the target class of a mixture is not defined.
         weight: see `DistillationLoss`.
+        regions: see `PerImageLoss`.
 
     Raises:
         HfkdError: a parameter is out of range.
@@ -104,8 +109,9 @@ class DKDLoss(DistillationLoss):
         warmup_epochs: float = 20.0,
         dominant_label: bool = False,
         weight: float = 1.0,
+        regions: list | None = None,
     ):
-        super().__init__(weight)
+        super().__init__(weight, regions)
         self.alpha = not_negative("alpha", alpha)
         self.beta = not_negative("beta", beta)
         self.temperature = positive("temperature", temperature)
@@ -116,10 +122,7 @@ class DKDLoss(DistillationLoss):
     def teacher_temperature(self) -> float:
         return self.temperature
 
-    def forward(self, student: Outputs, teacher: Outputs, batch: Mapping[str, Tensor]) -> Tensor:
-        student_logits, teacher_logits = self.logits(student, teacher)
-        labels = batch["labels"].argmax(1) if batch["labels"].ndim == 2 else batch["labels"]
-        loss = dkd_loss(student_logits, teacher_logits, labels, self.alpha, self.beta, self.temperature)
-        # The epoch is at least 1, so without warm-up the quotient is infinite and the clamp gives 1.
-        warmup = (epoch_number(batch["progress"]) / self.warmup_epochs).clamp(max=1)
-        return warmup * loss
+    def per_image(self, student_logits: Tensor, teacher_logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        labels = dominant_classes(batch["labels"])
+        settings = self.alpha, self.beta, self.temperature
+        return dkd_loss(student_logits, teacher_logits, labels, *settings, reduction="none")

@@ -46,11 +46,40 @@ def summed(terms: Iterable[Tensor]) -> Tensor:
     return sum(terms)  # type: ignore[return-value]  # there is a pair, so it is no plain 0
 
 
-def _read_map(outputs: Outputs, role: str, layer: int | str) -> Tensor:
+def read_map(outputs: Outputs, role: str, layer: int | str) -> Tensor:
+    """Return the map (B, C, H, W) of a layer.
+
+    Raises:
+        HfkdError: the layer gives no map; the message names the role, "student" or "teacher", and the layer.
+    """
     try:
         return as_map(outputs.features[layer])
     except ValueError as error:
         raise HfkdError(f"{role}_layers: {layer!r}: {error}") from error
+
+
+def check_averaged(role: str, outputs: Outputs) -> None:
+    """Check that a network averages its last map, and that one linear layer makes the average its logits.
+
+    Args:
+        role: "student" or "teacher", for the message.
+        outputs: of the network, with the layers "averaged_map" and "embedding".
+
+    Raises:
+        HfkdError: if it does not.
+    """
+    if outputs.classifier is None:
+        raise HfkdError(
+            f"this {role}'s logits do not come from one linear layer over its embedding, as those of two averaged "
+            f"heads: give another {role}"
+        )
+    averaged, embedding = outputs.averaged_map.mean(dim=(2, 3)), outputs.embedding
+    # In bf16 both differ by about 0.01.
+    if averaged.shape != embedding.shape or (averaged - embedding).abs().max() > 0.05 * embedding.abs().max():
+        raise HfkdError(
+            f"the {role}'s classifier reads an embedding {tuple(embedding.shape)} that is not the average of its last "
+            f"map {tuple(outputs.averaged_map.shape)}: give another {role}"
+        )
 
 
 class MapsLoss(DistillationLoss):
@@ -81,8 +110,8 @@ class MapsLoss(DistillationLoss):
         Raises:
             HfkdError: if the output of a layer is not a map.
         """
-        student_maps = [_read_map(student, "student", layer) for layer in self.student_layers]
-        return student_maps, [_read_map(teacher, "teacher", layer) for layer in self.teacher_layers]
+        student_maps = [read_map(student, "student", layer) for layer in self.student_layers]
+        return student_maps, [read_map(teacher, "teacher", layer) for layer in self.teacher_layers]
 
 
 class MapPairsLoss(MapsLoss):

@@ -9,31 +9,34 @@ from collections.abc import Mapping
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import DistillationLoss, Outputs, paired
+from .base import paired, reduced
+from .regions import PerImageLoss
 
 
-def hard_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+def hard_loss(student_logits: Tensor, teacher_logits: Tensor, reduction: str = "mean") -> Tensor:
     """Return the cross-entropy of the student with the class to which the teacher gives the largest logit.
 
     Args:
         student_logits: (B, C).
         teacher_logits: (B, C).
+        reduction: "mean", or "none" for the value of each image.
 
     Returns:
-        0-d, the mean over the batch, float32 or float64.
+        0-d, or (B,) without reduction; float32 or float64.
 
     Raises:
         ValueError: the logits' shapes differ or are not (B, C).
     """
     student_logits, teacher_logits = paired(student_logits, teacher_logits)
-    return F.cross_entropy(student_logits, teacher_logits.argmax(dim=1))
+    return reduced(F.cross_entropy(student_logits, teacher_logits.argmax(dim=1), reduction="none"), reduction)
 
 
-class HardLoss(DistillationLoss):
+class HardLoss(PerImageLoss):
     """`hard_loss` as a method of a recipe. In the published DeiT it and the cross-entropy each weigh 0.5.
 
     Args:
         weight: see `DistillationLoss`.
+        regions: see `PerImageLoss`.
 
     Raises:
         ValueError: weight out of range.
@@ -49,5 +52,5 @@ class HardLoss(DistillationLoss):
         }
     """
 
-    def forward(self, student: Outputs, teacher: Outputs, batch: Mapping[str, Tensor]) -> Tensor:
-        return hard_loss(*self.logits(student, teacher))
+    def per_image(self, student_logits: Tensor, teacher_logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        return hard_loss(student_logits, teacher_logits, reduction="none")

@@ -8,20 +8,24 @@ from collections.abc import Mapping
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import DistillationLoss, Outputs, paired
+from .base import paired, reduced
 from .checks import positive
+from .regions import PerImageLoss
 
 
-def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float | Tensor) -> Tensor:
+def kd_loss(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float | Tensor, reduction: str = "mean"
+) -> Tensor:
     """Return T^2 * KL(softmax(teacher / T) || softmax(student / T)), averaged over the batch.
 
     Args:
         student_logits: (B, C).
         teacher_logits: (B, C).
         temperature: above 0; a number, a 0-d tensor, or one value for each sample, (B,). Gradients reach a tensor.
+        reduction: "mean", or "none" for the value of each image.
 
     Returns:
-        0-d, float32 or float64.
+        0-d, or (B,) without reduction; float32 or float64.
 
     Raises:
         HfkdError: the logits' shapes differ or are not (B, C).
@@ -32,15 +36,16 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float |
     student_log_probs = F.log_softmax(student_logits / temperature, dim=1)
     teacher_log_probs = F.log_softmax(teacher_logits / temperature, dim=1)
     divergence = F.kl_div(student_log_probs, teacher_log_probs, reduction="none", log_target=True)
-    return (divergence.sum(1, keepdim=True) * temperature**2).mean()
+    return reduced((divergence.sum(1, keepdim=True) * temperature**2).squeeze(1), reduction)
 
 
-class KDLoss(DistillationLoss):
+class KDLoss(PerImageLoss):
     """`kd_loss` as a method of a recipe.
 
     Args:
         temperature: above 0.
         weight: see `DistillationLoss`.
+        regions: see `PerImageLoss`.
 
     Raises:
         HfkdError: temperature or weight is out of range.
@@ -55,14 +60,13 @@ class KDLoss(DistillationLoss):
         }
     """
 
-    def __init__(self, temperature: float = 4.0, weight: float = 1.0):
-        super().__init__(weight)
+    def __init__(self, temperature: float = 4.0, weight: float = 1.0, regions: list | None = None):
+        super().__init__(weight, regions)
         self.temperature = positive("temperature", temperature)
 
     @property
     def teacher_temperature(self) -> float:
         return self.temperature
 
-    def forward(self, student: Outputs, teacher: Outputs, batch: Mapping[str, Tensor]) -> Tensor:
-        student_logits, teacher_logits = self.logits(student, teacher)
-        return kd_loss(student_logits, teacher_logits, self.temperature)
+    def per_image(self, student_logits: Tensor, teacher_logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        return kd_loss(student_logits, teacher_logits, self.temperature, reduction="none")

@@ -1,5 +1,7 @@
 """Checks of labels against logits."""
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import HfkdError
@@ -25,3 +27,8 @@ def check_classes(labels: Tensor, logits: Tensor) -> None:
 def dominant_classes(labels: Tensor) -> Tensor:
     """Return class indices (B,): labels (B,) as they are; of shares (B, C), the class with the largest share."""
     return labels.argmax(dim=1) if labels.ndim == 2 else labels
+
+
+def log_probs_of_others(logits: Tensor, columns: Tensor) -> Tensor:
+    """Return log-probabilities (B, C) among all classes but those of the columns (B, K), whose entries are 0."""
+    return F.log_softmax(logits.scatter(1, columns, -torch.inf), dim=1).scatter(1, columns, 0.0)

@@ -6,17 +6,22 @@ Approach with Normalized Loss and Customized Soft Labels, ICCV 2023.
 
 from collections.abc import Mapping
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import DistillationLoss, Outputs, paired
+from .base import paired, reduced
 from .checks import not_negative, positive
-from .labels import check_classes, dominant_classes
+from .labels import check_classes, dominant_classes, log_probs_of_others
+from .regions import PerImageLoss
 
 
 def nkd_loss(
-    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, gamma: float, temperature: float
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    gamma: float,
+    temperature: float,
+    reduction: str = "mean",
 ) -> Tensor:
     """Return -p_y * log(q_y) - gamma * T^2 * sum of p'_c * log(q'_c) over c != y, averaged over the batch.
 
@@ -29,9 +34,10 @@ def nkd_loss(
         labels: (B,), int64, each in [0, C).
         gamma: weight of the other classes.
         temperature: T, above 0.
+        reduction: "mean", or "none" for the value of each image.
 
     Returns:
-        0-d, float32 or float64.
+        0-d, or (B,) without reduction; float32 or float64.
 
     Raises:
         ValueError: the logits' shapes differ or are not (B, C), or labels are not (B,).
@@ -41,19 +47,14 @@ def nkd_loss(
     label_column = labels[:, None]
     student_label = F.log_softmax(student_logits, dim=1).gather(1, label_column)
     teacher_label = F.softmax(teacher_logits, dim=1).gather(1, label_column)
-    target = -(teacher_label * student_label).mean()
-    student_others = _log_probs_of_others(student_logits / temperature, label_column)
-    teacher_others = _log_probs_of_others(teacher_logits / temperature, label_column).exp()
-    others = -(teacher_others * student_others).sum(dim=1).mean()
-    return target + gamma * temperature**2 * others
+    target = -(teacher_label * student_label).squeeze(1)
+    student_others = log_probs_of_others(student_logits / temperature, label_column)
+    teacher_others = log_probs_of_others(teacher_logits / temperature, label_column).exp()
+    others = -(teacher_others * student_others).sum(dim=1)
+    return reduced(target + gamma * temperature**2 * others, reduction)
 
 
-def _log_probs_of_others(logits: Tensor, label_column: Tensor) -> Tensor:
-    """Return log-probabilities (B, C) among all classes but the label, whose entry is 0."""
-    return F.log_softmax(logits.scatter(1, label_column, -torch.inf), dim=1).scatter(1, label_column, 0.0)
-
-
-class NKDLoss(DistillationLoss):
+class NKDLoss(PerImageLoss):
     """`nkd_loss` as a method of a recipe. The label of a mixed image (mixup, CutMix) is the class with the largest
     share, as released.
 
@@ -61,6 +62,7 @@ class NKDLoss(DistillationLoss):
         gamma: weight of the classes other than the label.
         temperature: of these classes, above 0.
         weight: see `DistillationLoss`.
+        regions: see `PerImageLoss`.
 
     Raises:
         ValueError: one of them out of range.
@@ -76,8 +78,8 @@ class NKDLoss(DistillationLoss):
         }
     """
 
-    def __init__(self, gamma: float = 1.5, temperature: float = 1.0, weight: float = 1.0):
-        super().__init__(weight)
+    def __init__(self, gamma: float = 1.5, temperature: float = 1.0, weight: float = 1.0, regions: list | None = None):
+        super().__init__(weight, regions)
         self.gamma = not_negative("gamma", gamma)
         self.temperature = positive("temperature", temperature)
 
@@ -85,7 +87,6 @@ class NKDLoss(DistillationLoss):
     def teacher_temperature(self) -> float | None:
         return 1.0 if self.temperature == 1 else None
 
-    def forward(self, student: Outputs, teacher: Outputs, batch: Mapping[str, Tensor]) -> Tensor:
-        student_logits, teacher_logits = self.logits(student, teacher)
+    def per_image(self, student_logits: Tensor, teacher_logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         labels = dominant_classes(batch["labels"])
-        return nkd_loss(student_logits, teacher_logits, labels, self.gamma, self.temperature)
+        return nkd_loss(student_logits, teacher_logits, labels, self.gamma, self.temperature, reduction="none")

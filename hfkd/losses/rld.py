@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import DistillationLoss, Outputs, epoch_number, paired
+from .base import paired, reduced
 from .checks import not_negative, positive
 from .labels import check_classes
+from .regions import PerImageLoss
 
 
 def rld_loss(
@@ -22,6 +23,7 @@ def rld_loss(
     beta: float,
     temperature: float,
     target_temperature: float,
+    reduction: str = "mean",
 ) -> Tensor:
     """Return alpha * Ty^2 * KL_confidence + beta * T^2 * KL_ranking, averaged over the batch.
 
@@ -37,9 +39,10 @@ def rld_loss(
         beta: weight of KL_ranking.
         temperature: T, above 0.
         target_temperature: Ty, above 0.
+        reduction: "mean", or "none" for the value of each image.
 
     Returns:
-        0-d, float32 or float64.
+        0-d, or (B,) without reduction; float32 or float64.
 
     Raises:
         ValueError: the logits' shapes differ or are not (B, C), or labels are not (B,).
@@ -48,12 +51,12 @@ def rld_loss(
     check_classes(labels, student_logits)
     student_target = _target_log_probs(student_logits / target_temperature, labels)
     teacher_target = _target_log_probs(teacher_logits / target_temperature, teacher_logits.argmax(dim=1))
-    confidence = F.kl_div(student_target, teacher_target, reduction="batchmean", log_target=True)
+    confidence = F.kl_div(student_target, teacher_target, reduction="none", log_target=True).sum(dim=1)
     below = teacher_logits < teacher_logits.gather(1, labels[:, None])
     student_below = _log_probs_among(student_logits / temperature, below)
     teacher_below = _log_probs_among(teacher_logits / temperature, below)
-    ranking = F.kl_div(student_below, teacher_below, reduction="batchmean", log_target=True)
-    return alpha * target_temperature**2 * confidence + beta * temperature**2 * ranking
+    ranking = F.kl_div(student_below, teacher_below, reduction="none", log_target=True).sum(dim=1)
+    return reduced(alpha * target_temperature**2 * confidence + beta * temperature**2 * ranking, reduction)
 
 
 def _target_log_probs(logits: Tensor, classes: Tensor) -> Tensor:
@@ -69,7 +72,7 @@ def _log_probs_among(logits: Tensor, kept: Tensor) -> Tensor:
     return F.log_softmax(logits.masked_fill(left_out, -torch.inf), dim=1).masked_fill(~kept, 0.0)
 
 
-class RLDLoss(DistillationLoss):
+class RLDLoss(PerImageLoss):
     """`rld_loss` as a method of a recipe, with its warm-up.
 
     The loss is multiplied by min(epoch / warmup_epochs, 1), epochs counted from 1. Images must not be mixed: the
@@ -82,6 +85,7 @@ class RLDLoss(DistillationLoss):
         target_temperature: of the confidence, above 0.
         warmup_epochs: 0 for none.
         weight: see `DistillationLoss`.
+        regions: see `PerImageLoss`.
 
     Raises:
         ValueError: one of them out of range.
@@ -106,24 +110,15 @@ class RLDLoss(DistillationLoss):
         target_temperature: float = 1.0,
         warmup_epochs: float = 20.0,
         weight: float = 1.0,
+        regions: list | None = None,
     ):
-        super().__init__(weight)
+        super().__init__(weight, regions)
         self.alpha = not_negative("alpha", alpha)
         self.beta = not_negative("beta", beta)
         self.temperature = positive("temperature", temperature)
         self.target_temperature = positive("target_temperature", target_temperature)
         self.warmup_epochs = not_negative("warmup_epochs", warmup_epochs)
 
-    def forward(self, student: Outputs, teacher: Outputs, batch: Mapping[str, Tensor]) -> Tensor:
-        student_logits, teacher_logits = self.logits(student, teacher)
-        loss = rld_loss(
-            student_logits,
-            teacher_logits,
-            batch["labels"],
-            self.alpha,
-            self.beta,
-            self.temperature,
-            self.target_temperature,
-        )
-        # The epoch is 1 or more, so without warm-up the quotient is infinite and the clamp gives 1.
-        return (epoch_number(batch["progress"]) / self.warmup_epochs).clamp(max=1) * loss
+    def per_image(self, student_logits: Tensor, teacher_logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        settings = self.alpha, self.beta, self.temperature, self.target_temperature
+        return rld_loss(student_logits, teacher_logits, batch["labels"], *settings, reduction="none")

@@ -8,11 +8,12 @@ from collections.abc import Mapping
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import DistillationLoss, Outputs, paired
+from .base import paired, reduced
 from .checks import positive
+from .regions import PerImageLoss
 
 
-def ttm_loss(student_logits: Tensor, teacher_logits: Tensor, exponent: float) -> Tensor:
+def ttm_loss(student_logits: Tensor, teacher_logits: Tensor, exponent: float, reduction: str = "mean") -> Tensor:
     """Return KL(p^l / sum(p^l) || q), averaged over the batch.
 
     p and q are the probabilities of teacher and student, l is the exponent. p^l / sum(p^l) is the teacher's softmax at
@@ -22,9 +23,10 @@ def ttm_loss(student_logits: Tensor, teacher_logits: Tensor, exponent: float) ->
         student_logits: (B, C).
         teacher_logits: (B, C).
         exponent: l, above 0.
+        reduction: "mean", or "none" for the value of each image.
 
     Returns:
-        0-d, float32 or float64.
+        0-d, or (B,) without reduction; float32 or float64.
 
     Raises:
         ValueError: the logits' shapes differ or are not (B, C).
@@ -32,15 +34,17 @@ def ttm_loss(student_logits: Tensor, teacher_logits: Tensor, exponent: float) ->
     student_logits, teacher_logits = paired(student_logits, teacher_logits)
     student_log_probs = F.log_softmax(student_logits, dim=1)
     transformed_log_probs = F.log_softmax(exponent * teacher_logits, dim=1)
-    return F.kl_div(student_log_probs, transformed_log_probs, reduction="batchmean", log_target=True)
+    divergence = F.kl_div(student_log_probs, transformed_log_probs, reduction="none", log_target=True)
+    return reduced(divergence.sum(dim=1), reduction)
 
 
-class TTMLoss(DistillationLoss):
+class TTMLoss(PerImageLoss):
     """`ttm_loss` as a method of a recipe.
 
     Args:
         exponent: of the teacher's probabilities, above 0; below 1 it softens them.
         weight: see `DistillationLoss`.
+        regions: see `PerImageLoss`.
 
     Raises:
         ValueError: exponent or weight out of range.
@@ -55,13 +59,13 @@ class TTMLoss(DistillationLoss):
         }
     """
 
-    def __init__(self, exponent: float = 0.1, weight: float = 1.0):
-        super().__init__(weight)
+    def __init__(self, exponent: float = 0.1, weight: float = 1.0, regions: list | None = None):
+        super().__init__(weight, regions)
         self.exponent = positive("exponent", exponent)
 
     @property
     def teacher_temperature(self) -> float:
         return 1 / self.exponent
 
-    def forward(self, student: Outputs, teacher: Outputs, batch: Mapping[str, Tensor]) -> Tensor:
-        return ttm_loss(*self.logits(student, teacher), self.exponent)
+    def per_image(self, student_logits: Tensor, teacher_logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        return ttm_loss(student_logits, teacher_logits, self.exponent, reduction="none")

@@ -11,14 +11,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import HfkdError
-from .base import DistillationLoss, Outputs, paired
+from .base import paired, reduced
 from .checks import not_negative, positive
+from .regions import PerImageLoss
 
 EPS = 1e-7  # added to the teacher's cross-entropy, as released
 
 
 def wsld_loss(
-    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float, alpha: float
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    temperature: float,
+    alpha: float,
+    reduction: str = "mean",
 ) -> Tensor:
     """Return alpha * T^2 * w * CE(p, q), averaged over the batch.
 
@@ -32,9 +38,10 @@ def wsld_loss(
         labels: (B,), int64, each in [0, C), or (B, C), shares of each class.
         temperature: T, above 0.
         alpha: factor of the loss.
+        reduction: "mean", or "none" for the value of each image.
 
     Returns:
-        0-d, float32 or float64.
+        0-d, or (B,) without reduction; float32 or float64.
 
     Raises:
         ValueError: the logits' shapes differ or are not (B, C), or labels are neither (B,) nor (B, C).
@@ -50,7 +57,7 @@ def wsld_loss(
     student_log_probs = F.log_softmax(student_logits / temperature, dim=1)
     teacher_probs = F.softmax(teacher_logits / temperature, dim=1)
     cross_entropies = -(teacher_probs * student_log_probs).sum(dim=1)
-    return alpha * temperature**2 * (weights * cross_entropies).mean()
+    return reduced(alpha * temperature**2 * weights * cross_entropies, reduction)
 
 
 def _image_weights(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
@@ -62,13 +69,14 @@ def _image_weights(student_logits: Tensor, teacher_logits: Tensor, labels: Tenso
     return -torch.expm1(-student / (teacher + EPS))
 
 
-class WSLDLoss(DistillationLoss):
+class WSLDLoss(PerImageLoss):
     """`wsld_loss` as a method of a recipe.
 
     Args:
         temperature: above 0.
         alpha: factor of the loss, as published; `weight` is another.
         weight: see `DistillationLoss`.
+        regions: see `PerImageLoss`.
 
     Raises:
         ValueError: one of them out of range.
@@ -84,8 +92,14 @@ class WSLDLoss(DistillationLoss):
         }
     """
 
-    def __init__(self, temperature: float = 4.0, alpha: float = 2.25, weight: float = 1.0):
-        super().__init__(weight)
+    def __init__(
+        self,
+        temperature: float = 4.0,
+        alpha: float = 2.25,
+        weight: float = 1.0,
+        regions: list | None = None,
+    ):
+        super().__init__(weight, regions)
         self.temperature = positive("temperature", temperature)
         self.alpha = not_negative("alpha", alpha)
 
@@ -93,6 +107,6 @@ class WSLDLoss(DistillationLoss):
     def teacher_temperature(self) -> float | None:
         return 1.0 if self.temperature == 1 else None
 
-    def forward(self, student: Outputs, teacher: Outputs, batch: Mapping[str, Tensor]) -> Tensor:
-        student_logits, teacher_logits = self.logits(student, teacher)
-        return wsld_loss(student_logits, teacher_logits, batch["labels"], self.temperature, self.alpha)
+    def per_image(self, student_logits: Tensor, teacher_logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        settings = self.temperature, self.alpha
+        return wsld_loss(student_logits, teacher_logits, batch["labels"], *settings, reduction="none")

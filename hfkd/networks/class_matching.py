@@ -83,7 +83,8 @@ def match_classes(student_names: Sequence[str], teacher: nn.Module, teacher_clas
     raise HfkdError(
         f"The teacher has {teacher_classes} classes and the student {len(wanted)}, and their names do not say which is "
         f"which ({reason}). Set teacher_class_indices: for each of the student's classes, in order, the index of the "
-        "teacher's class."
+        "teacher's class. Or train the teacher on these images first, from its weights: `hfkd train-teacher "
+        "--dataset_name DATA --student TEACHER`."
     )
 
 

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import DeiTForImageClassificationWithTeacher
-from transformers.models.timm_wrapper import TimmWrapperForImageClassification
 
-from ..errors import HfkdError, WrongTypeError, nearest
+from ..errors import HfkdError, WrongTypeError
 from .gradient_checkpointing import recomputing
-
-# A stage index into timm's `feature_info` (negative: from the end), a module path, or EMBEDDING.
-Layer = int | str
-
-EMBEDDING = "embedding"  # the pooled input of the classifier
+from .layers import AFFINE as AFFINE
+from .layers import AVERAGED_MAP as AVERAGED_MAP
+from .layers import EMBEDDING as EMBEDDING
+from .layers import INPUT as INPUT
+from .layers import Layer as Layer
+from .layers import find_classifier as find_classifier
+from .layers import find_layer as find_layer
+from .layers import find_pooling as find_pooling
+from .layers import settle_layers as settle_layers
+from .layers import stages_of as stages_of
+from .layers import timm_model_of as timm_model_of
 
 
 @dataclass(frozen=True)
@@ -39,9 +46,10 @@ class Outputs:
             head's.
         class_logits: (B, C), read by the cross-entropy. For two heads, the class head's; for one head, `logits`.
         features: outputs of the tapped layers, by the names under which they were requested.
-        classifier: for a teacher whose logits are one linear layer over its embedding: this layer, frozen, reduced to
-            the student's classes. None for other networks.
+        classifier: for a network whose logits are one linear layer over its embedding, if EMBEDDING is recorded: this
+            layer. A teacher's is frozen and reduced to the student's classes. None for other networks.
         standardized: True if the teacher's logits are Z-scores already.
+        members: for several teachers: the outputs of each one for this view. Empty for one network.
         strong: outputs for the strongly augmented view of the same images, if a loss requested two views.
     """
 
@@ -50,6 +58,7 @@ class Outputs:
     features: dict[Layer, Tensor] = field(default_factory=dict)
     classifier: nn.Linear | None = None
     standardized: bool = False
+    members: Sequence[Outputs] = ()
     strong: Outputs | None = None
 
     @property
@@ -59,6 +68,11 @@ class Outputs:
         Only recorded for losses that name EMBEDDING.
         """
         return self.features[EMBEDDING]
+
+    @property
+    def averaged_map(self) -> Tensor:
+        """(B, D, H, W), input of the global pooling. Only recorded for losses that name AVERAGED_MAP."""
+        return self.features[AVERAGED_MAP]
 
     def views(self) -> list[Outputs]:
         """Return the outputs of each view: the weak one and, if there is one, the strong one."""
@@ -71,11 +85,12 @@ _HOOKS: WeakKeyDictionary[nn.Module, list[RemovableHandle]] = WeakKeyDictionary(
 
 
 class Taps:
-    """Recorder of the outputs of named layers during a forward pass.
+    """Recorder of the outputs (or inputs) of named layers during a forward pass.
 
     Args:
         model: the network. Each layer gets a forward hook; the hooks of earlier taps are removed.
-        layers: stage indices into the `feature_info` of a timm model, module paths, or EMBEDDING.
+        layers: stage indices into the `feature_info` of a timm model, module paths, module paths that end in INPUT
+            or AFFINE, EMBEDDING, or AVERAGED_MAP.
 
     Raises:
         HfkdError: for a layer that does not exist; the message names near ones.
@@ -96,12 +111,29 @@ class Taps:
         # A hook before the classifier sees the embedding of every architecture, however the model pools its features.
         if layer == EMBEDDING:
             return find_classifier(model).register_forward_pre_hook(self._record_embedding)
+        if layer == AVERAGED_MAP:
+            return find_pooling(model).register_forward_pre_hook(functools.partial(self._record_input, layer))
+        if isinstance(layer, str) and layer.endswith(INPUT):
+            module = find_layer(model, layer.removesuffix(INPUT))
+            return module.register_forward_pre_hook(functools.partial(self._record_input, layer))
+        if isinstance(layer, str) and layer.endswith(AFFINE):
+            return self._tap_affine(model, layer)
         module = find_layer(model, layer)
         # With gradient checkpointing timm calls the blocks of a stage and not the stage, so a hook on the stage would
         # not run. The last block has the same output.
         while type(module) is nn.Sequential and len(module):
             module = module[-1]
         return module.register_forward_hook(functools.partial(self._record, layer))
+
+    def _tap_affine(self, model: nn.Module, layer: str) -> RemovableHandle:
+        norm = find_layer(model, layer.removesuffix(AFFINE))
+        if not all(isinstance(getattr(norm, name, None), nn.Parameter) for name in ("weight", "bias")):
+            raise HfkdError(f"{layer.removesuffix(AFFINE)!r} is no norm with a learnt scale and shift: name another.")
+        # In the forward pass, during which also a sharded network's parameters are whole.
+        return norm.register_forward_hook(lambda module, *_: self._record_affine(layer, module))
+
+    def _record_affine(self, layer: str, norm: nn.Module) -> None:
+        self._recorded[layer] = torch.stack([norm.weight, norm.bias])
 
     def _record(self, layer: Layer, module: nn.Module, arguments, output) -> None:
         # The backward pass runs checkpointed blocks again. Its outputs would be taken for those of the next forward.
@@ -111,6 +143,11 @@ class Taps:
         if not isinstance(output, Tensor):
             raise HfkdError(f"The layer {layer!r} returns {type(output).__name__}, not a tensor: name another layer.")
         self._recorded[layer] = output.permute(0, 3, 1, 2) if self._channels_last and output.ndim == 4 else output
+
+    def _record_input(self, layer: Layer, module: nn.Module, arguments: tuple) -> None:
+        # timm's activations overwrite their input, so it is copied before they run.
+        overwritten = getattr(module, "inplace", False)
+        self._record(layer, module, (), arguments[0].clone() if overwritten else arguments[0])
 
     def _record_embedding(self, classifier: nn.Module, arguments: tuple) -> None:
         embedding = arguments[0]
@@ -145,73 +182,14 @@ def remove_taps(model: nn.Module) -> None:
         hook.remove()
 
 
-def find_layer(model: nn.Module, layer: Layer) -> nn.Module:
-    """Return the module at a stage index or a path; for a wrapped timm model, inside the wrapper.
+def is_classifier_of(outputs: Outputs, classifier: nn.Linear) -> bool:
+    """Return True if the logits are the classifier's output for the embedding.
 
-    Raises:
-        HfkdError: if there is none; the message names near ones.
+    They are not if two heads are averaged, for example. The structure of a network does not tell, a batch does.
     """
-    inner = timm_model_of(model)
-    name = type(inner).__name__
-    modules = dict(inner.named_modules())
-    if isinstance(layer, str):
-        if layer in modules:
-            return modules[layer]
-        near = nearest(layer, modules, n=3, cutoff=0.3)
-        raise HfkdError(f"{name} has no layer '{layer}'. Near are {', '.join(near) or ', '.join(list(modules)[1:9])}.")
-    paths = stages_of(model)
-    if not -len(paths) <= layer < len(paths):
-        listed = ", ".join(f"{index} ({path})" for index, path in enumerate(paths))
-        raise HfkdError(f"{name} has no stage {layer}. Stages: {listed}.")
-    return modules[paths[layer]]
-
-
-def stages_of(model: nn.Module) -> list[str]:
-    """Return the module paths of a timm model's stages, from the stem to the deepest.
-
-    Raises:
-        HfkdError: for a model of another library, which has no such table.
-    """
-    inner = timm_model_of(model)
-    stages = getattr(inner, "feature_info", None)
-    if stages is None:
-        raise HfkdError(
-            f"{type(inner).__name__} has no stage indices, which only timm models have: name its layers by their "
-            f"module paths, e.g. '{[path for path, _ in inner.named_modules()][-1]}'."
-        )
-    return [stage["module"] for stage in stages]
-
-
-def find_classifier(model: nn.Module) -> nn.Module:
-    """Return the module that computes the logits.
-
-    For a timm model it is the one from `get_classifier`, with two heads the distillation head. For other models it is
-    the last linear layer.
-
-    Raises:
-        HfkdError: if there is none.
-    """
-    inner = timm_model_of(model)
-    if hasattr(inner, "get_classifier"):  # timm's
-        classifiers = inner.get_classifier()
-        return classifiers[-1] if isinstance(classifiers, tuple) else classifiers
-    linear = [module for module in inner.modules() if isinstance(module, nn.Linear)]
-    if not linear:
-        raise HfkdError(f"{type(inner).__name__} has no linear layer that could be its classifier.")
-    return linear[-1]
-
-
-def settle_layers(losses: Iterable[nn.Module], student: nn.Module, teacher: nn.Module) -> None:
-    """Set the layers of losses that leave them open (None) to every stage except the stem, the published choice.
-
-    Raises:
-        HfkdError: for a network without stages.
-    """
-    for loss in losses:
-        if loss.student_layers is None:
-            loss.student_layers = list(range(1, len(stages_of(student))))
-        if loss.teacher_layers is None:
-            loss.teacher_layers = list(range(1, len(stages_of(teacher))))
+    embedding = outputs.embedding.to(classifier.weight.dtype)
+    logits = F.linear(embedding, classifier.weight, classifier.bias)  # not through the module, which may be tapped
+    return bool((logits - outputs.logits).abs().max() <= 0.05 * outputs.logits.abs().max())  # bf16 is 0.01 off
 
 
 def logits_of(model: nn.Module, pixel_values: Tensor) -> Tensor:
@@ -260,11 +238,6 @@ def _forward(model: nn.Module, pixel_values: Tensor, two_heads: bool) -> Outputs
             + (f" with logits {tuple(logits.shape)}." if isinstance(logits, Tensor) else ".")
         )
     return Outputs(logits, logits)
-
-
-def timm_model_of(model: nn.Module) -> nn.Module:
-    """Return the timm model inside transformers' wrapper; any other model is returned as it is."""
-    return model.timm_model if isinstance(model, TimmWrapperForImageClassification) else model
 
 
 def has_two_heads(model: nn.Module) -> bool:

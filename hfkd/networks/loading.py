@@ -26,7 +26,7 @@ from ..models.checkpoints import load_architecture
 from ..names import hub_id, public_name
 from .features import InputSpec, timm_model_of
 from .sharding import gathered
-from .sources import check_loaded, create_pretrained, has_tag, not_found_error, resolve_name
+from .sources import check_loaded, create_pretrained, has_tag, not_found_error, resolve_name, tagged
 from .teacher import Teacher, TeacherEnsemble
 
 # Entries of timm's pretrained_cfg that a student does not keep. The first name the source of the weights, perhaps a
@@ -42,6 +42,7 @@ def load_student(
     num_classes: int | None = None,
     image_size: int | None = None,
     *,
+    pretrained: bool = False,
     patch_size: int | None = None,
     drop_path_rate: float | None = None,
     crop_pct: float = 1.0,
@@ -50,15 +51,16 @@ def load_student(
 ) -> PreTrainedModel:
     """Return a transformers image classifier to train, with the classes of the data set.
 
-    A timm architecture (`cifar_resnet20`, `deit_tiny_distilled_patch16_224`) starts from random weights, and one with a
-    tag (`resnet10t.c3_in1k`) from the pretrained weights of that tag. A folder or a Hub id starts from its own weights.
-    Where the number of classes differs, or there is no classifier, it is new.
+    A timm architecture (`cifar_resnet20`, `deit_tiny_distilled_patch16_224`) starts from random weights, or from timm's
+    default ones if `pretrained`, and one with a tag (`resnet10t.c3_in1k`) from the weights of that tag. A folder or a
+    Hub id starts from its own weights. Where the number of classes differs, or there is no classifier, it is new.
 
     Args:
         name_or_path: timm architecture, folder written by `save_pretrained`, a run's folder, or Hub id.
         class_names: names of the classes, in the order of the labels; they are saved with the model.
         num_classes: number of classes, in place of `class_names`.
         image_size: side of the square input in pixels, for a timm architecture; by default its own.
+        pretrained: whether an architecture without a tag starts from timm's default weights.
         patch_size: side of a ViT's patches in pixels, for a timm architecture; by default its own.
         drop_path_rate: rate of stochastic depth, for a timm architecture; by default its own.
         crop_pct, interpolation: preprocessing for evaluation, saved with the model. A model of transformers' own has an
@@ -77,7 +79,8 @@ def load_student(
     name_or_path = resolve_name(name_or_path)
     preparation = {"crop_pct": crop_pct, "interpolation": interpolation, "crop_mode": "center"}
     if _is_architecture(name_or_path):
-        return _new_student(name_or_path, class_names, image_size, patch_size, drop_path_rate, preparation)
+        architecture = tagged(name_or_path) if pretrained else name_or_path
+        return _new_student(architecture, class_names, image_size, patch_size, drop_path_rate, preparation)
     settings = {"image_size": image_size, "patch_size": patch_size, "drop_path_rate": drop_path_rate}
     for key, value in settings.items():
         if value is not None:

@@ -66,6 +66,20 @@ def has_tag(architecture: str) -> bool:
     return bool(tag)
 
 
+def tagged(architecture: str) -> str:
+    """Return a timm name with a tag: its own, or that of timm's default weights.
+
+    Raises:
+        HfkdError: timm has no weights of this architecture.
+    """
+    if has_tag(architecture):
+        return architecture
+    default = timm.get_pretrained_cfg(architecture)
+    if default is None or not default.has_weights:
+        raise HfkdError(f"{architecture} has no pretrained weights in timm: leave pretrained out, or name another.")
+    return f"{architecture}.{default.tag}" if default.tag else architecture
+
+
 def create_pretrained(architecture: str, **settings: Any) -> nn.Module:
     """Create a timm model with the weights that its name means.
 
@@ -79,7 +93,7 @@ def create_pretrained(architecture: str, **settings: Any) -> nn.Module:
         raise
     except Exception as error:  # the Hub and the network raise their own types
         name = split_model_name_tag(architecture)[0]
-        advice = f" Or name the architecture alone, {name}, with a checkpoint or, for a student, random weights."
+        advice = f" Or name the architecture alone, {name}, with a checkpoint or, for a student, pretrained: false."
         raise not_found_error("pretrained weights", architecture, error, advice) from error
 
 

@@ -15,7 +15,17 @@ from ..losses.standardize import at_least_float32, standardize
 from ..names import architecture_of
 from .class_matching import check_class_indices, match_classes
 from .costs import parameter_count
-from .features import EMBEDDING, InputSpec, Layer, Outputs, Taps, find_classifier, forward_views, remove_taps
+from .features import (
+    EMBEDDING,
+    InputSpec,
+    Layer,
+    Outputs,
+    Taps,
+    find_classifier,
+    forward_views,
+    is_classifier_of,
+    remove_taps,
+)
 from .frozen import frozen_copy
 from .sharding import shard_frozen
 
@@ -82,6 +92,7 @@ class Teacher:
         student_input: InputSpec | None = None,
         layers: Sequence[Layer] = (),
         shard: bool = False,
+        member_layers: Sequence[Layer] = (),
     ) -> None:
         """Move the teacher to a device and into the precision and layout of the run.
 
@@ -93,11 +104,13 @@ class Teacher:
             student_input: normalisation of the images. None: they are normalised for this teacher.
             layers: layers whose outputs are recorded in `features`.
             shard: shard it among the processes (FSDP); the value must be the same in all of them.
+            member_layers: further layers, which losses read of each of several teachers.
 
         Raises:
             HfkdError: if the weights were converted to another type before, if a layer does not exist, or if a teacher
                 with a device_map is to be sharded.
         """
+        layers = [*layers, *member_layers]
         weights = [module for module in self.model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
         half = {module.weight.dtype for module in weights} & {torch.float16, torch.bfloat16}
         if half - {autocast_dtype}:
@@ -143,7 +156,7 @@ class Teacher:
         classes = outputs.logits.shape[1]
         # The structure of a network does not tell whether its logits are one linear layer over the embedding, so it is
         # checked on a batch. Losses that reuse the classifier then find None.
-        if self._classifier is not None and not _is_linear(outputs, self._classifier):
+        if self._classifier is not None and not is_classifier_of(outputs, self._classifier):
             self._classifier = None
         indices = self.class_indices
         if indices is None:
@@ -204,15 +217,6 @@ class Teacher:
         return parameter_count(self.model)
 
 
-def _is_linear(outputs: Outputs, classifier: nn.Linear) -> bool:
-    """Return True if the logits are the classifier's output for the embedding.
-
-    They are not if two heads are averaged, for example.
-    """
-    logits = classifier(outputs.embedding.to(classifier.weight.dtype))
-    return bool((logits - outputs.logits).abs().max() <= 0.05 * outputs.logits.abs().max())  # bf16 is 0.01 off
-
-
 def _copy_of_classifier(model: nn.Module) -> nn.Linear | None:
     """Return a copy of the classifier, in float32 or wider, if it is one linear layer; else None."""
     try:
@@ -257,11 +261,12 @@ class TeacherEnsemble:
         student_input: InputSpec | None = None,
         layers: Sequence[Layer] = (),
         shard: bool = False,
+        member_layers: Sequence[Layer] = (),
     ) -> None:
         """Call `Teacher.prepare` of each member.
 
         Raises:
-            HfkdError: as `Teacher.prepare`; also for layers, since an ensemble has no features of its own.
+            HfkdError: as `Teacher.prepare`; also for `layers`, since an ensemble has no features of its own.
         """
         if layers:
             raise HfkdError(
@@ -269,7 +274,7 @@ class TeacherEnsemble:
                 "common: give one teacher, or only losses that read logits."
             )
         for member in self.members:
-            member.prepare(device, autocast_dtype, channels_last, student_input, shard=shard)
+            member.prepare(device, autocast_dtype, channels_last, student_input, member_layers, shard)
 
     def align_classes(self, student_names: Sequence[str], batch: dict[str, Tensor]) -> None:
         """Call `Teacher.align_classes` of each member."""
@@ -287,7 +292,7 @@ class TeacherEnsemble:
     def _mean(self, outputs: Sequence[Outputs]) -> Outputs:
         logits = [standardize(output.logits) if self.standardized else output.logits for output in outputs]
         mean = torch.stack(logits).mean(dim=0)
-        return Outputs(mean, mean)
+        return Outputs(mean, mean, members=outputs)
 
     def compile(self, **options) -> None:
         """Compile each member with torch.compile."""

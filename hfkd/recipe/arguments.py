@@ -30,13 +30,17 @@ class ModelArguments:
     _argument_group_name = "model"  # in `--help`
 
     student_name_or_path: str = field(
-        metadata={"help": "A timm architecture, a folder written by save_pretrained, or a Hub id."},
+        metadata={
+            "help": "A timm architecture, a folder written by save_pretrained, or a Hub id. Short: --student.",
+            "aliases": ["--student"],
+        },
     )
     teacher_name_or_path: list[str] | None = field(
         default=None,
         metadata={
             "help": "Like student_name_or_path; several names form an ensemble. Without a teacher the student learns "
-            "from the labels alone."
+            "from the labels alone. Short: --teacher.",
+            "aliases": ["--teacher"],
         },
     )
     teacher_checkpoint: list[str] | None = field(
@@ -63,6 +67,17 @@ class ModelArguments:
     teacher_image_std: list[float] | None = field(
         default=None, metadata={"help": "Standard deviation, like teacher_image_mean."}
     )
+    teacher_recipe: str | None = field(
+        default=None,
+        metadata={
+            "help": "Recipe that trains the teacher first, on the same images, if teacher_name_or_path is a run's "
+            "folder that does not exist."
+        },
+    )
+    train_missing_teacher: bool = field(
+        default=True,
+        metadata={"help": "Train a missing teacher by its teacher_recipe; otherwise it is an error."},
+    )
     teacher_class_indices: list[int] | None = field(
         default=None,
         metadata={
@@ -82,6 +97,13 @@ class ModelArguments:
         metadata={
             "help": "Folder written by `hfkd cache-teacher`. The logits are read from it, and no teacher is loaded; "
             "teacher_name_or_path, if set, must name the teacher of the cache."
+        },
+    )
+    pretrained: bool = field(
+        default=False,
+        metadata={
+            "help": "Start a student that is a timm architecture without a tag from timm's default weights for it; a "
+            "tag, a folder or a Hub id names weights itself."
         },
     )
     drop_path_rate: float | None = field(
@@ -229,7 +251,8 @@ class DistillationConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Distillation losses: a mapping from each method to its parameters, which may include 'weight'. "
-            "On the command line: --losses.METHOD.PARAMETER VALUE."
+            "On the command line: --losses.METHOD.PARAMETER VALUE, or the mapping as YAML. A method is one of those "
+            "below, of an installed package (entry points hfkd.losses), or module:Class."
         },
     )
     logit_standardization: bool = field(
@@ -280,8 +303,7 @@ class DistillationConfig(TrainingArguments):
     output_dir: str | None = field(
         default=None,
         metadata={
-            "help": "Folder of the run. By default runs/ and the recipe's path below its recipes folder, or its name; "
-            "trainer_output without a recipe."
+            "help": "Folder of the run. By default runs/ and the recipe's name; trainer_output without a recipe."
         },
     )
     report_to: list[str] | str = field(

@@ -10,7 +10,8 @@ from typing import Any
 
 from ..names import DIGITS, is_local, last_part
 
-SECTIONS = ("extends", "search")  # parts of a recipe file that are not keys: its parent, the space of `hfkd search`
+SECTIONS = ("extends", "search")  # parts of a recipe that are not keys: its parent, the space of `hfkd search`
+SHORT_FORMS = {"student": "student_name_or_path", "teacher": "teacher_name_or_path"}
 
 
 class Effect(Enum):
@@ -19,7 +20,7 @@ class Effect(Enum):
     RESULT = "changes the student or its measurements"
     SPEED = "changes only speed and memory"
     OUTPUT = "changes only files, logs and reports"
-    CONTROL = "controls how a run is resumed, and is not recorded"
+    CONTROL = "controls how a run is begun or resumed, and is not recorded"
 
 
 RESULT, SPEED, OUTPUT, CONTROL = Effect
@@ -135,11 +136,13 @@ _MODEL = {
     **dict.fromkeys(
         (
             *("teacher_image_size", "teacher_image_mean", "teacher_image_std", "teacher_class_indices"),
-            *("drop_path_rate", "patch_size"),
+            *("pretrained", "drop_path_rate", "patch_size"),
         ),
         Key(RESULT),
     ),
     "teacher_device_map": Key(SPEED),
+    "teacher_recipe": Key(OUTPUT, path=True),  # the teacher that it trained is named by teacher_name_or_path
+    "train_missing_teacher": Key(CONTROL),
     # Private: whoever repeats a published run decides anew.
     "trust_remote_code": Key(OUTPUT, private=True),
 }

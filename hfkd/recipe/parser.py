@@ -171,8 +171,8 @@ class ArgumentParser(HfArgumentParser):
 
 
 def _as_json(value: str, key: str) -> str:
-    """Return a mapping written as YAML as JSON, any other value as it is."""
-    if not value.startswith("{"):
+    """Return a mapping written as YAML as JSON, any other value as it is; of `losses` also one without braces."""
+    if not value.startswith("{") and key != "--losses":
         return value
     given = parse_yaml(value, key)
     return json.dumps(given, ensure_ascii=False) if isinstance(given, dict) else value

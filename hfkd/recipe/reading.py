@@ -2,77 +2,91 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import inspect
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from ..errors import HfkdError, NotFoundError, nearest, unknown_key_error
-from ..losses import LOSSES, build_losses
+from ..errors import HfkdError, unknown_key_error
+from ..losses import LOSSES, build_losses, installed_losses
 from .arguments import DataArguments, DistillationConfig, ModelArguments
+from .finding import RecipeSource, find_recipe, name_from
 from .keys import NOT_RECORDED, SECTIONS
 from .parser import ArgumentParser, to_argv
-from .yaml_file import parse_yaml, read_yaml
+from .yaml_file import parse_yaml
 
 ARGUMENT_CLASSES = (ModelArguments, DataArguments, DistillationConfig)
 KEYS = [field.name for cls in ARGUMENT_CLASSES for field in dataclasses.fields(cls) if field.init]
 
 RECIPE_HELP = (
-    "A recipe is a YAML file of the keys below. Its keys override the recipe that it `extends`,\n"
-    "and keys on the command line override both. null gives a key its default again."
+    "RECIPE is the name of a recipe that comes with hfkd (`hfkd recipes` lists them) or the path of a YAML file\n"
+    "of the keys below. Its keys override the recipe that it `extends`, and keys on the command line override\n"
+    "both. null gives a key its default again.\n\n"
+    "Without RECIPE, --dataset_name, --teacher and --student are enough. The other keys are then those of the\n"
+    "recipe photographs/student, and what suits the student and the machine."
 )
 
 
-def load_recipe(path: str | Path) -> dict[str, Any]:
-    """Read a recipe, including the keys of the recipe that it `extends`, whose path is relative to it.
+def load_recipe(name: str | Path) -> dict[str, Any]:
+    """Read a recipe, found by `find_recipe`, including the keys of the recipe that it `extends`.
 
-    The parent may extend a recipe in turn. Mappings such as `losses` are replaced and not merged, so that all losses of
-    a recipe are in one place.
+    The parent is looked for in the recipe's folder first. It may extend a recipe in turn. Mappings such as `losses` are
+    replaced and not merged, so that all losses of a recipe are in one place.
 
     Raises:
         NotFoundError: if the recipe or one that it extends does not exist.
-        HfkdError: for invalid YAML, an unknown key, or a recipe that extends itself.
+        HfkdError: for invalid YAML, an unknown key, a recipe that extends itself, or a file of several recipes.
     """
-    recipe: dict[str, Any] = {}
-    paths: list[Path] = []
+    return _merged(_lineage(name))
+
+
+def _lineage(name: str | Path) -> list[tuple[RecipeSource, dict[str, Any]]]:
+    """Return a recipe and all that it extends, the nearest first, each with its own keys."""
+    source = find_recipe(name)
+    several = source.section_names() if source.section is None else []
+    if several:
+        raise HfkdError(f"{source} holds several recipes. Name one of them: {', '.join(several)}.")
+    lineage: list[tuple[RecipeSource, dict[str, Any]]] = []
     while True:
-        path = Path(path)
-        if path.resolve() in [other.resolve() for other in paths]:
-            chain = " extends ".join(map(str, [*paths, path]))
+        if source.identity in [other.identity for other, _ in lineage]:
+            chain = " extends ".join(map(str, [*(other for other, _ in lineage), source]))
             raise HfkdError(f"{chain}: a recipe cannot extend itself. Remove one of the `extends`.")
-        paths.append(path)
-        recipe = _read_yaml(path) | recipe
-        parent = recipe.pop("extends", None)
+        keys = _own_keys(source)
+        lineage.append((source, keys))
+        parent = keys.pop("extends", None)
         if parent is None:
-            return recipe
+            return lineage
         if not isinstance(parent, str):
-            raise HfkdError(f"extends in {path} must be the path of one recipe, got {parent!r}.")
-        path = path.parent / parent
+            raise HfkdError(f"extends in {source} must be the name or path of one recipe, got {parent!r}.")
+        source = find_recipe(parent, source.path.parent)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        near = nearest(path.name, [other.name for other in path.parent.glob("*.yaml")])
-        hint = f" Did you mean {path.parent / near[0]}?" if near else ""
-        raise NotFoundError(f"There is no recipe at {path}.{hint}")
-    recipe = read_yaml(path)
-    if not isinstance(recipe, dict):
-        raise HfkdError(f"{path} must hold a mapping of keys to values, got {type(recipe).__name__}.")
-    for key in recipe:
+def _merged(lineage: list[tuple[RecipeSource, dict[str, Any]]]) -> dict[str, Any]:
+    return functools.reduce(lambda recipe, step: recipe | step[1], reversed(lineage), {})
+
+
+def _own_keys(source: RecipeSource) -> dict[str, Any]:
+    keys = source.keys()
+    for key in keys:
         if key not in (*KEYS, *SECTIONS):
-            raise unknown_key_error(str(key), [*KEYS, *SECTIONS], str(path))
-    return recipe
+            raise unknown_key_error(str(key), [*KEYS, *SECTIONS], str(source))
+    teacher = keys.get("teacher_recipe")
+    if isinstance(teacher, str):
+        keys["teacher_recipe"] = name_from(teacher, source.path.parent)
+    return copy.deepcopy(keys)  # a file may be read once for several recipes
 
 
 def parse_recipe(
     argv: list[str] | None = None, command: str = "hfkd distill"
 ) -> tuple[ModelArguments, DataArguments, DistillationConfig, dict]:
-    """Parse `recipe.yaml [--key value ...]`; the command line overrides the recipe, the recipe the defaults.
+    """Parse `RECIPE [--key value ...]`; the command line overrides the recipe, the recipe the defaults.
 
     A loss parameter is set by its path (`--losses.dkd.beta 2`). The default of `output_dir` is `runs/` followed by the
-    recipe's path below the `recipes` folder.
+    recipe's name.
 
     Returns:
         The three argument objects and the resolved recipe, a flat mapping of every key that was set.
@@ -82,22 +96,36 @@ def parse_recipe(
         HfkdError: if no recipe is given, for an unknown key, or for a value of the wrong type.
     """
     argv = sys.argv[1:] if argv is None else argv
-    usage = f"{command} recipe.yaml [--key value ...]"
+    usage = f"{command} RECIPE [--key value ...]"
     parser = ArgumentParser(ARGUMENT_CLASSES, usage, RECIPE_HELP, methods_help())
     parser.answer_help(argv)
     path, overrides = argv[0] if argv else "", argv[1:]
     if not path or path.startswith("-"):
-        raise HfkdError(f"The first argument must be a recipe, got '{path}': {usage}. `--help` explains the keys.")
-    recipe = load_recipe(path)
+        raise HfkdError(
+            f"The first argument must be a recipe, got '{path}': {usage}. Without one, give --dataset_name, --teacher "
+            "and --student."
+        )
+    lineage = _lineage(path)
+    recipe = _merged(lineage)
     recipe.pop("search", None)
     overrides, unset = parser.settle(overrides)
     recipe = {key: value for key, value in recipe.items() if value is not None and key not in unset}
     recipe["losses"], overrides = _split_loss_overrides(recipe.get("losses") or {}, overrides)
-    recipe.setdefault("output_dir", default_output_dir(path))
+    recipe.setdefault("output_dir", str(Path("runs", lineage[0][0].name)))
     argv = to_argv(recipe, parser) + overrides
     model_args, data_args, config = parser.parse(argv)
+    if any(":" in str(method) for method in config.losses):
+        _look_for_code([source.path.parent for source, _ in lineage if not source.is_packaged])
     build_losses(config.losses, config.logit_standardization)  # finds mistakes before data and networks are loaded
     return model_args, data_args, config, _resolve(parser, argv)
+
+
+def _look_for_code(folders: list[Path]) -> None:
+    """Let Python find modules beside recipes and in the current folder, after those that are on its path."""
+    for folder in [*folders, Path()]:
+        place = str(folder.resolve())
+        if place not in sys.path:
+            sys.path.append(place)
 
 
 def methods_help() -> str:
@@ -106,6 +134,8 @@ def methods_help() -> str:
     for name, loss in LOSSES.items():
         parameters = inspect.signature(loss).parameters.values()
         lines.append(f"  {name}: {', '.join(str(p.replace(annotation=p.empty)) for p in parameters)}")
+    lines += [f"  {name}: of the package {entry.value.partition(':')[0]}" for name, entry in installed_losses().items()]
+    lines.append("  module:Class: a loss of your own, in a module beside the recipe or on Python's path")
     return "\n".join(lines)
 
 
@@ -118,19 +148,6 @@ def _resolve(parser: ArgumentParser, argv: list[str]) -> dict[str, Any]:
         if isinstance(value, str) and value.startswith("{"):
             resolved[key] = json.loads(value)
     return {key: value for key, value in resolved.items() if key not in NOT_RECORDED}
-
-
-def recipe_name(path: str | Path) -> str:
-    """Return the path below the `recipes` folder without its suffix, or the file's name for a recipe from elsewhere."""
-    parts = Path(path).resolve().with_suffix("").parts
-    if "recipes" in parts:
-        return str(Path(*parts[len(parts) - parts[::-1].index("recipes") :]))
-    return parts[-1]
-
-
-def default_output_dir(path: str | Path) -> str:
-    """Return the default folder of a run: `runs/cifar100/a-b/kd` for `recipes/cifar100/a-b/kd.yaml`."""
-    return str(Path("runs", recipe_name(path)))
 
 
 def _split_loss_overrides(losses: dict, argv: list[str]) -> tuple[dict, list[str]]:
@@ -152,15 +169,15 @@ def _split_loss_overrides(losses: dict, argv: list[str]) -> tuple[dict, list[str
             rest.append(token)
             continue
         name, has_value, value = token.partition("=")
-        path = name[len("--losses.") :].split(".")
+        method, _, parameter = name[len("--losses.") :].rpartition(".")
         value = value if has_value else next(tokens, None)
-        if len(path) != 2 or not value:
+        if not method or ("." in method and ":" not in method) or not value:
             raise HfkdError(f"'{token}' must have the form --losses.METHOD.PARAMETER VALUE.")
         if any(other.partition("=")[0] == "--losses" for other in argv):
             raise HfkdError(f"--losses replaces all losses: give it or '{token}', not both.")
         given = parse_yaml(value, token)
         if given is None:  # the default again
-            losses.setdefault(path[0], {}).pop(path[1], None)
+            losses.setdefault(method, {}).pop(parameter, None)
         else:
-            losses.setdefault(path[0], {})[path[1]] = given
+            losses.setdefault(method, {})[parameter] = given
     return losses, rest

@@ -46,8 +46,11 @@ def _column(cells: Sequence[str], padded: bool, right: bool, compact: bool) -> l
 
 
 def plain(text: str) -> str:
-    """Return a text from a file with its special characters escaped, so that Markdown shows it as it is."""
-    return re.sub(r"([\\`<>\[\]])", r"\\\1", printable(text))
+    """Return a text from a file with its special characters escaped, so that Markdown shows it as it is.
+
+    Of brackets only those of a link or an image are special: most stand in the name of a split, such as test[:50].
+    """
+    return re.sub(r"([\\`<>]|\](?=[(\[:]))", r"\\\1", printable(text))
 
 
 def _harmless(cell: Any) -> Any:

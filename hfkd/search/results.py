@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import RunError
+from ..recipe.finding import RecipeSource
 from ..recipe.keys import SCHEDULE_KEYS
-from ..recipe.yaml_file import read_yaml
 from ..runs.tables import csv_table, markdown_table
 from .space import TRIAL_SETTINGS, Parameter, settings, short
 
@@ -144,27 +143,21 @@ def _note(trial: SearchedTrial) -> str:
 
 
 def best_recipe(
-    path: Path, folder: Path, given: Mapping[str, Any], losses: Mapping[str, Any], best: SearchedTrial
+    source: RecipeSource, folder: Path, given: Mapping[str, Any], losses: Mapping[str, Any], best: SearchedTrial
 ) -> dict[str, Any]:
     """Return the searched recipe with the best values, for a file in the folder.
 
-    The new recipe extends the searched one. If the searched one has a parent, the new recipe extends the parent and
-    repeats the searched recipe's lines.
+    The new recipe extends the searched one.
 
     Args:
-        path: path of the searched recipe.
+        source: the searched recipe.
         folder: folder of the new recipe.
         given: keys of the command line; keys that make trials shorter are left out.
         losses: losses of recipe and command line before the search.
         best: trial with the best values.
     """
-    own = read_yaml(path)
-    parent = own.pop("extends", None)
-    if parent is None:
-        parent, own = path.name, {}
-    recipe = {"extends": os.path.relpath(path.resolve().parent / parent, folder.resolve())} | own
-    recipe.pop("search", None)
+    recipe: dict[str, Any] = {"extends": source.reference(folder)}
     recipe |= {key: value for key, value in given.items() if key not in TRIAL_ONLY_KEYS}
     recipe |= settings(best.values, losses)
     # The published top-1 was measured with other values. The run goes into the folder of the search.
-    return recipe | {"published_top1": None, "output_dir": str(folder / "best")}
+    return recipe | {"search": None, "published_top1": None, "output_dir": str(folder / "best")}

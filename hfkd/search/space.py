@@ -96,8 +96,8 @@ def search_space(section: Mapping[str, Any] | None, config: DistillationConfig) 
 def _searchable(losses: nn.ModuleDict, config: DistillationConfig) -> dict[str, Any]:
     """Return every key that can be searched, with the recipe's value."""
     values = {
-        f"losses.{name}.{parameter}": value
-        for name, loss in losses.items()
+        f"losses.{method}.{parameter}": value
+        for method, loss in zip(config.losses, losses.values(), strict=True)
         for parameter, value in loss.arguments.items()
         if isinstance(value, (float, int, bool, str))
     }
@@ -107,9 +107,9 @@ def _searchable(losses: nn.ModuleDict, config: DistillationConfig) -> dict[str, 
 def _default_space(losses: nn.ModuleDict, config: DistillationConfig) -> list[Parameter]:
     """Return the default search space of some losses."""
     values = {}
-    for name, loss in losses.items():
+    for method, loss in zip(config.losses, losses.values(), strict=True):
         searched = ("temperature", "weight") if loss.reads_logits else ("weight",)
-        values |= {f"losses.{name}.{key}": loss.arguments[key] for key in searched if key in loss.arguments}
+        values |= {f"losses.{method}.{key}": loss.arguments[key] for key in searched if key in loss.arguments}
     values["learning_rate"] = config.learning_rate
     return [
         Parameter(key, value, value / RANGE_FACTOR, value * RANGE_FACTOR, log=True)
@@ -191,7 +191,7 @@ def settings(values: Mapping[str, Any], losses: Mapping[str, Any]) -> dict[str, 
         if key in SEARCHABLE_KEYS:
             recipe[key] = value
         else:
-            _, method, parameter = key.split(".")
+            method, _, parameter = key.removeprefix("losses.").rpartition(".")
             losses[method][parameter] = value
     return recipe | {"losses": losses}
 

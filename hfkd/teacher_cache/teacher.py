@@ -103,7 +103,7 @@ class CachedTeacher:
         way_out = "Write a cache of all logits (without --top_k), or leave teacher_cache out."
         where = f"The teacher cache {self.files.folder} holds the largest {self.files.format.top_k} logits"
         wanted = {}
-        for name, loss in losses.items():
+        for name, loss in ((name, loss) for name, loss in losses.items() if loss.needs_teacher):
             raw = loss.reads_raw_logits and args.logit_standardization
             if loss.teacher_temperature is None or raw:
                 raise HfkdError(f"{where}, and the loss '{name}' needs all of them. {way_out}")

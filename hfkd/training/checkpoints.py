@@ -107,8 +107,10 @@ class Checkpoints:
         best = Path(checkpoint).resolve()
         if state.global_step != state.best_global_step:  # else it is the best itself, whatever it is called
             best = best.with_name(f"checkpoint-{state.best_global_step}")
-        # The state names the best by the path that the run had when it was written.
-        if best.is_dir() or (state.best_global_step and state.best_model_checkpoint is None):
+        # The state names the best by the path that the run had when it was written. Where it is lost and is to be
+        # loaded, it is named all the same, and `check_best` says so: the last would be exported in silence.
+        lost = self.args.load_best_model_at_end and state.best_global_step and state.best_model_checkpoint is None
+        if best.is_dir() or lost:
             state.best_model_checkpoint = str(best)
         if self.args.should_save:
             set_aside_newer(self.args.output_dir, state.global_step)

@@ -30,7 +30,7 @@ def check_ensemble(teacher: Teacher | TeacherEnsemble, losses: nn.ModuleDict, ar
     if not (isinstance(teacher, TeacherEnsemble) and args.logit_standardization):
         return
     for name, loss in losses.items():
-        if loss.reads_raw_logits:
+        if loss.reads_raw_logits and loss.needs_teacher:
             raise HfkdError(
                 f"The loss '{name}' also reads logits that are not standardized, and an ensemble under "
                 "logit_standardization averages standardized ones: give one teacher, or leave logit_standardization "
@@ -47,8 +47,9 @@ def check_roles(model: nn.Module, teacher, losses: nn.ModuleDict, args: Distilla
     Raises:
         HfkdError: if they do not.
     """
-    if losses and teacher is None:
-        raise HfkdError(f"The losses {sorted(losses)} need a teacher: set teacher_name_or_path, or remove them.")
+    taught = sorted(name for name, loss in losses.items() if loss.needs_teacher)
+    if taught and teacher is None:
+        raise HfkdError(f"The losses {taught} need a teacher: set teacher_name_or_path, or remove them.")
     if not losses and args.ce_weight == 0:
         raise HfkdError("There is nothing to train on: ce_weight is 0 and there are no losses. Set one of them.")
     networks = [member.model for member in teacher.members if isinstance(member, Teacher)] if teacher else []

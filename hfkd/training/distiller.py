@@ -12,10 +12,13 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from ..errors import HfkdError
 from ..losses.standardize import at_least_float32
 from ..networks.features import (
+    EMBEDDING,
     Outputs,
     Taps,
+    find_classifier,
     forward_views,
     has_two_heads,
+    is_classifier_of,
     logits_of,
     remove_taps,
     train_heads_apart,
@@ -55,14 +58,18 @@ class Distiller(nn.Module):
         layers = [layer for loss in losses.values() for layer in loss.student_layers]
         self.taps = Taps(student, layers) if layers else None
         self._tapped = self.taps is not None
+        # In a list, for it is a part of the student and no second module. See `check_classifier`.
+        self.classifiers = [find_classifier(student)] if EMBEDDING in layers else []
         # DDP reads this attribute and does not broadcast these buffers before every forward. They are equal in all
         # processes without it, and broadcasting CRD's memory would take most of a step.
         self._ddp_params_and_buffers_to_ignore = [
             f"losses.{name}.{buffer}" for name, loss in losses.items() for buffer in loss.replicated_buffers
         ]
-        # Without a loss that reads logits, nothing would train the distillation head alone, but evaluation averages it
-        # in. Then both heads learn the labels through their average.
-        self.two_heads = has_two_heads(student) and any(loss.reads_logits for loss in losses.values())
+        self.needs_teacher = any(loss.needs_teacher for loss in losses.values())
+        # Without a loss that compares logits with a teacher's, nothing would train the distillation head alone, but
+        # evaluation averages it in. Then both heads learn the labels through their average.
+        taught = any(loss.reads_logits and loss.needs_teacher for loss in losses.values())
+        self.two_heads = has_two_heads(student) and taught
         if has_two_heads(student):
             train_heads_apart(student, self.two_heads)
         if self.two_heads and ce_weight == 0:
@@ -87,9 +94,20 @@ class Distiller(nn.Module):
         """Return the student's outputs for every view in `batch`, in float32 or wider."""
         outputs = forward_views(self.student, batch, self.taps, self.two_heads)
         outputs.features = {layer: at_least_float32(feature) for layer, feature in outputs.features.items()}
+        outputs.classifier = next(iter(self.classifiers), None)
         for view in outputs.views():
             view.logits, view.class_logits = at_least_float32(view.logits), at_least_float32(view.class_logits)
         return outputs
+
+    def check_classifier(self, outputs: Outputs) -> None:
+        """Forget the student's classifier if it is no linear layer that makes the embedding its logits.
+
+        Losses that read the classifier then find None.
+        """
+        if self.classifiers and not (
+            isinstance(self.classifiers[0], nn.Linear) and is_classifier_of(outputs, self.classifiers[0])
+        ):
+            self.classifiers, outputs.classifier = [], None
 
     def logits(self, pixel_values: Tensor) -> Tensor:
         """Return the student's logits (B, C), for evaluation."""

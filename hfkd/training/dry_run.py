@@ -45,6 +45,7 @@ def dry_run(
     distiller.student.eval()
     with torch.no_grad(), autocast:
         student = distiller.predict(batch)
+        distiller.check_classifier(student)
     for module, was_training in modes.items():
         module.training = was_training
     if student.logits.isnan().any():
@@ -55,17 +56,22 @@ def dry_run(
         raise HfkdError(
             f"The student has {classes} classes and the data set {needed}: build the student with num_classes={needed}."
         )
-    if teacher is None:
-        return classes
-    # The labels are in the data set's order, so its names decide.
-    names = class_names_of(distiller.student) if source is None else source.class_names
-    teacher.align_classes(names if len(names) == classes else list(map(str, range(classes))), batch)
-    outputs = teacher(batch)
+    outputs = None
+    if teacher is not None:
+        # The labels are in the data set's order, so its names decide.
+        names = class_names_of(distiller.student) if source is None else source.class_names
+        teacher.align_classes(names if len(names) == classes else list(map(str, range(classes))), batch)
+        outputs = teacher(batch)
     for name, loss in distiller.losses.items():
         if loss.views == 2 and student.strong is None:
             raise HfkdError(
                 f"The loss '{name}' needs two views of every image: the batches must hold 'pixel_values_strong' "
                 f"beside 'pixel_values', but hold {sorted(batch)}."
+            )
+        if loss.draws_noise and "index" not in batch:
+            raise HfkdError(
+                f"The loss '{name}' draws noise for each image, so the batches must hold 'index', the images' rows in "
+                f"the data set, as those of hfkd.data do. They hold {sorted(batch)}."
             )
         try:
             if loss.needs_index and train_dataset is not None:
@@ -93,9 +99,10 @@ def check_single_image(
         HfkdError: if they cannot.
     """
     image = {name: value[:1] if isinstance(value, Tensor) else value for name, value in batch.items()}
-    image["progress"] = torch.zeros((), device=image["labels"].device)
-    outputs = teacher(image) if teacher is not None and distiller.losses else None
-    with _same_random_state(image["labels"].device), torch.no_grad(), autocast, warnings.catch_warnings():
+    device = image["labels"].device
+    image |= {"progress": torch.zeros((), device=device), "step": torch.zeros((), dtype=torch.long, device=device)}
+    outputs = teacher(image) if teacher is not None and distiller.needs_teacher else None
+    with _same_random_state(device), torch.no_grad(), autocast, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # gradient checkpointing warns that there is no gradient
         try:
             copy.deepcopy(distiller).train()(image, outputs)

@@ -14,7 +14,7 @@ from transformers.models.timm_wrapper import TimmWrapperForImageClassification
 from ..data import ImageSource
 from ..data.subsets import image_source
 from ..errors import HfkdError
-from ..networks.features import InputSpec, remove_taps, settle_layers
+from ..networks.features import AFFINE, InputSpec, remove_taps, settle_layers
 from ..networks.loading import known_input_spec, load_processor, load_student, wrap_timm
 from ..networks.simkd_rebuild import with_teacher_classifier
 from ..networks.teacher import Teacher, TeacherEnsemble, check_placement
@@ -88,17 +88,28 @@ def _wrap(model: nn.Module, source: ImageSource | None) -> PreTrainedModel:
     return wrap_timm(model, [*names, *map(str, range(len(names), model.num_classes))][: model.num_classes])
 
 
+def tell_losses(losses: nn.ModuleDict, args: DistillationConfig) -> torch.dtype | None:
+    """Tell the losses the seed and the precision of the run, and return the latter, None for float32."""
+    autocast_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    for loss in losses.values():
+        loss.autocast_dtype = autocast_dtype
+        loss.seed = args.seed
+    return autocast_dtype
+
+
 def prepare_teacher(
     teacher: Teacher | TeacherEnsemble | CachedTeacher,
     student: nn.Module,
     losses: nn.ModuleDict,
     args: DistillationConfig,
     images: InputSpec | None,
+    autocast_dtype: torch.dtype | None,
 ) -> None:
-    """Bring teacher and losses into the precision of the run, and tap the teacher's layers that the losses read.
+    """Bring the teacher into the precision of the run, and tap those of its layers that the losses read.
 
     Args:
         images: size and normalisation of the batches.
+        autocast_dtype: precision of the run, None for float32.
 
     Raises:
         HfkdError: for layers or a placement that the teacher does not have.
@@ -106,11 +117,12 @@ def prepare_teacher(
     if not isinstance(teacher, CachedTeacher):  # which has no network
         check_placement(teacher, args.world_size, args.torch_compile)
         settle_layers(losses.values(), student, teacher.members[0].model)
-    autocast_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    layers, member_layers = [], []
     for loss in losses.values():
-        loss.autocast_dtype = autocast_dtype
-    layers = [layer for loss in losses.values() for layer in loss.teacher_layers]
-    teacher.prepare(args.device, autocast_dtype, args.channels_last, images, layers, args.shard_teacher)
+        read = [*loss.teacher_layers, *(norm + AFFINE for norm in loss.teacher_norms)]
+        (member_layers if loss.reads_members else layers).extend(read)
+    precision = args.device, autocast_dtype, args.channels_last
+    teacher.prepare(*precision, images, layers, args.shard_teacher, member_layers)
     check_ensemble(teacher, losses, args)
 
 

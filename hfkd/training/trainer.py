@@ -72,7 +72,7 @@ from .optimization import decayed_parameter_names, lomo_looked_up_once, multi_st
 from .preemption import StopOnSigterm
 from .pushes import Pushes
 from .results import ResultsWriter, run_facts
-from .student import batch_spec, fit_student, load_named_student, own_processor, prepare_teacher
+from .student import batch_spec, fit_student, load_named_student, own_processor, prepare_teacher, tell_losses
 from .teacher_report import TeacherReport
 from .term_log import TermLog
 
@@ -242,9 +242,10 @@ class DistillationTrainer(Trainer):
         if args.gradient_checkpointing:
             settings: Any = args.gradient_checkpointing_kwargs  # a mapping or None once args is built
             use_gradient_checkpointing(self.model, settings or {})
+        autocast_dtype = tell_losses(losses, args)
         if self.teacher is not None:
             images = batch_spec(self.train_dataset, first_set(self.eval_dataset), self.model)
-            prepare_teacher(self.teacher, self.model, losses, args, images)
+            prepare_teacher(self.teacher, self.model, losses, args, images, autocast_dtype)
         self.distiller = Distiller(self.model, losses, args.ce_weight, self.compute_loss_func)
         self.results.facts |= run_facts(self.exports.name, self.model, self.teacher, losses, args)
         if self.compute_loss_func is not None:
@@ -419,13 +420,14 @@ class DistillationTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the sum of the weighted terms; nothing here may wait for the device."""
-        progress = torch.full((), self.state.epoch or 0.0, device=inputs["labels"].device)
-        batch = {**inputs, "progress": progress}
+        device = inputs["labels"].device
+        progress = torch.full((), self.state.epoch or 0.0, device=device)
+        batch = {**inputs, "progress": progress, "step": torch.full((), self.state.global_step, device=device)}
         if self._mixup is not None:
             # It draws from numpy's generator, whose state is in Trainer's checkpoints, and which no hfkd data set uses.
             batch["pixel_values"], batch["labels"] = self._mixup(batch["pixel_values"], batch["labels"])
         self.distiller.attach_taps()  # unless they are; an earlier `train()` has removed them
-        teacher = self.teacher(batch) if self.distiller.losses else None
+        teacher = self.teacher(batch) if self.distiller.needs_teacher else None
         with self.backend.autocast():
             terms = model(batch, teacher)
         loss = self.term_log.add(terms, len(inputs["labels"]))

@@ -5,7 +5,6 @@ import copy
 import itertools
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import timm
 import torch
@@ -19,13 +18,13 @@ from transformers import PrinterCallback, TrainerCallback
 from hfkd import DistillationConfig, DistillationTrainer, Teacher, load_student
 from hfkd.data import ImageDataset, collate_batch
 from hfkd.losses import LOSSES, kd_loss, standardize
+from hfkd.recipe.finding import packaged_names
 from hfkd.recipe.reading import parse_recipe
 from hfkd.teacher_cache.rows import RowFormat
 from hfkd.teacher_cache.teacher import CachedTeacher
 from hfkd.teacher_cache.writing import write_cache
 
-RECIPES = Path(__file__).parents[2] / "recipes" / "cifar100"
-PAIR = "resnet32x4-resnet8x4"  # has recipes of nearly every method
+PAIR = "cifar100/resnet32x4-resnet8x4"  # has recipes of nearly every method
 
 
 # ---- A training step ---------------------------------------------------------------------------------------------
@@ -100,7 +99,7 @@ def recipe_config(recipe: str, batch_size: int, folder: str, torch_compile=False
     changes |= {"load_best_model_at_end": False, "report_to": "none", "disable_tqdm": True}
     changes |= {"use_cpu": DEVICE.type == "cpu", "torch_compile": torch_compile}
     overrides = [token for key, value in changes.items() for token in (f"--{key}", str(value))]
-    return parse_recipe([str(RECIPES / recipe), *overrides])[2]
+    return parse_recipe([recipe, *overrides])[2]
 
 
 def step_row(
@@ -134,7 +133,7 @@ def step_row(
 
 
 def trainer_rows(args: argparse.Namespace) -> list[Row]:
-    recipe, student, teacher = "resnet56-resnet20/kd_zscore.yaml", "cifar_resnet20", "cifar_resnet56"
+    recipe, student, teacher = "cifar100/resnet56-resnet20/kd_zscore", "cifar_resnet20", "cifar_resnet56"
     return [
         step_row(args, "trainer: resnet20, labels alone", recipe, student, None, steps=5),
         step_row(args, "trainer: resnet56 -> resnet20, KD + Z-score", recipe, student, teacher, steps=3),
@@ -142,7 +141,7 @@ def trainer_rows(args: argparse.Namespace) -> list[Row]:
 
 
 def reference_rows(args: argparse.Namespace) -> list[Row]:
-    recipe, pair = f"{PAIR}/kd_zscore.yaml", ("cifar_resnet8x4", "cifar_resnet32x4")
+    recipe, pair = f"{PAIR}/kd_zscore", ("cifar_resnet8x4", "cifar_resnet32x4")
     return [step_row(args, "reference: resnet32x4 -> resnet8x4, KD + Z-score", recipe, *pair, steps=1, published=True)]
 
 
@@ -153,7 +152,7 @@ def data_and_steps(
     args: argparse.Namespace, teacher: CachedTeacher | None, dataset: ImageDataset, folder: str
 ) -> Iterator[None]:
     """Make a batch and train on it, one step for each `next`; without a teacher from the labels alone."""
-    config = recipe_config("resnet56-resnet20/kd_zscore.yaml", args.batch_size, folder)
+    config = recipe_config("cifar100/resnet56-resnet20/kd_zscore", args.batch_size, folder)
     student = load_student("cifar_resnet8" if args.quick else "cifar_resnet20", num_classes=CLASSES)
     losses = config.losses if teacher else {}
     trainer = DistillationTrainer(student, teacher, config, train_dataset=dataset, losses=losses)
@@ -174,7 +173,7 @@ def cache_rows(args: argparse.Namespace) -> list[Row]:
     steps, epochs = (1, 1) if args.quick else (5, 3)
     datasets = [random_images(1_000 if args.quick else 20_000)]
     datasets += [copy.copy(datasets[0]) for _ in range(2)]  # each has a cache of its own, or none
-    temperature = recipe_config("resnet56-resnet20/kd_zscore.yaml", 1, "").losses["kd"]["temperature"]
+    temperature = recipe_config("cifar100/resnet56-resnet20/kd_zscore", 1, "").losses["kd"]["temperature"]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for (top_k, what), dataset in zip({None: "all logits", 16: "the largest 16"}.items(), datasets, strict=False):
@@ -195,7 +194,7 @@ def cache_rows(args: argparse.Namespace) -> list[Row]:
 def small_trainer(args: argparse.Namespace, recipe: str, dataset: ImageDataset, folder: str) -> DistillationTrainer:
     """Build the trainer of a recipe of the pair; in quick mode with smaller networks."""
     student, teacher = ("cifar_resnet8", "cifar_resnet14") if args.quick else ("cifar_resnet8x4", "cifar_resnet32x4")
-    config = recipe_config(f"{PAIR}/{recipe}.yaml", args.batch_size, folder)
+    config = recipe_config(f"{PAIR}/{recipe}", args.batch_size, folder)
     networks = load_student(student, num_classes=CLASSES), timm.create_model(teacher, num_classes=CLASSES)
     return DistillationTrainer(*networks, config, train_dataset=dataset)
 
@@ -220,10 +219,10 @@ def method_recipes() -> dict[str, str]:
 
     The names say what a recipe trains with, such as "kd + Z-score" or "kd + crd".
     """
-    others = [method for method in LOSSES if method != "kd" and (RECIPES / PAIR / f"{method}.yaml").is_file()]
+    others = [method for method in LOSSES if method != "kd" and f"{PAIR}/{method}" in packaged_names()]
     recipes = {}
     for recipe in ("kd", "kd_zscore", *others):
-        config = recipe_config(f"{PAIR}/{recipe}.yaml", 1, "")
+        config = recipe_config(f"{PAIR}/{recipe}", 1, "")
         recipes[" + ".join([*config.losses, *["Z-score"] * config.logit_standardization])] = recipe
     return recipes
 

@@ -179,8 +179,8 @@ def test_mappings_on_the_command_line(words, message, nothing_loaded, capsys):
 @pytest.mark.parametrize(
     "extends, message",
     [
-        (5, "extends in r.yaml must be the path of one recipe, got 5"),
-        (["a.yaml", "b.yaml"], "must be the path of one recipe"),
+        (5, "extends in r.yaml must be the name or path of one recipe, got 5"),
+        (["a.yaml", "b.yaml"], "must be the name or path of one recipe"),
         ("r.yaml", "r.yaml extends r.yaml: a recipe cannot extend itself"),
         ("a.yaml", "r.yaml extends a.yaml extends ../.*/r.yaml: a recipe cannot extend itself"),
         ("b.yaml", "no recipe at b.yaml. Did you mean r.yaml"),

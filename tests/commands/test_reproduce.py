@@ -11,18 +11,16 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import ROOT
 from interrupting import differences, left_in
 
 import hfkd.commands.reproduce
 import hfkd.data.datasets
-from hfkd.cli import main
 from hfkd.commands.reproduce import TimeLimit
 from hfkd.commands.train import distill, train_teacher
 from hfkd.recipe.reading import parse_recipe
 from hfkd.runs.checkpoints import checkpoints
 from hfkd.runs.published import published_runs
-from hfkd.runs.published_cells import planned_cells, recipe_folder, recipes_of
+from hfkd.runs.published_cells import find_pair, planned_cells, recipes_of
 
 BASE = {
     "dataset_name": "digits",
@@ -47,6 +45,7 @@ STUDENT = {
     "extends": "../base.yaml",
     "student_name_or_path": "cifar_resnet8",
     "teacher_name_or_path": "runs/cifar100/teachers/tall/teacher",
+    "teacher_recipe": "cifar100/teachers/tall",
 }
 PAIR = Path("runs/cifar100/tall-short")
 DIGITS = functools.cache(hfkd.data.datasets._digits)
@@ -311,21 +310,13 @@ def test_one_process(recipes, monkeypatch):
         reproduce()
 
 
-def test_without_recipes(monkeypatch, capsys):
-    monkeypatch.setattr("hfkd.runs.published_cells.CHECKOUT", Path("nowhere"))
-    with pytest.raises(SystemExit) as end:
-        main(["reproduce", "resnet56-resnet20"])
-    assert end.value.code == 2
-    assert "no folder `recipes` here" in capsys.readouterr().err
-
-
 # ---- The recipes that ship -----------------------------------------------------------------------------------------
 
 
 def test_the_names_of_a_pair():
     for name in ("resnet56-resnet20", "cifar100/resnet56-resnet20", "recipes/cifar100/resnet56-resnet20/"):
-        assert recipe_folder(name) == ROOT / "recipes/cifar100/resnet56-resnet20"
-    assert recipe_folder("resnet34-resnet18") == ROOT / "recipes/imagenet/resnet34-resnet18"
+        assert find_pair(name) == "cifar100/resnet56-resnet20"
+    assert find_pair("resnet34-resnet18") == "imagenet/resnet34-resnet18"
 
 
 def pairs():
@@ -337,26 +328,24 @@ def pairs():
 @pytest.mark.parametrize("pair", pairs())
 def test_every_published_recipe_can_be_shortened(pair):
     """At 0.05 all that is counted in epochs is a twentieth, and nothing else is another; at 1 nothing is."""
-    recipes = recipes_of(recipe_folder(pair), [])
-    assert [f"{pair}/{path.stem}" for path in recipes] == sorted(
-        name for name in published_runs() if f"{pair}/" in name
-    )
+    recipes = recipes_of(pair, [])
+    assert recipes == sorted(name for name in published_runs() if f"{pair}/" in name)
     ends = {}
     for scale in (1, 0.05):
         ends[scale] = planned_cells(recipes, 1, scale, Path("runs"), ["--bf16", "false"])
         assert len(ends[scale]) == len(recipes) + (not pair.startswith("imagenet/"))
     teacher = [f"runs/{ends[1][0].name}/teacher"] if not pair.startswith("imagenet/") else None
-    paths = [ROOT / "recipes" / f"{cell.name}.yaml" for cell in ends[1]]
-    for path, whole, short in zip(paths, ends[1], ends[0.05], strict=True):
-        assert whole.settings[3] == parse_recipe([str(path), "--bf16", "false"])[3], "as hfkd distill runs it"
+    for whole, short in zip(ends[1], ends[0.05], strict=True):
+        assert whole.settings[3] == parse_recipe([whole.name, "--bf16", "false"])[3], "as hfkd distill runs it"
         expected = dict(whole.settings[3])
         expected["num_train_epochs"] *= 0.05
         if "lr_milestones" in expected:
             expected["lr_milestones"] = [0.05 * epoch for epoch in expected["lr_milestones"]]
         losses = {method: dict(parameters) for method, parameters in (expected.get("losses") or {}).items()}
-        if "dkd" in losses:
-            assert losses["dkd"]["warmup_epochs"] in (1, 20)
-            losses["dkd"]["warmup_epochs"] *= 0.05
+        for parameters in losses.values():
+            if "warmup_epochs" in parameters:
+                assert parameters["warmup_epochs"] in (1, 20)
+                parameters["warmup_epochs"] *= 0.05
         if "ctkd" in losses:
             losses["ctkd"]["curriculum_epochs"] = 0.05 * losses["ctkd"].get("curriculum_epochs", 10)
         assert "warmup_steps" not in expected or expected["warmup_steps"] < 1

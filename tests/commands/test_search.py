@@ -16,6 +16,7 @@ from hfkd.cli import main
 from hfkd.commands.search import build_search_trainer, search
 from hfkd.commands.train import distill
 from hfkd.recipe.arguments import DistillationConfig
+from hfkd.recipe.finding import find_recipe
 from hfkd.recipe.reading import load_recipe, parse_recipe
 from hfkd.search import study as search_study
 from hfkd.search.figure import search_figure
@@ -88,7 +89,7 @@ def test_what_a_search_leaves(recipe, capsys, monkeypatch):
     found = load_recipe(FOLDER / "best.yaml")
     assert found["losses"] == {"kd": {"temperature": best.values["losses.kd.temperature"], "weight": 9.0}}
     assert found["learning_rate"] == best.values["learning_rate"] and found["weight_decay"] == 0.001
-    assert found["published_top1"] is None and found["train_split"] == "train[:96]" and "search" not in found
+    assert found["published_top1"] is None and found["train_split"] == "train[:96]" and found["search"] is None
     header = (FOLDER / "best.yaml").read_text()
     assert (
         f"hfkd search {recipe} --n_trials 3" in header and "secret" not in header + (FOLDER / "search.yaml").read_text()
@@ -139,11 +140,11 @@ def test_the_best_recipe_extends_what_may_be_extended(recipe, tmp_path):
     folder = Path("runs/elsewhere")
     folder.mkdir(parents=True)
     given = {"num_train_epochs": 2, "student_name_or_path": "cifar_resnet14", "train_split": "train[:5%]"}
-    for path, parent in ((PATH, "base.yaml"), (PATH.with_name("whole.yaml"), "whole.yaml")):
-        if parent == "whole.yaml":
+    for path in (PATH, PATH.with_name("whole.yaml")):
+        if path != PATH:
             path.write_text(yaml.safe_dump(load_recipe(PATH)))
-        best = best_recipe(path, folder, given, OWN["losses"] | {"pkt": {}}, TRIALS[1])
-        assert best["extends"] == f"../../recipes/digits/{parent}" and not Path(best["extends"]).is_absolute()
+        best = best_recipe(find_recipe(path), folder, given, OWN["losses"] | {"pkt": {}}, TRIALS[1])
+        assert best["extends"] == f"../../recipes/digits/{path.name}" and not Path(best["extends"]).is_absolute()
         (folder / "best.yaml").write_text(yaml.safe_dump(best))
         model_args, data_args, config, _ = parse_recipe([str(folder / "best.yaml")])
         assert config.losses == {"kd": {"temperature": 3.0, "weight": 9.0}, "pkt": {}} and config.learning_rate == 0.1
@@ -216,5 +217,5 @@ def test_help(capsys):
     with pytest.raises(SystemExit) as ending:
         main(["search", "--help"])
     shown = capsys.readouterr().out
-    assert ending.value.code == 0 and shown.startswith("usage: hfkd search recipe.yaml [--n_trials N]")
+    assert ending.value.code == 0 and shown.startswith("usage: hfkd search RECIPE [--n_trials N]")
     assert "--n_trials" in shown and "--ce_weight" in shown and not os.listdir()

@@ -19,6 +19,7 @@ from hfkd import load_student
 from hfkd.hub import card
 from hfkd.hub.card import write_card
 from hfkd.losses import LOSSES
+from hfkd.losses.regions import CITATION as REGIONS
 from hfkd.losses.standardize import CITATION
 from hfkd.networks.loading import exported_state_dict, load_pretrained
 
@@ -211,7 +212,9 @@ def test_the_code_runs(make, registers, capsys):
     assert ('"hf-hub:me/small"' in of_the_hub) == (len(programs) == 3)
 
 
-@pytest.mark.parametrize("citation", [*(loss.citation for loss in LOSSES.values()), CITATION], ids=[*LOSSES, "z-score"])
+@pytest.mark.parametrize(
+    "citation", [*(loss.citation for loss in LOSSES.values()), CITATION, REGIONS], ids=[*LOSSES, "z-score", "sdd"]
+)
 def test_citations(citation):
     entry = inspect.cleandoc(citation)
     assert re.match(r"@(article|inproceedings)\{[a-z]+\d{4}[a-z]+,\n", entry) and entry.endswith("\n}")
@@ -220,7 +223,7 @@ def test_citations(citation):
     assert depths[-1] == 0 and (depths[:-1] > 0).all(), "the braces of the entry, and only its last ends it"
     fields = dict(re.findall(r"^    (\w+) = \{(.+?)\},$", entry, re.DOTALL | re.MULTILINE))
     assert {"title", "author", "year"} < fields.keys() and re.fullmatch(r"\d{4}", fields["year"])
-    assert all("," in author for author in re.split(r"\s+and\s+", fields["author"]))
+    assert all("," in author or author == "others" for author in re.split(r"\s+and\s+", fields["author"]))
     assert fields["year"] in entry.splitlines()[0]
 
 
@@ -231,7 +234,9 @@ def test_what_the_methods_cite():
         *("tian2020contrastive", "hinton2015distilling", "sun2024logit")
     ]
     (quoted,) = blocks(written("export", RESULTS | {"logit_standardization": False}).text, "bibtex")
-    assert "sun2024logit" not in quoted
+    assert "sun2024logit" not in quoted and "wei2024scaled" not in quoted
+    regions = {"kd": {"weight": 1.0, "regions": [1, 2]}}
+    assert "wei2024scaled" in blocks(written("export", RESULTS | {"losses": regions}).text, "bibtex")[0]
 
 
 def colours(path):

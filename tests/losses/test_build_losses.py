@@ -53,7 +53,8 @@ def test_no_losses_is_training_without_a_teacher():
     assert len(build_losses({}, logit_standardization=True)) == 0
 
 
-REQUIRED = {"locality_guidance": {"student_layers": [0], "teacher_layers": [0]}}  # what has no default
+LAYERS = {"student_layers": [0], "teacher_layers": [0]}
+REQUIRED = {"locality_guidance": LAYERS, "ofd": LAYERS | {"teacher_norms": ["bn1"]}}  # what has no default
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -131,6 +132,18 @@ RANGES = [
     *(("itrd", key, (-1,)) for key in ("correlation", "mutual")),
     ("itrd", "alpha", (0.4,)),
     ("feature_queue", "temperature", (0,)),
+    *(("reviewkd", key, (-1, float("nan"))) for key in ("warmup_epochs", "weight")),
+    *((method, "weight", (-1,)) for method in ("cat_kd", "mgd")),
+    ("mgd", "dropped", (-0.1, 1.1)),
+    *(("skd", key, (-1, float("nan"))) for key in ("instance", "direction", "weight")),
+    *(("skd", key, (0, -1)) for key in ("temperature", "damping")),
+    *(("ofa", key, (-1, float("nan"))) for key in ("logits", "branches", "weight")),
+    *(("ofa", key, (0,)) for key in ("eps", "temperature")),
+    *(("ca_mkd", key, (-1, float("nan"))) for key in ("logits", "features", "weight")),
+    ("ca_mkd", "temperature", (0,)),
+    *(("tf_kd", key, (-1, float("nan"))) for key in ("alpha", "multiplier", "weight")),
+    ("tf_kd", "temperature", (0,)),
+    *(("uskd", key, (-1, float("nan"))) for key in ("alpha", "beta", "mu", "weight")),
 ]
 
 

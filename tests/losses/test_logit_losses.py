@@ -22,6 +22,7 @@ CONFIGURATIONS = {
     "wsld": {"wsld": {}},
     "hard": {"hard": {}},
     "rld": {"rld": {}},
+    "skd": {"skd": {}},
     "crld": {"crld": {"weak_threshold": 0.0, "strong_threshold": 0.0}},  # else unsure images have no gradient
 }
 BOUNDED = {"dist", "abkd"}  # correlations, and at its default exponents a distance of distributions

@@ -12,6 +12,7 @@ from transformers import (
 )
 
 from hfkd import load_student
+from hfkd.losses import ReviewKDLoss
 from hfkd.losses.feature_maps import MapPairsLoss, as_map
 from hfkd.networks.features import (
     EMBEDDING,
@@ -111,6 +112,20 @@ def test_the_embedding_is_what_the_classifier_reads(name, settings, width):
     torch.testing.assert_close(find_classifier(model)(outputs.embedding), outputs.logits)
 
 
+@pytest.mark.parametrize("name", ["cifar_resnet8", "resnet10t"])
+def test_the_input_of_an_activation_is_tapped_before_it_is_overwritten(name):
+    """timm's activations work in place."""
+    model = timm.create_model(name, num_classes=5).eval()
+    path = [path for path, _ in model.named_modules() if path.endswith("act2")][-1]
+    outputs = forward_views(model, BATCH, Taps(model, [path, f"{path}:input"]))
+    before, after = outputs.features[f"{path}:input"], outputs.features[path]
+    assert before.min() < 0
+    torch.testing.assert_close(before.relu(), after)
+    before.sum().backward()  # an overwritten map could not be differentiated
+    with pytest.raises(ValueError, match="no layer 'layer9.act'"):
+        Taps(model, ["layer9.act:input"])
+
+
 def test_the_embedding_of_other_models():
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], num_labels=5)
     for model, width in ((ResNetForImageClassification(config), 12), (Plain(classes=5), 8)):
@@ -147,10 +162,10 @@ def test_stages_count_from_the_end_too():
 
 def test_layers_that_are_left_open():
     """Every stage but the stem; what is named stays."""
-    losses = [MapPairsLoss(), MapPairsLoss(student_layers=[2])]
+    losses = [MapPairsLoss(), MapPairsLoss(student_layers=[2]), ReviewKDLoss([1, 2])]
     settle_layers(losses, timm.create_model("cifar_resnet8"), timm.create_model("cifar_vgg8"))
-    assert [loss.student_layers for loss in losses] == [[1, 2, 3], [2]]
-    assert [loss.teacher_layers for loss in losses] == [[1, 2, 3, 4]] * 2
+    assert [loss.student_layers for loss in losses] == [[1, 2, 3], [2], [1, 2]]
+    assert [loss.teacher_layers for loss in losses] == [[1, 2, 3, 4]] * 2 + [[1, 2, 3, 4, EMBEDDING]]
     with pytest.raises(ValueError, match="Plain has no stage indices"):
         settle_layers([MapPairsLoss()], Plain(), timm.create_model("cifar_vgg8"))
 

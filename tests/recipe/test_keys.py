@@ -44,7 +44,7 @@ PRIVATE = {
 }
 FREE = PRIVATE | {
     *("disable_tqdm", "report_to", "dataloader_num_workers", "per_device_eval_batch_size"),
-    *("teacher_device_map", "shard_teacher", "published_top1", "stop_when_diverged"),
+    *("teacher_device_map", "teacher_recipe", "shard_teacher", "published_top1", "stop_when_diverged"),
     # Speed and memory
     *("gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing"),
     *("activation_checkpointing_kwargs", "torch_empty_cache_steps", "eval_accumulation_steps"),
@@ -75,17 +75,27 @@ def test_every_key_has_an_entry(argument_class):
         (PRIVATE_KEYS, PRIVATE),
         (WITHOUT_EFFECT, FREE),
         (OF_ONE_RUN, FREE | {"seed", "data_seed"}),
-        (NOT_RECORDED, {"hub_token", "push_to_hub_token", "resume_from_checkpoint", "allow_recipe_change"}),
+        (
+            NOT_RECORDED,
+            {
+                *("hub_token", "push_to_hub_token", "resume_from_checkpoint", "allow_recipe_change"),
+                "train_missing_teacher",
+            },
+        ),
         (
             PATH_KEYS,
-            {"dataset_name", "student_name_or_path", "teacher_name_or_path", "teacher_checkpoint", "teacher_cache"},
+            {
+                *("dataset_name", "student_name_or_path", "teacher_name_or_path", "teacher_checkpoint"),
+                *("teacher_cache", "teacher_recipe"),
+            },
         ),
         (TRIAL_ONLY_KEYS, TRIALS | {"resume_from_checkpoint"}),  # the last one is in no recipe
         (
             set(RESERVED_KEYS),
             {
                 *("seed", "data_seed", "num_train_epochs", "max_steps", "lr_milestones", "warmup_steps"),
-                *("resume_from_checkpoint", "student_name_or_path", "losses", "logit_standardization", "ce_weight"),
+                *("resume_from_checkpoint", "student_name_or_path", "student"),
+                *("losses", "logit_standardization", "ce_weight"),
             },
         ),
     ],

@@ -1,7 +1,7 @@
 import pytest
 import yaml
 
-from hfkd.recipe.reading import default_output_dir, load_recipe, parse_recipe
+from hfkd.recipe.reading import load_recipe, parse_recipe
 
 MINIMAL = {"student_name_or_path": "cifar_resnet8", "dataset_name": "digits"}
 
@@ -107,6 +107,6 @@ def test_bad_files_are_named(tmp_path):
         parse_recipe([write(tmp_path / "r.yaml", losses="kd")])
 
 
-def test_runs_go_below_runs():
-    assert default_output_dir("a/recipes/cifar100/x-y/kd.yaml") == "runs/cifar100/x-y/kd"
-    assert default_output_dir("mine.yaml") == "runs/mine"
+def test_runs_go_below_runs(tmp_path):
+    for path, folder in (("a/recipes/cifar100/x-y/kd.yaml", "runs/cifar100/x-y/kd"), ("b/mine.yaml", "runs/mine")):
+        assert parse_recipe([write(tmp_path / path)])[2].output_dir == folder

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-import yaml
 from helpers import GOLDEN, ROOT, images
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,42 +19,42 @@ from hfkd.commands.train import distill
 from hfkd.losses import LOSSES, build_losses
 from hfkd.networks.features import find_layer, settle_layers
 from hfkd.networks.teacher import Teacher
-from hfkd.recipe.reading import parse_recipe
+from hfkd.recipe.finding import find_recipe, packaged_names
+from hfkd.recipe.reading import load_recipe, parse_recipe
 
 FOLDER = ROOT / "recipes"
-PARENTS = {"base.yaml", "vit.yaml", "vit_32px.yaml"}
-RECIPES = sorted(
-    path for path in FOLDER.rglob("*.yaml") if path.name not in PARENTS and path.parent.name != "accelerate"
-)
+RECIPES = packaged_names()
 CIFAR, IMAGENET, VITS, TOOLBOX = (
     json.loads((GOLDEN / f"published_{name}.json").read_text()) for name in ("cifar100", "imagenet", "vit", "simkd")
 )
-PAIRS = sorted(path.name for path in (FOLDER / "cifar100").iterdir() if "-" in path.name)
+PAIRS = sorted({name.split("/")[1] for name in RECIPES if re.match("cifar100/.*-", name)})
 VIT_PAIRS = [f"resnet56-{student}" for student in sorted(VITS)]
 METHODS = [method + suffix for method in ("kd", "dkd", "mlkd", "ctkd") for suffix in ("", "_zscore")]
 FEATURE_METHODS = ["fitnet", "at", "sp", "vid", "pkt", "crd", "srrl", "semckd"]
 TOOLBOX_METHODS = [method + suffix for method in ("kd_ce1", *FEATURE_METHODS) for suffix in ("", "_zscore")]
 TOOLBOX_METHODS += ["simkd", "simkd_f4", "simkd_f8"]
-MLKD_TERMS = {"loss_mlkd_kd", "loss_mlkd_class_correlation", "loss_mlkd_batch_correlation"}
+TERMS = {  # of methods with several
+    "mlkd": ("kd", "class_correlation", "batch_correlation"),
+    "ofa": ("logits", "branches"),
+    "ca_mkd": ("logits", "features"),
+    "skd": ("instance", "direction"),
+    "uskd": ("target", "others", "weak"),
+}
 CLASSES = {"digits": 10, "uoft-cs/cifar100": 100, "ILSVRC/imagenet-1k": 1000}
 HUB = {"resnet34-resnet18": ("timm/resnet34.tv_in1k", "resnet18")}
 HUB["resnet50-mobilenetv1"] = ("timm/resnet50.tv_in1k", "mobilenetv1_100")
 
 
-def name(path):
-    return str(path.relative_to(FOLDER).with_suffix(""))
-
-
-def stems(*folders):
-    return sorted(path.stem for path in FOLDER.joinpath(*folders).glob("*.yaml") if path.name not in PARENTS)
+def last_parts(folder=""):
+    """The last part of each name directly below a folder."""
+    return [name.rpartition("/")[2] for name in RECIPES if name.rpartition("/")[0] == folder]
 
 
 def teacher_architecture(teacher):
     """The architecture behind a recipe's teacher: a Hub id's own, of a run's folder that of the recipe of the run."""
     if teacher.startswith("timm/"):
         return teacher.removeprefix("timm/")
-    run = FOLDER / teacher.removeprefix("runs/").removesuffix("/teacher")
-    return yaml.safe_load(run.with_suffix(".yaml").read_text())["student_name_or_path"]
+    return load_recipe(teacher.removeprefix("runs/").removesuffix("/teacher"))["student_name_or_path"]
 
 
 @functools.lru_cache(maxsize=1)  # pair after pair, and making one takes as long as the step
@@ -68,19 +67,22 @@ def test_the_published_pairs_are_complete():
     assert set(PAIRS) == {*CIFAR, *VIT_PAIRS, *TOOLBOX}
     for pair in PAIRS:
         published = {*METHODS * (pair in CIFAR), *TOOLBOX_METHODS * (pair in TOOLBOX)} or {"locality_guidance"}
-        others = {method + suffix for method in LOSSES for suffix in ("", "_zscore")}
-        assert published <= set(stems("cifar100", pair)) <= published | others
-    assert stems() == sorted([*VITS, "deit_tiny_32px"])
-    assert len(stems("cifar100", "teachers")) == 7
+        others = {
+            prefix + method + suffix for method in LOSSES for prefix in ("", "sdd_") for suffix in ("", "_zscore")
+        }
+        assert published <= set(last_parts(f"cifar100/{pair}")) <= published | others
+    assert last_parts() == sorted([*VITS, "deit_tiny_32px"])
+    assert len(last_parts("cifar100/teachers")) == 7
     students = {pair.split("-")[1] for pair in PAIRS}
-    assert set(stems("cifar100", "students")) == students | {"deit_tiny_32px"}
-    assert {path.name for path in (FOLDER / "imagenet").iterdir() if path.is_dir()} == set(HUB)
+    taught_by_none = {"deit_tiny_32px", "resnet20_tf_kd", "resnet20_uskd"}
+    assert set(last_parts("cifar100/students")) == students | taught_by_none
+    assert {name.split("/")[1] for name in RECIPES if name.startswith("imagenet/")} == {*HUB, "students"}
     for pair in HUB:
-        assert stems("imagenet", pair) == sorted(METHODS)
+        assert last_parts(f"imagenet/{pair}") == sorted(METHODS)
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=name)
-def test_one_step(path):
+@pytest.mark.parametrize("name", RECIPES)
+def test_one_step(name):
     """At 16 px, whatever the recipe's size, for both networks, and on images in memory.
 
     Transformers have patches of 16 px, or stages that halve their map five times: at 32 px.
@@ -88,9 +90,11 @@ def test_one_step(path):
     overrides = ["--max_steps", "1", "--per_device_train_batch_size", "4", "--bf16", "false", "--disable_tqdm", "true"]
     overrides += ["--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false"]
     overrides += ["--dataloader_num_workers", "0", "--dataloader_persistent_workers", "false"]
-    model_args, data_args, config, recipe = parse_recipe([str(path), *overrides])
-    assert f"recipes/{name(path)}.yaml" in path.read_text(), "the header gives the command"
-    assert recipe["output_dir"] == f"runs/{name(path)}"
+    model_args, data_args, config, recipe = parse_recipe([name, *overrides])
+    source = find_recipe(name)
+    command = name if source.section is None else name.rpartition("/")[0] + "/"
+    assert re.search(f"(distill|train-teacher|distill.py) (recipes/)?{command}", source.path.read_text())
+    assert recipe["output_dir"] == f"runs/{name}"
     classes = CLASSES[data_args.dataset_name]
     size = 16 if re.search("resnet|vgg|wrn|mobilenet|shufflenet", model_args.student_name_or_path) else 32
     torch.manual_seed(0)
@@ -103,15 +107,15 @@ def test_one_step(path):
     )
     teacher = None
     if model_args.teacher_name_or_path:
-        (architecture,) = map(teacher_architecture, model_args.teacher_name_or_path)
-        teacher = Teacher(network_of(architecture, classes), class_indices=range(classes))
+        architectures = map(teacher_architecture, model_args.teacher_name_or_path)
+        teacher = [Teacher(network_of(each, classes), class_indices=range(classes)) for each in architectures]
     trainer = DistillationTrainer(student, teacher, config, train_dataset=images(4, classes=classes, size=size))
     trainer.train()
     log = trainer.state.log_history[0]
     terms = {key: value for key, value in log.items() if key.startswith("loss_")}
     expected = {"loss_ce"} if config.ce_weight > 0 else set()
     for loss in config.losses:
-        expected |= MLKD_TERMS if loss == "mlkd" else {f"loss_{loss}"}
+        expected |= {f"loss_{loss}_{term}" for term in TERMS[loss]} if loss in TERMS else {f"loss_{loss}"}
     assert set(terms) == expected
     assert all(map(math.isfinite, terms.values()))
     assert log["loss"] == pytest.approx(sum(terms.values()), rel=1e-4)
@@ -123,8 +127,7 @@ def test_the_published_settings(pair):
     teacher, student = pair.split("-")
     published = CIFAR[pair]
     for method in METHODS:
-        path = ROOT / "recipes" / "cifar100" / pair / f"{method}.yaml"
-        _, _, config, recipe = parse_recipe([str(path)])
+        _, _, config, recipe = parse_recipe([f"cifar100/{pair}/{method}"])
         loss, zscore = method.removesuffix("_zscore"), method.endswith("_zscore")
         settings = config.losses[loss]
         light = student in ("mobilenetv2", "shufflenetv2")
@@ -155,7 +158,7 @@ def test_the_published_settings(pair):
 @pytest.mark.parametrize("method", TOOLBOX_METHODS)
 def test_the_settings_of_the_simkd_toolbox(pair, method):
     """CE 1 + KL 1 + the method's own, SimKD alone; with Z-score the same but for KD's temperature and weight."""
-    model_args, _, config, _ = parse_recipe([str(FOLDER / "cifar100" / pair / f"{method}.yaml")])
+    model_args, _, config, _ = parse_recipe([f"cifar100/{pair}/{method}"])
     zscore, loss = method.endswith("_zscore"), method.split("_")[0]
     settings = dict(TOOLBOX[pair][method.removesuffix("_zscore")])
     top1 = settings.pop("top1", None)
@@ -179,20 +182,20 @@ def test_the_layers_of_the_simkd_toolbox(pair):
     expected = {"fitnet": ([1], [1]), "at": (three, three), "vid": (three, three), "semckd": (every, three)}
     expected |= {"sp": ([-1], [-1])} | {method: (["embedding"], ["embedding"]) for method in ("pkt", "crd", "srrl")}
     for method, (student_layers, teacher_layers) in expected.items():
-        _, _, config, _ = parse_recipe([str(FOLDER / "cifar100" / pair / f"{method}.yaml")])
+        _, _, config, _ = parse_recipe([f"cifar100/{pair}/{method}"])
         losses = build_losses(config.losses, logit_standardization=False)
         settle_layers(losses.values(), student, teacher)
         assert losses[method].student_layers == student_layers, method
         assert losses[method].teacher_layers == teacher_layers, method
     for method, factor in (("simkd", 2), ("simkd_f4", 4), ("simkd_f8", 8)):
-        _, _, config, _ = parse_recipe([str(FOLDER / "cifar100" / pair / f"{method}.yaml")])
+        _, _, config, _ = parse_recipe([f"cifar100/{pair}/{method}"])
         reused = build_losses(config.losses, logit_standardization=False)["simkd"].reuses_classifier
         assert (reused.student_layer, reused.teacher_layer, reused.factor) == (-1, -1, factor)
 
 
 def test_the_contrast_of_the_simkd_toolbox():
     """The recipes leave it to CRD's defaults."""
-    _, _, config, _ = parse_recipe([str(FOLDER / "cifar100" / "resnet32x4-vgg8" / "crd.yaml")])
+    _, _, config, _ = parse_recipe(["cifar100/resnet32x4-vgg8/crd"])
     crd = build_losses(config.losses, logit_standardization=False)["crd"]
     assert (crd.negatives, crd.temperature, crd.momentum, crd.dimension) == (16384, 0.07, 0.5, 128)
     assert not crd.relaxed_positives
@@ -200,15 +203,15 @@ def test_the_contrast_of_the_simkd_toolbox():
 
 def test_the_published_student_of_the_simkd_toolbox():
     """The other two students are in other tables, too, with other numbers."""
-    _, _, config, _ = parse_recipe([str(FOLDER / "cifar100" / "students" / "shufflenetv2_150.yaml")])
+    _, _, config, _ = parse_recipe(["cifar100/students/shufflenetv2_150"])
     assert config.published_top1 == TOOLBOX["resnet32x4-shufflenetv2_150"]["student"]["top1"]
     assert config.learning_rate == 0.01
 
 
 def vit_recipes(student):
     """The student alone, with guidance and with KD + Z-score, as parsed."""
-    paths = (f"cifar100/students/{student}", f"cifar100/resnet56-{student}/locality_guidance", student)
-    return [parse_recipe([str(FOLDER / f"{path}.yaml")])[:3] for path in paths]
+    names = (f"cifar100/students/{student}", f"cifar100/resnet56-{student}/locality_guidance", student)
+    return [parse_recipe([name])[:3] for name in names]
 
 
 @pytest.mark.parametrize("student", VITS)
@@ -281,7 +284,7 @@ def test_the_schedule_of_vit_students():
 
 
 def test_the_published_settings_of_the_vit_teacher():
-    model_args, data_args, config, _ = parse_recipe([str(FOLDER / "cifar100" / "teachers" / "resnet56_cosine.yaml")])
+    model_args, data_args, config, _ = parse_recipe(["cifar100/teachers/resnet56_cosine"])
     assert model_args.student_name_or_path == "cifar_resnet56" and data_args.augmentation == "crop"
     assert config.num_train_epochs == 300 and config.per_device_train_batch_size == 128
     assert config.lr_milestones is None and config.lr_scheduler_type == "cosine" and config.warmup_steps == 0
@@ -295,7 +298,7 @@ def test_the_published_settings_of_the_vit_teacher():
 @pytest.mark.parametrize("method", METHODS)
 def test_the_published_settings_on_imagenet(pair, method):
     published = dict(IMAGENET[pair][method])
-    model_args, data_args, config, _ = parse_recipe([str(FOLDER / "imagenet" / pair / f"{method}.yaml")])
+    model_args, data_args, config, _ = parse_recipe([f"imagenet/{pair}/{method}"])
     teacher, student = HUB[pair]
     assert (model_args.teacher_name_or_path, model_args.student_name_or_path) == ([teacher], student)
     assert timm.get_pretrained_cfg(teacher.removeprefix("timm/")).origin_url == "https://github.com/pytorch/vision"
@@ -327,13 +330,13 @@ def test_imagenet_from_a_folder(tmp_path):
                 Image.fromarray(pixels).save(folder / f"{number}.JPEG")
     weights = tmp_path / "resnet34.pth"
     torch.save({"model": timm.create_model("resnet34").state_dict()}, weights)
-    recipe = FOLDER / "imagenet" / "resnet34-resnet18" / "kd_zscore.yaml"
+    recipe = "imagenet/resnet34-resnet18/kd_zscore"
     overrides = ["--dataset_name", str(tmp_path / "imagenet"), "--streaming", "true", "--image_size", "32"]
     overrides += ["--teacher_name_or_path", "resnet34", "--teacher_checkpoint", str(weights)]
     overrides += ["--num_train_epochs", "1", "--per_device_train_batch_size", "4", "--disable_tqdm", "true"]
     overrides += ["--dataloader_num_workers", "0", "--dataloader_persistent_workers", "false", "--bf16", "false"]
     overrides += ["--save_strategy", "no", "--load_best_model_at_end", "false"]
-    trainer = distill([str(recipe), *overrides])
+    trainer = distill([recipe, *overrides])
     train_log, evaluation = trainer.state.log_history[:2]
     assert train_log["loss_kd"] > 0 and train_log["learning_rate"] == 0.2
     assert trainer.state.global_step == 1 and evaluation["eval_top1"] in (0, 25, 50, 75, 100)

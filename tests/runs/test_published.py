@@ -4,15 +4,15 @@ from pathlib import Path
 
 import pytest
 from finished import RECIPE
-from helpers import RESULTS, ROOT
+from helpers import RESULTS
 
-from hfkd.recipe.reading import load_recipe, recipe_name
+from hfkd.recipe.finding import packaged_names
+from hfkd.recipe.reading import load_recipe
 from hfkd.runs.published import COMPARED_KEYS, departures, published_runs
 
 
 def test_every_recipe_with_a_published_value_has_its_row():
-    paths = [path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "accelerate"]
-    recipes = {recipe_name(path): load_recipe(path) for path in paths}
+    recipes = {name: load_recipe(name) for name in packaged_names()}
     values = {name: recipe["published_top1"] for name, recipe in recipes.items() if recipe.get("published_top1")}
     assert {name: row.top1 for name, row in published_runs().items()} == values
 
@@ -22,7 +22,7 @@ def test_the_curves_are_the_published_logs():
     assert len(rows) == 59
     for name, row in rows.items():
         assert max(row.test_top1) == pytest.approx(row.best, abs=0.011), name
-        epochs = load_recipe(ROOT / "recipes" / f"{name}.yaml").get("num_train_epochs")
+        epochs = load_recipe(name).get("num_train_epochs")
         assert len(row.test_top1) == epochs, name
         assert row.temperature == () or len(row.temperature) == epochs
     assert rows["cifar100/resnet56-resnet20/kd_zscore"].best == 71.53
@@ -32,13 +32,12 @@ def architecture(teacher):
     """Of the teacher that a recipe names; a Hub id as it is."""
     if teacher is None or not teacher.startswith("runs/"):
         return teacher
-    path = Path(teacher).parent.relative_to("runs")
-    return load_recipe(ROOT / "recipes" / f"{path}.yaml")["student_name_or_path"]
+    return load_recipe(str(Path(teacher).parent.relative_to("runs")))["student_name_or_path"]
 
 
 def test_the_settings_are_those_of_the_recipes():
     for name, row in published_runs().items():
-        recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml")
+        recipe = load_recipe(name)
         expected = {key: value for key, value in recipe.items() if key in COMPARED_KEYS}
         expected |= {key: recipe[key] for key in ("dataset_name", "per_device_train_batch_size")}
         expected["eval_split"] = recipe.get("eval_split", "test")

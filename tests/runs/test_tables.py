@@ -43,4 +43,4 @@ def test_cells_end_no_row_and_command_no_terminal():
 
 
 def test_text_of_others_is_shown_as_it_is():
-    assert plain("<b>![x](y)`z`\n") == "\\<b\\>!\\[x\\](y)\\`z\\` "
+    assert plain("<b>![x](y)`z`\n") == "\\<b\\>![x\\](y)\\`z\\` "

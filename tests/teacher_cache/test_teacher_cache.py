@@ -325,13 +325,20 @@ def test_other_losses_are_refused():
         "crd": ({"crd": {"negatives": 4}}, "'crd' reads the teacher's features or classifier"),
         "at": ({"at": {}}, "'at' reads the teacher's features"),
         "simkd": ({"simkd": {}}, "'simkd' reads the teacher's features"),
+        **{
+            name: ({name: {}}, f"'{name}' reads the teacher's features or classifier")
+            for name in ("reviewkd", "cat_kd", "mgd", "ca_mkd")
+        },
+        "regions": ({"kd": {"regions": [1, 2]}}, "'kd' reads the teacher's features or classifier"),
         "mlkd": ({"mlkd": {}}, "views: 1 in the cache, 2 here"),
     }.values():
         with pytest.raises(ValueError, match=message):
             trained(full, losses)
+    trained(largest, KD | {"tf_kd": {}})  # which reads no teacher
     for losses, message in {
         "several": ({"mine": Several()}, "largest 3 logits, and the loss 'mine' needs all.*without --top_k"),
         "ctkd": ({"ctkd": {}}, "'ctkd' needs all"),
+        "skd": ({"skd": {}}, "'skd' needs all"),
         "two": (KD | {"mine": kd4}, "one temperature only.*kd at 2, mine at 4"),
         "other": ({"kd": {"temperature": 3.0}}, "2, 4, and the loss 'kd' reads them at 3.*--temperatures 2 4 3"),
     }.values():

@@ -79,7 +79,7 @@ def test_the_command(capsys, caplog):
     assert "The run has diverged" in caplog.text
     results = strict("run/results.json")
     assert results["diverged"]["step"] == 2 and results["epochs"] == [] and "best" not in results
-    assert sorted(path.name for path in Path("run").iterdir()) == ["recipe.yaml", "results.json"]
+    assert sorted(path.name for path in Path("run").iterdir()) == [".hfkd.lock", "recipe.yaml", "results.json"]
     Path("recipe.yaml").write_text(yaml.safe_dump(RECIPE | {"num_train_epochs": 1, "output_dir": "good"}))
     main(["distill", "recipe.yaml"])
     capsys.readouterr()

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from helpers import ROOT, Plain, config, images
 from torch import nn
 
-from hfkd import DistillationTrainer
+from hfkd import DistillationTrainer, load_student
 from hfkd.errors import HfkdError, RunError
 from hfkd.networks.teacher import Teacher
 from hfkd.runs.checkpoints import defect, write_manifest
@@ -139,12 +139,10 @@ def test_a_checkpoint_is_found(checkpoints):
 def test_a_checkpoint_is_sealed_or_gone(checkpoints):
     folder = Path("run/checkpoint-1")
     with checkpoints.writing(folder):
-        folder.mkdir(parents=True)
         (folder / "a").write_text("a")
     assert defect(folder) is None
     with pytest.raises(RunError, match="run/checkpoint-1 could not be written .full.*There is no checkpoint yet"):
         with checkpoints.writing(folder):
-            folder.mkdir()
             raise OSError("full")
     assert not folder.exists()
 
@@ -162,7 +160,7 @@ def test_settings_are_changed_for_now():
 def test_an_export_takes_the_place_of_the_former_one(monkeypatch):
     monkeypatch.setattr("hfkd.training.exports.write_card", lambda *args, **kwargs: None)
     results = ResultsWriter()
-    results.facts = {"role": "student"}
+    results.facts = {"role": "student", "versions": {"hfkd": "1"}}
     exports = Exports(config("run"), results)
     assert exports.folder == Path("run/student")
     exports.write(lambda folder: Path(folder, "weights").write_text("1"), None, {})
@@ -291,3 +289,16 @@ from training.test_parts import trained
 trainer = trained(dataloader_num_workers=1, dataloader_persistent_workers=True)
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120, capture_output=True)
+
+
+def test_student_and_teacher_by_name():
+    """The student gets the classes and the size of the images; the teacher is loaded as `load_teacher` does."""
+    torch.manual_seed(0)
+    load_student("cifar_resnet14", num_classes=10).save_pretrained("teacher")
+    trainer = DistillationTrainer("cifar_resnet8", "teacher", config(losses={"kd": {}}), train_dataset=images(size=24))
+    assert trainer.model.config.id2label[3] == "class 3" and trainer.model.config.pretrained_cfg["input_size"][-1] == 24
+    assert trainer.teacher.name == "cifar_resnet14"
+    ensemble = DistillationTrainer("cifar_resnet8", ["teacher", Plain()], config(), train_dataset=images()).teacher
+    assert [member.name for member in ensemble.members][0] == "cifar_resnet14"
+    with pytest.raises(HfkdError, match="student 'cifar_resnet8' needs the classes of a data set of hfkd.data"):
+        DistillationTrainer("cifar_resnet8", None, config(), train_dataset=[{"pixel_values": torch.zeros(3, 8, 8)}])

@@ -30,6 +30,11 @@ LOSS_ARGUMENTS = {
     "locality_guidance": {"student_layers": [1, 2], "teacher_layers": [1, 2]},
     "crd": {"negatives": 16},
     "semckd": {"batch_size": 8},
+    "ofd": {
+        "student_layers": ["layer3.0.act2:input"],
+        "teacher_layers": ["layer3.0.act2:input"],
+        "teacher_norms": ["layer3.0.bn2"],
+    },
 }
 
 
@@ -101,9 +106,16 @@ class Watch(TrainerCallback):
             self.waits.__exit__(None, None, None)
 
 
+def networks_for(losses):
+    """A student, and as many teachers as the losses need."""
+    several = any(name in LOSSES and LOSSES[name].reads_members for name in losses)
+    student, *teachers = [load_student("cifar_resnet8", num_classes=10) for _ in range(3 if several else 2)]
+    return student, teachers
+
+
 def watched_steps(losses, **changes):
     """What a host waits for during whole steps of `train()`; on CUDA torch raises an error instead."""
-    networks = [load_student("cifar_resnet8", num_classes=10) for _ in range(2)]
+    networks = networks_for(losses)
     # The epoch is longer than the run: its end is where the sampler looks whether there are more images.
     args = config(max_steps=STEPS, logging_strategy="steps", logging_steps=STEPS, use_cpu=not CUDA, **changes)
     trainer = DistillationTrainer(*networks, args, train_dataset=images(80), losses=losses)
@@ -221,12 +233,13 @@ def step_elsewhere(losses, monkeypatch, **changes):
     Operands on two devices are an error there, as is a number that Python asks for.
     """
     monkeypatch.setattr(ImageSource, "epoch", 0)  # the host's own, shared with its DataLoader workers
-    networks = [load_student("cifar_resnet8", num_classes=10) for _ in range(2)]
+    networks = networks_for(losses)
     data = images(80)
     trainer = DistillationTrainer(*networks, config(**changes), train_dataset=data, losses=losses)
     device, rows = torch.device("cuda"), list(range(8))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        for module in (trainer.distiller, trainer.teacher.model, trainer.teacher._classifier):
+        teachers = [part for one in trainer.teacher.members for part in (one.model, one._classifier)]
+        for module in (trainer.distiller, *teachers):
             if module is not None:
                 move(mode, module, device)
         data.to(device)
