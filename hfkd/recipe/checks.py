@@ -92,10 +92,10 @@ def check_ranges(arguments: Any, ranges: Mapping[str, Range] = RANGES) -> None:
         for value in given if isinstance(given, (list, tuple)) else [given]:
             if not isinstance(value, Real):
                 continue
-            if not math.isfinite(value):
-                raise HfkdError(f"{each.name} must be a finite number, got {value}.")
             if isinstance(value, Integral) and abs(value) >= 2**53:  # no counter of torch or Python takes any number
                 raise HfkdError(f"{each.name} must be below 2**53, got {value}.")
+            if not math.isfinite(value):
+                raise HfkdError(f"{each.name} must be a finite number, got {value}.")
             if each.name in ranges and not ranges[each.name].holds(value):
                 raise HfkdError(f"{each.name} {ranges[each.name].words}, got {value}.")
 
