@@ -20,7 +20,7 @@ def cases(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     from fuzzing import cases
 
-    monkeypatch.setattr(cases, "TIME_LIMIT", 5)
+    monkeypatch.setattr(cases, "TIME_LIMIT", 3)
     monkeypatch.setattr(cases, "PEAK", 64 << 20)
     return cases
 
