@@ -300,5 +300,5 @@ def test_student_and_teacher_by_name():
     assert trainer.teacher.name == "cifar_resnet14"
     ensemble = DistillationTrainer("cifar_resnet8", ["teacher", Plain()], config(), train_dataset=images()).teacher
     assert [member.name for member in ensemble.members][0] == "cifar_resnet14"
-    with pytest.raises(HfkdError, match="student 'cifar_resnet8' needs the classes of a data set of hfkd.data"):
+    with pytest.raises(HfkdError, match="'cifar_resnet8' is to be loaded for the classes of the data set, and a list"):
         DistillationTrainer("cifar_resnet8", None, config(), train_dataset=[{"pixel_values": torch.zeros(3, 8, 8)}])
