@@ -127,6 +127,9 @@ def check_training(config: Any) -> None:
             load_best_model_at_end, or optim_args that the optimizer does not take.
     """
     check_ranges(config)
+    for key in ("neftune_noise_alpha", "use_liger_kernel"):
+        if getattr(config, key, None):
+            raise HfkdError(f"{key} is for language models: leave it out.")
     milestones = config.lr_milestones or []
     if sorted(set(milestones)) != milestones:
         raise HfkdError(f"lr_milestones must increase, got {' '.join(f'{epoch:g}' for epoch in milestones)}.")

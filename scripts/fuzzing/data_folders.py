@@ -19,7 +19,14 @@ ODD_NAMES = (
 )
 
 
+def _need_split(content, path):
+    split = path.partition("/")[0]
+    if split in content.counts and not (content.root / split).is_dir():
+        raise ValueError(f"another change has taken {split} away")
+
+
 def _write(content, path, data=b"x"):
+    _need_split(content, path)
     path = content.root / path
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
@@ -84,7 +91,13 @@ def _one_class(content):
             _remove(content, f"{split}/{name}")
 
 
+def _second_split(content, name):
+    _need_split(content, "test" if name.lower() == "test" else "train")
+    write_images(content.root / name, 1, 0)
+
+
 def _only_in_test(content):
+    _need_split(content, "test")
     write_images(content.root / "test", 2, 0, ("elder",))
 
 
@@ -126,7 +139,7 @@ FOLDER_CHANGES: dict[str, tuple[Callable, list, str]] = {  # what is done, with 
         ["train/elder", "train/elder/images"],
         "refuse",
     ),
-    "two splits": (lambda c, name: write_images(c.root / name, 1, 0), ["Train", "training", "TEST"], "refuse"),
+    "two splits": (_second_split, ["Train", "training", "TEST"], "refuse"),
     "fewer test classes": (_remove, ["test/date", "test/apple"], "run"),
     "fewer train classes": (_remove, ["train/date", "train/apple"], "refuse"),
     "missing split": (_remove, ["train", "test"], "refuse"),

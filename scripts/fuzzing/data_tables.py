@@ -17,7 +17,8 @@ def _labels(content, values):
 
 
 def _first_label(content, value):
-    if value == -1 and not isinstance(content.rows["train"][0]["label"], int):
+    given = content.rows["train"][0]["label"]  # a KeyError, if there is none to change
+    if value == -1 and not isinstance(given, int):
         raise ValueError("the labels are text")
     content.rows["train"][0]["label"] = value
 

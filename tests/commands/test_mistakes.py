@@ -110,6 +110,8 @@ def refused(capsys, argv, message):
         ("fp16", True, "fp16"),
         ("dataset_name", "a/" + "x" * 256, "is no name that a file could have"),
         ("teacher_name_or_path", ["a", "x" * 256], "is no name that a file could have"),
+        ("neftune_noise_alpha", 5.0, "is for language models"),
+        ("use_liger_kernel", True, "is for language models"),
         ("ddp_timeout", 2**50, "transformers refuses these settings"),
         ("per_device_train_batch_size", 10**400, r"must be below 2\*\*53"),
         ("teacher_device_map", "nowhere", "must be one of auto, .*, got 'nowhere'"),
