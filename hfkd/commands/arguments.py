@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..errors import HfkdError, NotFoundError
 from ..names import hub_id
+from ..recipe.checks import check_name
 from ..recipe.parser import ArgumentParser
 from ..runs.finished import runs_nearby
 from ..runs.folder import CONFIG_NAME, ROLES
@@ -28,6 +29,7 @@ def split_subject(argv: list[str], parser: ArgumentParser, subject: str = MODEL)
     if not argv or argv[0].startswith("-"):
         given = argv[0].partition("=")[0] if argv else ""  # the value may be a token
         raise HfkdError(f"The first argument must be {subject}, got '{given}'. Usage: {parser.usage}")
+    check_name("The first argument", argv[0])
     return argv[0], argv[1:]
 
 

@@ -56,9 +56,15 @@ def number_classes(
         expected: names of a model's classes, or None.
 
     Raises:
-        HfkdError: a part has a class that the first split lacks, its labels are of another type, or whole numbers
-            look like ids.
+        HfkdError: a part has a class that the first split lacks, its labels are of another type, some are empty text,
+            or whole numbers look like ids.
     """
+    for part in parts:
+        if "" in part.distinct:
+            raise HfkdError(
+                f"label_column: '{column}' of {part.where} is empty text in some rows. Fill in their labels, or remove "
+                "these rows."
+            )
     if all(part.is_number for part in parts):
         return _number_numbers(parts, column, expected)
     names = _names_of_first(parts, num_first)

@@ -1,6 +1,7 @@
 """Decoding of images: one cell of a column, or a whole split into one tensor."""
 
 import io
+import math
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -149,7 +150,7 @@ def to_square(image: Image.Image, image_size: int) -> Image.Image:
 
 
 def _check_memory(where, shape):
-    needed, available = int(np.prod(shape, dtype=np.int64)), psutil.virtual_memory().available
+    needed, available = math.prod(shape), psutil.virtual_memory().available
     if needed > available:
         raise HfkdError(
             f"{where}: {shape[0]} images of {shape[2]} x {shape[3]} take {needed / _GIB:.3g} GiB once "

@@ -90,7 +90,7 @@ class FolderSplits(Mapping[str, datasets.Dataset]):
         if known is not None or split.lower() in SPLIT_NAMES or split.startswith(".") or Path(split).name != split:
             return known
         path = self.folder / split
-        return path if path.is_dir() and self._has_labels(path) else None
+        return path if os.path.isdir(path) and self._has_labels(path) else None  # also of a name that is too long
 
     def _has_labels(self, path):
         if _table(path) or _annotations(path) or _table_above(self.folder, path):
@@ -215,7 +215,7 @@ def _class_images(class_folder):
     """Return the images below a class folder, sorted.
 
     Raises:
-        HfkdError: there is none, or one is no regular file.
+        HfkdError: there is none, one is no regular file, or a name is not UTF-8.
     """
     files = sorted(_images_below(str(class_folder), (os.path.realpath(class_folder),)))
     if not files:
@@ -223,6 +223,10 @@ def _class_images(class_folder):
             f"The class folder {class_folder} holds no image: no file ends in one of "
             f"{', '.join(sorted(IMAGE_SUFFIXES))}. Put the class's images there, or remove the folder."
         )
+    try:
+        "".join(files).encode()
+    except UnicodeEncodeError as error:
+        raise HfkdError(f"The class folder {class_folder} holds a name that is not UTF-8. Rename it.") from error
     return files
 
 

@@ -8,6 +8,7 @@ from typing import Any, overload
 
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.layers import PatchEmbed, trunc_normal_
 from timm.models.pit import ConvEmbedding
 from torch import nn
@@ -265,10 +266,14 @@ def load_pretrained(
             output_loading_info=True,
             trust_remote_code=trust_remote_code,
         )
-    except (OSError, ValueError) as error:  # no weights, or code of its own
-        if isinstance(error, ValueError) and "trust_remote_code" not in str(error):
-            raise
+    except (OSError, SafetensorError) as error:  # no weights, or damaged ones
         raise not_found_error("weights", name_or_path, error) from error
+    except ValueError as error:
+        if "trust_remote_code" in str(error):  # code of its own
+            raise not_found_error("weights", name_or_path, error) from error
+        if device_map is None:
+            raise
+        raise HfkdError(f"teacher_device_map: {error}") from error
     check_loaded(model, info, name_or_path, new_classes=class_names is not None)
     return model
 
@@ -326,7 +331,7 @@ def _read_config(name_or_path: str, trust_remote_code: bool, **changes: Any) -> 
     try:
         # Without the last argument transformers would ask whether to run code that comes with a model.
         return AutoConfig.from_pretrained(name_or_path, **changes, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # for a damaged file whatever transformers and timm meet in it
         raise not_found_error("model", name_or_path, error) from error
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,8 +16,11 @@ from torch.distributed import DistNetworkError, DistStoreError
 from transformers import TrainingArguments
 
 from ..errors import HfkdError, RendezvousError, did_you_mean
-from .checks import check_ranges, check_training
-from .keys import RECIPE_KEYS
+from .checks import check_names, check_ranges, check_training
+from .keys import PATH_KEYS, RECIPE_KEYS
+from .yaml_file import parse_yaml
+
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # names of transformers
 
 
 @dataclass
@@ -119,8 +121,9 @@ class ModelArguments:
 
     def __post_init__(self):
         check_ranges(self)
-        if isinstance(self.teacher_device_map, str) and self.teacher_device_map.startswith("{"):
-            self.teacher_device_map = json.loads(self.teacher_device_map)
+        check_names(self, PATH_KEYS)
+        if isinstance(self.teacher_device_map, str):
+            self.teacher_device_map = parse_device_map(self.teacher_device_map)
         # Callers from code may pass one name without a list.
         if isinstance(self.teacher_name_or_path, str):
             self.teacher_name_or_path = [self.teacher_name_or_path]
@@ -221,6 +224,7 @@ class DataArguments:
 
     def __post_init__(self):
         check_ranges(self)
+        check_names(self, PATH_KEYS)
         for each in dataclasses.fields(DataArguments):
             needed = RECIPE_KEYS[each.name].augmentation
             if needed not in (None, self.augmentation) and getattr(self, each.name) != each.default:
@@ -344,7 +348,7 @@ class DistillationConfig(TrainingArguments):
                 super().__post_init__()
         except HfkdError:
             raise
-        except (ValueError, TypeError, ImportError, OSError, NotImplementedError) as error:
+        except (ValueError, TypeError, ImportError, OSError, NotImplementedError, OverflowError) as error:
             raise HfkdError(f"transformers refuses these settings: {error}") from error
         check_trackers(self.report_to)
         self.losses = self.losses or {}
@@ -372,6 +376,27 @@ class DistillationConfig(TrainingArguments):
     def mixes(self) -> bool:
         """Whether mixup or CutMix is on."""
         return self.mixup > 0 or self.cutmix > 0
+
+
+def parse_device_map(given: str) -> str | dict[str, Any]:
+    """Return a device map from its text.
+
+    Raises:
+        HfkdError: if it is neither a mapping, nor a device, nor one of transformers' names.
+    """
+    if given.startswith("{"):
+        mapping = parse_yaml(given, "teacher_device_map")
+        if mapping and isinstance(mapping, dict):
+            return mapping
+    elif given in DEVICE_MAPS:
+        return given
+    else:
+        with contextlib.suppress(RuntimeError):
+            return str(torch.device(given))
+    raise HfkdError(
+        f"teacher_device_map must be one of {', '.join(DEVICE_MAPS)}, a device such as cuda:1, or a mapping from "
+        f"modules to devices, got '{given}'."
+    )
 
 
 def check_trackers(names: list[str]) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 from ..errors import HfkdError, did_you_mean
@@ -92,10 +92,31 @@ def check_ranges(arguments: Any, ranges: Mapping[str, Range] = RANGES) -> None:
         for value in given if isinstance(given, (list, tuple)) else [given]:
             if not isinstance(value, Real):
                 continue
+            if isinstance(value, Integral) and abs(value) >= 2**53:  # no counter of torch or Python takes any number
+                raise HfkdError(f"{each.name} must be below 2**53, got {value}.")
             if not math.isfinite(value):
                 raise HfkdError(f"{each.name} must be a finite number, got {value}.")
             if each.name in ranges and not ranges[each.name].holds(value):
                 raise HfkdError(f"{each.name} {ranges[each.name].words}, got {value}.")
+
+
+def check_name(key: str, name: str) -> None:
+    """Check that a name can be asked for as a file: a file system refuses long names, whatever is asked.
+
+    Raises:
+        HfkdError: if a part of it is longer than 255 bytes, or it holds a zero byte.
+    """
+    parts = [len(part.encode(errors="surrogatepass")) for part in name.split("/")]
+    if max(parts) > 255 or sum(parts) > 3000 or "\0" in name:
+        raise HfkdError(f"{key} is no name that a file could have: '{name[:40]}...' has {len(name)} characters.")
+
+
+def check_names(arguments: Any, keys: Iterable[str]) -> None:
+    """Check the names of files, folders and models in an object of an argument class, see `check_name`."""
+    for key in keys:
+        given = getattr(arguments, key, None)
+        for name in [given] if isinstance(given, str) else given or ():
+            check_name(key, name)
 
 
 def check_training(config: Any) -> None:
@@ -106,6 +127,9 @@ def check_training(config: Any) -> None:
             load_best_model_at_end, or optim_args that the optimizer does not take.
     """
     check_ranges(config)
+    for key in ("neftune_noise_alpha", "use_liger_kernel"):
+        if getattr(config, key, None):
+            raise HfkdError(f"{key} is for language models: leave it out.")
     milestones = config.lr_milestones or []
     if sorted(set(milestones)) != milestones:
         raise HfkdError(f"lr_milestones must increase, got {' '.join(f'{epoch:g}' for epoch in milestones)}.")

@@ -92,6 +92,7 @@ def check_run_folder(folder: Path) -> None:
     if not (is_run or _is_empty(folder / RESULTS_NAME)):
         foreign.append(RESULTS_NAME)
     foreign += [role for role in ROLES if not is_own_export(folder / role)]
+    foreign += [name for name in (RECIPE_NAME, RESULTS_NAME, STATE_NAME) if (folder / name).is_dir()]
     check_own(folder, foreign, False, "output_dir")
 
 

@@ -228,7 +228,7 @@ def read_facts(folder: str | Path, whole: bool = False) -> dict[str, Any]:
         HfkdError: if it is missing or cannot be read.
     """
     path = Path(folder, CACHE_NAME)
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path.is_file it also takes a name that is too long
         raise HfkdError(f"{folder} holds no teacher cache: {path} is missing. `hfkd cache-teacher RECIPE` writes one.")
     try:
         facts = printable(read_json(path))

@@ -116,6 +116,13 @@ def test_a_foreign_checkpoint_beside_own_ones_is_refused(run, capsys, nothing_lo
     assert (run / "checkpoint-1/notes.txt").is_file()
 
 
+@pytest.mark.parametrize("name", ["recipe.yaml", "results.json", "trainer_state.json"])
+def test_a_folder_in_place_of_a_file_is_refused(name, run, capsys, nothing_loaded):
+    (run / name).unlink()
+    (run / name).mkdir()
+    refused(capsys, RESUME, f"run holds {name}, which hfkd did not write")
+
+
 @pytest.mark.parametrize("argv", [TRAIN, RESUME])
 def test_a_second_command_is_refused_at_once(argv, run, capsys, nothing_loaded):
     with claimed(run, "output_dir"):

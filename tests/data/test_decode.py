@@ -113,6 +113,8 @@ def test_too_little_memory_is_found_before_decoding(monkeypatch):
 
     monkeypatch.setattr(psutil, "virtual_memory", Memory)
     split = split_of(*[b"never decoded"] * 700)
+    with pytest.raises(ValueError, match="images of 10+ x 10+ take"):
+        decode_split(split, 10**30)
     with pytest.raises(ValueError, match="700 images of 1024 x 1024 take 2.05 GiB once decoded, and 1.5 GiB"):
         decode_split(split, 1024)
 

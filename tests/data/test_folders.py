@@ -146,6 +146,13 @@ def test_a_pipe_in_place_of_a_parquet_file(tmp_path, streaming):
         (open_streams if streaming else load_image_splits)(str(tmp_path))
 
 
+def test_a_name_that_is_not_utf8(tmp_path):
+    class_folders(tmp_path)
+    os.rename(tmp_path / "train/cat/a.png", os.fsencode(tmp_path / "train/cat") + b"/\xff.png")
+    with pytest.raises(ValueError, match="cat holds a name that is not UTF-8"):
+        load(tmp_path)
+
+
 def test_links_to_folders(tmp_path):
     folder, elsewhere = class_folders(tmp_path / "pets"), tmp_path / "elsewhere"
     picture(elsewhere / "emu" / "a.png")
@@ -194,6 +201,9 @@ def test_a_table_beside_images_without_splits(tmp_path):
     assert splits[0].class_names == ["1", "2"] and splits[0].labels().tolist() == [1, 0]
     (tmp_path / "labels.csv").write_text("file_name,label\na.png,2\nc.png,1\n")
     with pytest.raises(ValueError, match="labels.csv names c.png, but there is no file .*Add the file"):
+        load(tmp_path, eval_split="train[:50%]")
+    (tmp_path / "labels.csv").write_text("file_name,label\na.png,cat\nb.png,\n")
+    with pytest.raises(ValueError, match="'label' of .* is empty text in some rows"):
         load(tmp_path, eval_split="train[:50%]")
     (tmp_path / "labels.csv").write_text("file_name,label\na.png\n")
     with pytest.raises(ValueError, match="labels.csv, row 2: it has 1 columns, and the header has 2"):

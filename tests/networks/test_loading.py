@@ -22,7 +22,7 @@ from transformers import (
 from hfkd import load_student, load_teacher
 from hfkd.networks import sources
 from hfkd.networks.features import InputSpec
-from hfkd.networks.loading import exported_state_dict, input_spec, known_input_spec
+from hfkd.networks.loading import exported_state_dict, input_spec, known_input_spec, load_pretrained
 
 IMAGENET = InputSpec(32, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -227,6 +227,17 @@ def test_a_runs_folder_without_a_model():
     Path("runs/b").mkdir()
     with pytest.raises(ValueError, match="runs/b has no model that can be loaded"):
         load_student("runs/b", num_classes=2)
+
+
+def test_damaged_files(tmp_path):
+    load_student("cifar_resnet8", ["a", "b"]).save_pretrained(tmp_path)
+    weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="has no weights that can be loaded.*incomplete"):
+        load_pretrained(str(tmp_path))
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_classes": 0.5}))
+    with pytest.raises(ValueError, match="has no model that can be loaded"):
+        load_pretrained(str(tmp_path))
 
 
 def test_a_hub_id_without_a_network():
