@@ -18,6 +18,7 @@ from ..recipe.arguments import DataArguments, DistillationConfig, ModelArguments
 from ..recipe.differences import recipe_differences
 from ..recipe.reading import load_recipe, parse_recipe, recipe_name
 from .checkpoints import last_checkpoint
+from .claims import is_claimed
 from .finished import FinishedRun, read_run, teacher_of
 from .folder import RECIPE_NAME, RESULTS_NAME, WEIGHTS_NAME
 from .published import published_runs
@@ -94,7 +95,8 @@ class Cell:
             begun = (self.folder / RECIPE_NAME).is_file()
             return "ended before its first checkpoint" if begun else "not begun"
         state = json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text())
-        return f"stopped at step {state['global_step']:,} of {state['max_steps']:,}"
+        word = "under way," if is_claimed(self.folder) else "stopped"
+        return f"{word} at step {state['global_step']:,} of {state['max_steps']:,}"
 
     def check_folder(self) -> None:
         """Check that the folder holds no run with other settings, unless `allow_recipe_change` is set.
