@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -40,7 +41,7 @@ from ..recipe.arguments import DistillationConfig
 from ..runs.writing import finite_or_none, use_umask
 from ..teacher_cache.teacher import CachedTeacher
 from .backends import backend_of
-from .callbacks import ContinueLog, EndWhereDone, ProgressLines, SetEpoch, UpdateAverage
+from .callbacks import ContinueLog, EndWhereDone, EpochLines, ProgressLines, SetEpoch, UpdateAverage, place_tensorboard
 from .checkpoints import WEIGHTS_PATTERN, Checkpoints, changed_for_now, check_best
 from .checks import (
     asks_for_best,
@@ -198,7 +199,8 @@ class DistillationTrainer(Trainer):
             self.model_init = model_init
             self._validate_args()
         if self.pop_callback(ProgressCallback):
-            self.add_callback(ProgressLines)
+            self.add_callback(ProgressLines if sys.stdout.isatty() else EpochLines)
+        place_tensorboard(self.callback_handler.callbacks, Path(args.output_dir, "tensorboard"))
         self.results.facts = {"recipe": None, "dataset": None}  # a command that knows them sets them
         self.checkpoints = Checkpoints(args, self.accelerator.wait_for_everyone)
         self.teacher_memory = TeacherMemory(self.teacher, args.device)
