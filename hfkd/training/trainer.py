@@ -36,6 +36,7 @@ from ..losses import DistillationLoss, build_losses
 from ..losses.standardize import at_least_float32
 from ..networks.gradient_checkpointing import use_gradient_checkpointing
 from ..networks.loading import as_teacher, exported_state_dict
+from ..networks.origins import student_weights, teacher_weights
 from ..networks.teacher import Teacher, TeacherEnsemble
 from ..recipe.arguments import DistillationConfig
 from ..runs.writing import finite_or_none, use_umask
@@ -73,6 +74,7 @@ from .optimization import decayed_parameter_names, lomo_looked_up_once, multi_st
 from .preemption import StopOnSigterm
 from .pushes import Pushes
 from .results import ResultsWriter, run_facts
+from .run_block import RunBlock
 from .student import batch_spec, fit_student, load_named_student, own_processor, prepare_teacher
 from .teacher_report import TeacherReport
 from .term_log import TermLog
@@ -109,6 +111,7 @@ class DistillationTrainer(Trainer):
         num_classes: the student's number of classes; None without data.
         results: rows and facts of `results.json`.
         exports: the exported model on disk.
+        run_block: what is printed before training.
         stop_on_sigterm: ends training at SIGTERM, SIGINT or SIGHUP, or when its `time_is_up` says so.
 
     `evaluate()` gives `eval_loss` (cross-entropy), `eval_top1`, `eval_top5` and, with a teacher, `eval_agreement`
@@ -169,6 +172,8 @@ class DistillationTrainer(Trainer):
                 raise HfkdError("With model_init every training builds its own losses: give them as args.losses.")
             set_seed(args.seed)
             model = self.call_model_init()
+        weights = {"student": student_weights(model)} if isinstance(model, str) else {}
+        weights |= {"teacher": teacher_weights(teacher)} if isinstance(teacher, str) else {}
         given: Any = args.losses if losses is None else losses  # args.losses is a mapping once args is built
         built = build_losses(given, args.logit_standardization)
         self.teacher: Teacher | TeacherEnsemble | CachedTeacher | None = (
@@ -182,6 +187,7 @@ class DistillationTrainer(Trainer):
         model = fit_student(model, self.teacher, built, args, train_dataset, first_set(eval_dataset))
         if isinstance(train_dataset, StreamingImageDataset):  # Trainer asks for its length at once
             train_dataset.shard(args.process_index, args.world_size, args.train_batch_size, args.dataloader_drop_last)
+        self.run_block = RunBlock(self, weights)
         self.results = ResultsWriter()
         self.divergence = Divergence(args, self.results)
         self.exports = Exports(args, self.results)
@@ -209,8 +215,9 @@ class DistillationTrainer(Trainer):
         self._steps_per_epoch = 1  # known once training begins, when a schedule that a user has created is replaced
         self.results.first_set = next(iter(eval_dataset), None) if isinstance(eval_dataset, dict) else None
         self._whole_state: dict[str, Tensor] | None = None
-        # The report comes before the clocks of the others.
+        # Block and report come before the clocks of the others.
         callbacks = (
+            self.run_block,
             TeacherReport(self),
             self._continue_log,
             self.results,
