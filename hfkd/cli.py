@@ -27,6 +27,7 @@ COMMANDS = {
     "compare": ("hfkd.commands.compare:compare", "compare runs: a table, a figure, the gain over the teacher"),
     "visualize": ("hfkd.commands.visualize:visualize", "draw a student beside its teacher"),
     "export": ("hfkd.commands.export:export", "write a trained model as one file, ONNX or torch.export"),
+    "env": ("hfkd.commands.env:env", "print versions and devices, for a bug report"),
     "push": ("hfkd.commands.push:push", "upload a trained model, with its card, to the Hub"),
 }
 

@@ -62,6 +62,20 @@ def test_help_lists_the_commands(capsys):
     assert capsys.readouterr().out == f"hfkd {hfkd.__version__}\n"
 
 
+def test_env_prints_what_a_bug_report_needs(capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    main(["env"])
+    printed = capsys.readouterr().out
+    found = dict(re.split(r" {2,}", line, maxsplit=1) for line in printed.splitlines())
+    assert found["hfkd"] == hfkd.__version__ and found["OMP_NUM_THREADS"] == "3" and "bf16" in found["CPU"]
+    assert {"python", "torch", "transformers", "timm", "optuna", "commit of hfkd"} <= found.keys()
+    assert "hf_secret" not in printed
+    with pytest.raises(SystemExit) as ending:
+        main(["env", "--verbose"])
+    assert ending.value.code == 2 and "takes no arguments" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [

@@ -21,6 +21,7 @@ from ..data import (
 from ..errors import HfkdError
 from ..networks.features import InputSpec
 from ..networks.loading import load_student, load_teacher
+from ..networks.origins import student_weights, teacher_weights
 from ..networks.teacher import Teacher
 from ..recipe.arguments import DataArguments, DistillationConfig, ModelArguments
 from ..teacher_cache.teacher import CachedTeacher
@@ -72,6 +73,17 @@ def load_teachers(model_args: ModelArguments) -> list[Teacher]:
         load_teacher(name, checkpoint, indices, device_map, **model_args.teacher_image, trust_remote_code=trusted)
         for name, checkpoint in zip(names, checkpoints, strict=True)
     ]
+
+
+def weights_in_words(model_args: ModelArguments) -> dict[str, str]:
+    """Return where the weights of the student and the teachers come from."""
+    words = {"student": student_weights(model_args.student_name_or_path)}
+    names = model_args.teacher_name_or_path or []
+    checkpoints = model_args.teacher_checkpoint or [None] * len(names)
+    teachers = " + ".join(map(teacher_weights, names, checkpoints))
+    if model_args.teacher_cache:
+        teachers = f"logits from the cache {model_args.teacher_cache}"
+    return words | ({"teacher": teachers} if teachers else {})
 
 
 def load_splits(

@@ -12,8 +12,8 @@ from transformers.utils import logging
 from ..comparison.figure import save_comparison
 from ..comparison.rows import Row, compared, evaluated_on
 from ..comparison.savings import savings_text
-from ..comparison.table import LEGEND, csv_text, is_report, text_table
-from ..errors import HfkdError, require, unknown_key_error
+from ..comparison.table import csv_text, is_report, legend, terminal_table, text_table
+from ..errors import HfkdError, unknown_key_error
 from ..recipe.parser import ArgumentParser
 from ..runs.claims import check_own
 from ..runs.finished import find_runs
@@ -57,7 +57,6 @@ def compare(argv: list[str] | None = None) -> list[Row]:
     Raises:
         FileNotFoundError: if a folder does not exist, or no folder holds a run.
         ValueError: for runs that were evaluated on different images, or an unknown key.
-        ImportError: if matplotlib is not installed, after the tables were printed and written.
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = ArgumentParser((ComparisonArguments,), USAGE, DESCRIPTION)
@@ -82,10 +81,10 @@ def report(rows: Sequence[Row], left_out: Sequence[str], teacher: str | None, fo
     """Print the comparison and write its files."""
     known = next((run for row in rows for run in row.runs if run.results["dataset"] is not None), None)
     title = f"# {plain(evaluated_on(known)) if known else 'Data set not recorded'}"
-    parts = [title, text_table(rows), LEGEND]
-    if left_out:
-        parts.append("Left out:\n" + "\n".join(f"- {reason}" for reason in left_out))
-    print("\n\n".join(parts), flush=True)
+    table, shown = text_table(rows), terminal_table(rows)
+    more = ["Left out:\n" + "\n".join(f"- {reason}" for reason in left_out)] if left_out else []
+    parts = [title, table, legend(table), *more]
+    print("\n\n".join([title, shown, legend(shown), *more]), flush=True)
     savings = savings_text(rows, teacher)
     if savings:
         parts.append("## Savings of the students\n\n" + "\n".join(f"- {plain(line)}" for line in savings.splitlines()))
@@ -93,6 +92,5 @@ def report(rows: Sequence[Row], left_out: Sequence[str], teacher: str | None, fo
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / NAMES[0], "\n\n".join(parts) + "\n")
     write_whole(folder / NAMES[1], csv_text(rows))
-    require("matplotlib", "figures")
     save_comparison(rows, folder / NAMES[2])
     print(f"\n{folder} holds compare.md, compare.csv and compare.png.")

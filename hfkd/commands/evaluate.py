@@ -26,6 +26,8 @@ from ..training.trainer import DistillationTrainer
 from .arguments import check_trained, split_subject
 from .build import evaluation_set, load_splits
 
+# Keys of DataArguments that only a training reads.
+OF_TRAINING = ("train_split", "random_flip", "auto_augment", "color_jitter", "random_erasing", "shuffle_buffer_size")
 USAGE = "hfkd evaluate MODEL [--key value ...]"
 
 
@@ -77,6 +79,8 @@ def parse_model(argv: list[str], usage: str, *argument_classes: type) -> tuple:
         ValueError: without a model or a data set, or for an unknown key.
     """
     parser = ArgumentParser((DataArguments, EvaluationArguments, *argument_classes), usage=usage)
+    parser.without_help(*OF_TRAINING)
+    parser.not_required("dataset_name", "that of the model's run")
     name, overrides = split_subject(argv, parser)
     if (Path(name) / RESULTS_NAME).is_file():
         name = str(read_run(name).export or name)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..comparison.rows import Row, compared
-from ..comparison.table import LEGEND, Gap, csv_text, is_report, text_table
+from ..comparison.table import Gap, csv_text, is_report, legend, terminal_table, text_table
 from ..errors import HfkdError
 from ..recipe.keys import SCHEDULE_KEYS, SEEDS
 from ..recipe.parser import ArgumentParser
@@ -226,7 +226,8 @@ def report(
     runs = [run for run in (cell.run() for cell in cells) if run is not None]
     rows, gaps = compared(runs), _gaps(cells)
     schedule = "" if scale == 1 else f", {scale:g} of the published epochs"
-    parts = [f"# {name}{schedule}: measured beside published", text_table(rows, gaps), LEGEND]
+    table = text_table(rows, gaps)
+    parts = [f"# {name}{schedule}: measured beside published", table, legend(table)]
     if scale != 1:
         parts.append("Shortened runs, including a shortened teacher, are not the published protocol.")
     unfinished = [cell for cell in cells if not cell.is_done()]
@@ -234,10 +235,11 @@ def report(
         states = [failures.get(cell.folder) or cell.state() for cell in unfinished]
         lines = [f"- {cell.title}: {state}" for cell, state in zip(unfinished, states, strict=True)]
         parts.append("Not finished:\n" + "\n".join(lines))
-    text = "\n\n".join(parts)
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / REPORTS[0], text + "\n")
+    write_whole(folder / REPORTS[0], "\n\n".join(parts) + "\n")
     write_whole(folder / REPORTS[1], csv_text(rows, gaps))
+    shown = terminal_table(rows, gaps)
+    text = "\n\n".join([parts[0], shown, legend(shown), *parts[3:]])
     print(f"\n{text}\n\n{folder} holds this as reproduce.md and reproduce.csv.")
     return rows
 

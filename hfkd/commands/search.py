@@ -89,15 +89,14 @@ def search(argv: list[str] | None = None) -> list[SearchedTrial]:
         The trials.
 
     Raises:
-        MissingLibraryError: if Optuna or matplotlib is not installed.
+        MissingLibraryError: if Optuna is not installed.
         HfkdError: for a space that cannot be searched (see `search_space`), several processes a trial, a stream with
             `held_out`, or a folder that holds another search.
     """
     argv = with_recipe(sys.argv[1:] if argv is None else argv)
     search_args, model_args, data_args, config, recipe = _parse(argv)
     check_teacher_is_used(model_args, config)
-    for module in ("optuna", "matplotlib"):
-        require(module, "search")
+    require("optuna", "search")
     written = load_recipe(argv[0])
     space = search_space(written.get("search"), config)
     _check(search_args, model_args, data_args, config, space)

@@ -154,7 +154,15 @@ def _train(model_args, data_args, config, recipe, role, name, time_is_up) -> Dis
     if trainer.is_world_process_zero():
         weights = "best" if config.load_best_model_at_end else "last"
         print(f"{trainer.results.text()} {trainer.export_folder} holds the {weights}.")
+        print(f"Next: {next_command(role, trainer.export_folder)}")
     return trainer
+
+
+def next_command(role: str, export: Path) -> str:
+    """Return the command that a person is likely to want after a training."""
+    if role == "teacher":
+        return f"hfkd distill RECIPE --teacher_name_or_path {export}"
+    return f"hfkd visualize {export.parent}, or hfkd export {export} for one ONNX file"
 
 
 def build_trainer(
@@ -172,7 +180,7 @@ def build_trainer(
 
     from ..networks.loading import check_model, input_spec, load_processor
     from ..training.trainer import DistillationTrainer
-    from .build import build_student, image_sets, load_splits, load_teachers, open_cache
+    from .build import build_student, image_sets, load_splits, load_teachers, open_cache, weights_in_words
 
     check_model(model_args.student_name_or_path, model_args.trust_remote_code)
     teacher = open_cache(model_args) if model_args.teacher_cache else load_teachers(model_args) or None
@@ -185,6 +193,7 @@ def build_trainer(
     trainer = DistillationTrainer(
         student, teacher, config, train_dataset=train_set, eval_dataset=eval_set, processing_class=processor
     )
+    trainer.run_block.weights |= weights_in_words(model_args)
     trainer.results.facts["dataset"] = {
         "name": last_part(splits[1].source),
         "hub_id": hub_id(splits[1].source),

@@ -18,10 +18,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..data import ImageSource, IndexedImageSource
-from ..errors import HfkdError, did_you_mean, require
+from ..errors import HfkdError, did_you_mean
 from ..figures import class_matrices, embeddings, logit_spread, reliability, temperature
 from ..figures.observations import Observations, observe
-from ..figures.tables import LeftOutError, Table, is_table, write_csv
+from ..figures.tables import LeftOutError, Table, is_table, panel_title, write_csv
 from ..losses.checks import count, positive
 from ..names import last_part
 from ..networks.features import EMBEDDING
@@ -105,9 +105,9 @@ class Subject:
     @property
     def title_with_networks(self) -> str:
         """Title of a figure that is drawn from the networks' outputs."""
-        networks = ", ".join(f"{role} {network.name}" for role, network in self.networks.items())
+        names = [panel_title(role, [*self.networks], network.name) for role, network in self.networks.items()]
         images = f"{len(self.chosen_rows):,} images of {last_part(self.data_args.dataset_name)}"
-        return f"{self.title}\n{networks}; {images}"
+        return f"{self.title}\n{', '.join(names)}; {images}"
 
     @functools.cached_property
     def model_and_images(self) -> tuple[PreTrainedModel, ImageSource]:
@@ -143,7 +143,7 @@ class Subject:
         for network in self.networks.values():
             layers = [EMBEDDING] if isinstance(network, Teacher) else []  # an ensemble has none
             network.prepare(device, dtype, channels_last=False, student_input=spec, layers=layers)
-        batches = iter(tqdm(loader, desc="images", unit="batch", disable=None))
+        batches = iter(tqdm(loader, desc="images", unit="batch", disable=not sys.stdout.isatty()))
         first = next(batches)
         if len(self.networks) == 2:
             pair = {key: value[:2].to(device) for key, value in first.items()}
@@ -208,13 +208,11 @@ def visualize(argv: list[str] | None = None) -> list[Path]:
         The paths of the PNGs.
 
     Raises:
-        ImportError: if matplotlib is not installed.
         ValueError: for an unknown figure, a figure of `--figures` that cannot be drawn, or networks and data that do
             not fit one another.
     """
     argv = sys.argv[1:] if argv is None else argv
     subject = Subject(*parse_model(argv, USAGE, FigureArguments))
-    require("matplotlib", "figures")
     default = subject.run.folder / "figures" if subject.run else Path("figures", last_part(subject.name))
     folder = Path(subject.args.output_dir or default)
     written = []
@@ -234,6 +232,7 @@ def visualize(argv: list[str] | None = None) -> list[Path]:
         figure = kind.draw(table)
         figure.suptitle(kind.title(subject), fontsize="medium")
         written.append(folder / f"{name}.png")
+        folder.mkdir(parents=True, exist_ok=True)
         with writing(written[-1]) as file:
             figure.savefig(file)
         write_csv(table, folder / f"{name}.csv")

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import require
 from ..plots import TERM_COLOURS, mark_epochs, marker, new_sheet, tidy
 from ..runs.writing import writing
 from .rows import Row
@@ -21,11 +20,7 @@ LONG_RUN = 20  # epochs
 
 
 def save_comparison(rows: Sequence[Row], path: Path) -> None:
-    """Write `comparison_figure` as a PNG.
-
-    Raises:
-        ImportError: if matplotlib is not installed.
-    """
+    """Write `comparison_figure` as a PNG."""
     figure = comparison_figure(rows)
     with writing(path) as file:
         figure.savefig(file)
@@ -36,11 +31,7 @@ def comparison_figure(rows: Sequence[Row]) -> Figure:
 
     Several seeds are thin lines with their mean. A dotted line of the same colour is the recipe's published curve, as
     far as the runs go. A second panel enlarges the last quarter of long runs, where the differences are small.
-
-    Raises:
-        ImportError: if matplotlib is not installed.
     """
-    require("matplotlib", "figures")
     last_epoch = max(run.results["epochs"][-1]["epoch"] for row in rows for run in row.runs)
     long = last_epoch >= LONG_RUN
     entries = sum(1 + bool(row.published and row.published.test_top1) for row in rows)

@@ -13,6 +13,7 @@ from typing import Any
 from ..errors import HfkdError
 from ..recipe.differences import settings_of
 from ..recipe.keys import SEEDS, WITHOUT_EFFECT
+from ..runs.claims import is_claimed
 from ..runs.finished import FinishedRun
 from ..runs.published import PublishedRun, departures, processes, published_runs
 
@@ -69,7 +70,7 @@ class Row:
     def note(self) -> str:
         """Reasons not to compare the row with the published value or with whole runs; empty if there are none."""
         run = self.first
-        notes = [] if run.is_whole and not run.diverged else [_stopped(run)]
+        notes = [] if run.is_whole and not run.diverged else [_state(run)]
         if run.results["dataset"] is None:
             notes.append("data set not recorded")
         if self.published is not None:
@@ -161,7 +162,7 @@ def _labels(groups: Sequence[list[FinishedRun]]) -> list[str]:
         own = _settings(run, run.recipe)  # a default that is written out is shown
         keys = [key for key in sorted(set().union(*namesakes)) if len({str(each.get(key)) for each in namesakes}) > 1]
         words = [f"{key} {_written(own.get(key))}" for key in keys] if run.recipe else []
-        words += [] if run.is_whole and not run.diverged else [_stopped(run)]
+        words += [] if run.is_whole and not run.diverged else [_state(run)]
         labels.append(f"{run.name} ({', '.join(words)})" if words else run.name)
     seen = Counter(labels)
     return [
@@ -169,8 +170,9 @@ def _labels(groups: Sequence[list[FinishedRun]]) -> list[str]:
     ]
 
 
-def _stopped(run: FinishedRun) -> str:
-    return run.diverged or f"stopped at step {run.steps} of {run.results['planned_steps']}"
+def _state(run: FinishedRun) -> str:
+    state = "under way, measured" if is_claimed(run.folder) else "stopped"
+    return run.diverged or f"{state} at step {run.steps} of {run.results['planned_steps']}"
 
 
 def _settings(run: FinishedRun, recipe: dict[str, Any]) -> dict[str, Any]:

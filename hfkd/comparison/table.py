@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,17 +23,20 @@ MEASURES = {  # heading of a column: function that reads its value from a row
     "teacher top-1": lambda row: row.teacher_top1,
     "images/s": lambda row: row.images_per_second,
 }
-LEGEND = (
-    "Percent of the evaluation images. Best: the epoch with the highest top-1, which papers report, with its top-5\n"
-    "and agreement with the teacher. Several seeds: mean ± standard deviation (n - 1 in the denominator).\n"
-    "Difference: best top-1 minus the published one, if the run follows the published one. images/s: in training, on\n"
-    "the run's devices."
-)
+UNIT = "Percent of the evaluation images."
+LEGEND = {  # what a table holds: its explanation
+    "best top-1": f"{UNIT} Best: the epoch with the highest top-1, which papers report, with its other values.",
+    "±": "Several seeds: mean ± standard deviation (n - 1 in the denominator).",
+    "difference": "Difference: best top-1 minus the published one, if the run follows the published one.",
+    "images/s": "images/s: in training, on the run's devices.",
+}
+# Columns in the order in which a narrow terminal does without them.
+DISPENSABLE = ("parameters", "devices", "last top-5", "best top-5", "seeds", "images/s", "agreement", "last top-1")
 
 
 def is_report(path: Path) -> bool:
     """Return True if a file is a table of hfkd with its legend."""
-    return path.is_file() and LEGEND.partition(".")[0].encode() in path.read_bytes()
+    return path.is_file() and UNIT.encode() in path.read_bytes()
 
 
 @dataclass(frozen=True)
@@ -44,11 +50,51 @@ class Gap:
 
 def text_table(rows: Sequence[Row], gaps: Sequence[Gap] = ()) -> str:
     """Return the rows, then the gaps, as a padded Markdown table without the columns in which nothing is known."""
+    return _table([_cells(row) for row in rows] + [_cells_of_gap(gap) for gap in gaps])
+
+
+def terminal_table(rows: Sequence[Row], gaps: Sequence[Gap] = ()) -> str:
+    """Return `text_table`, or a narrower one where standard output is a terminal that it does not fit.
+
+    The rows are then numbered, their names and notes are listed below, and dispensable columns are left out.
+    """
+    whole = text_table(rows, gaps)
+    if not sys.stdout.isatty():
+        return whole
+    width = shutil.get_terminal_size().columns
+    if _width(whole) <= width:
+        return whole
     records = [_cells(row) for row in rows] + [_cells_of_gap(gap) for gap in gaps]
+    names = [f"{record.pop('run')}{'; ' * bool(record['note'])}{record.pop('note')}" for record in records]
+    records = [{"run": str(number)} | record for number, record in enumerate(records, start=1)]
+    table, left_out = _table(records), []
+    for name in DISPENSABLE:
+        if _width(table) <= width:
+            break
+        left_out += [name] if f" {name} " in table.partition("\n")[0] else []
+        records = [{key: cell for key, cell in record.items() if key != name} for record in records]
+        table = _table(records)
+    listed = "\n".join(f"{number}. {name}" for number, name in enumerate(names, start=1))
+    more = f"\n\nThe file also has: {', '.join(left_out)}." if left_out else ""
+    return f"{table}\n\n{listed}{more}"
+
+
+def legend(table: str) -> str:
+    """Return the explanation of what a table holds."""
+    shown = table.partition("\n\n")[0]  # without what `terminal_table` lists below it
+    sentences = [text for name, text in LEGEND.items() if name in shown]
+    return textwrap.fill(" ".join(sentences), 116)
+
+
+def _table(records: Sequence[dict[str, str]]) -> str:
     header = list(records[0])
     rows = [[record[name] for name in header] for record in records]
     right = set(header) - {"run", "seeds", "devices", "note"}
     return markdown_table(*without_empty_columns(header, rows, empty=("", GAP)), padded=True, right=right)
+
+
+def _width(table: str) -> int:
+    return len(table.partition("\n")[0])
 
 
 def csv_text(rows: Sequence[Row], gaps: Sequence[Gap] = ()) -> str:

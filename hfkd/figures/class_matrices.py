@@ -96,7 +96,8 @@ def draw(table: Table):
     for axes, (matrix, values) in zip(figure.subplots(1, 3), matrices_of(table).items(), strict=True):
         image = axes.imshow(values, cmap=colours, vmin=0, interpolation="nearest")
         figure.colorbar(image, ax=axes, shrink=0.75, label="|student - teacher|")
-        axes.set_title(f"{matrix}\ndifference: mean {np.nanmean(values):.3f}, max {np.nanmax(values):.3f}")
+        # Short and small, because it would run into the colour bar's numbers beside a matrix with long class names.
+        axes.set_title(f"{matrix}\nmean {np.nanmean(values):.3f}, max {np.nanmax(values):.3f}", fontsize="medium")
         pairs = matrix == CORRELATION
         axes.set_xlabel("class" if pairs else "logit of class" if matrix == LOGITS else "Z-score of class")
         axes.set_ylabel("class" if pairs else "images of class")

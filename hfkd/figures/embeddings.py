@@ -9,7 +9,7 @@ import numpy as np
 
 from ..plots import CLASS_COLOURS, new_sheet
 from .observations import Observations
-from .tables import LeftOutError, Table
+from .tables import LeftOutError, Table, panel_title
 
 MARKERS = "osD^vP*X<>"
 SEED = 0
@@ -75,7 +75,7 @@ def draw(table: Table):
             rows = table["label"] == label
             marker = MARKERS[index % len(MARKERS)]
             axes.scatter(table[f"{role}_x"][rows], table[f"{role}_y"][rows], s=18, marker=marker, **style)
-        axes.set_title(f"{role}: t-SNE of {len(table['image']):,} embeddings")
+        axes.set_title(panel_title(role, roles, f"t-SNE of {len(table['image']):,} embeddings"))
         axes.set(xticks=[], yticks=[], aspect="equal")  # t-SNE has no units
     columns = min(5, len(classes))
     figure.legend(

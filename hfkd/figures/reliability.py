@@ -10,7 +10,7 @@ import torch
 
 from ..plots import BLUE, VERMILION, new_sheet, tidy
 from .observations import Observations
-from .tables import Table, rows_where, stacked
+from .tables import Table, panel_title, rows_where, stacked
 
 BINS = 15
 
@@ -74,7 +74,8 @@ def draw(table: Table):
         above.plot([0, 100], [0, 100], color="black", linestyle="--", linewidth=1, label="calibrated")
         middles = (rows["from"] + rows["to"]) / 2
         above.plot(middles, rows["confidence"], "o", color=VERMILION, markersize=5, label="mean confidence")
-        above.set_title(f"{role}: expected calibration error {calibration_error(rows):.2f} %")
+        title = f"expected calibration error {calibration_error(rows):.2f} %"
+        above.set_title(panel_title(role, roles, title))
         below.bar(height=100 * rows["images"] / rows["images"].sum(), color="grey", **box)
         below.set_xlabel("confidence (%)")
         tidy(above)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,11 @@ def rows_where(table: Table, column: str, value: str) -> Table:
     """Return the rows that hold a value in a column."""
     chosen = table[column] == value
     return {name: values[chosen] for name, values in table.items()}
+
+
+def panel_title(role: str, roles: Sequence[str], text: str) -> str:
+    """Return the title of a network's panel, with its role if there are several networks."""
+    return f"{role}: {text}" if len(roles) > 1 else text
 
 
 def stacked(tables: list[Table]) -> Table:

@@ -53,7 +53,8 @@ def draw(table: Table):
         rows = rows_where(table, "curve", curve)
         points = len(rows["epoch"])
         if points:
-            axes.plot(rows["epoch"], rows["temperature"], label=curve, marker=marker(points), markersize=4, **style)
+            look = style | {"marker": marker(points), "markersize": 4, "clip_on": False}  # whole markers at the edge
+            axes.plot(rows["epoch"], rows["temperature"], label=curve, **look)
     axes.set_xlabel("epoch")
     axes.set_ylabel("temperature of CTKD")
     axes.set_ylim(bottom=0)

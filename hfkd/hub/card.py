@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -40,8 +39,6 @@ def write_card(
     finetuned_from: str | None = None,
 ) -> None:
     """Write README.md and training_curves.png into an export, from its results.json, recipe.yaml and config.json.
-
-    The figure needs matplotlib. Without matplotlib, a warning is logged and the card has no figure.
 
     Args:
         folder: the export; only results.json must exist.
@@ -90,15 +87,12 @@ def _text_of(path: Path) -> str | None:
 
 
 def _draw(results: dict[str, Any], path: Path) -> str | None:
-    """Draw the figure and return its name, or None: a curve needs two evaluations, and matplotlib.
+    """Draw the figure and return its name, or None: a curve needs two evaluations.
 
     The figure of an earlier export is removed.
     """
     path.unlink(missing_ok=True)
     if len(results["epochs"]) < 2:
-        return None
-    if importlib.util.find_spec("matplotlib") is None:
-        logger.warning_once('The model card has no curves, which need matplotlib: pip install "hfkd[figures]".')
         return None
     save_curves(results, path)
     return path.name

@@ -29,9 +29,6 @@ def save_curves(results: dict[str, Any], path: Path) -> None:
 
     Args:
         results: content of results.json.
-
-    Raises:
-        ImportError: if matplotlib is not installed.
     """
     rows = results["epochs"]
     terms = _loss_terms(rows)
@@ -69,7 +66,7 @@ def _draw_accuracy(axes, results: dict[str, Any]) -> None:
     published = results["published_top1"]
     if published is not None:
         axes.axhline(published, label=f"published top-1\n({published:.2f})", color=GREEN, linestyle=":", linewidth=2)
-    axes.set_ylabel("evaluation images (%)")
+    axes.set_ylabel("% of the evaluation images")
 
 
 def _draw_losses(axes, rows: list[dict[str, Any]], terms: list[str]) -> None:

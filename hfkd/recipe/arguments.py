@@ -309,8 +309,8 @@ class DistillationConfig(TrainingArguments):
     report_to: list[str] | str = field(
         default_factory=lambda: ["none"],
         metadata={
-            "help": "Trackers that log the run: tensorboard (its files lie in <output_dir>/runs), trackio, wandb, any "
-            "other that transformers knows, 'all' that are installed, or 'none'."
+            "help": "Trackers that log the run: tensorboard (its files lie in <output_dir>/tensorboard), trackio, "
+            "wandb, any other that transformers knows, 'all' that are installed, or 'none'."
         },
     )
     resume_from_checkpoint: str | None = field(

@@ -86,6 +86,17 @@ class ArgumentParser(HfArgumentParser):
             text = f"show this and the {len(inherited)} other keys of transformers' TrainingArguments, and exit"
             self.add_argument("--help-all", action=HelpAll, nargs=0, default=argparse.SUPPRESS, help=text)
 
+    def without_help(self, *keys: str) -> None:
+        """Leave keys out of the help that a command accepts, as from a run's recipe, and does not use."""
+        for option in self._actions:
+            if option.dest in keys:
+                option.help = argparse.SUPPRESS
+
+    def not_required(self, key: str, default: str) -> None:
+        """Say in the help what stands for a key where it is not given."""
+        option = self.options[f"--{key}"]
+        option.help = option.help.replace("(required)", f"By default {default}.")
+
     def show_inherited(self) -> None:
         """Add the keys of transformers to the help."""
         self.epilog = self._whole_epilog

@@ -52,6 +52,19 @@ def claimed(folder: Path, key: str) -> Iterator[None]:
         lock.release()
 
 
+def is_claimed(folder: Path) -> bool:
+    """Return True if a command is writing to a folder."""
+    if not (folder / LOCK_NAME).is_file():
+        return False
+    try:
+        with FileLock(folder / LOCK_NAME).acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:  # a folder of others, which cannot be locked from here
+        return False
+
+
 def wait_until_free(folder: Path, stop: Callable[[], bool]) -> None:
     """Wait until no command holds the claim on a folder, or until `stop` returns True."""
     lock = FileLock(folder / LOCK_NAME)

@@ -16,6 +16,7 @@ from ..recipe.differences import recipe_differences
 from ..recipe.finding import find_recipe
 from ..recipe.reading import load_recipe, parse_recipe
 from .checkpoints import last_checkpoint
+from .claims import is_claimed
 from .finished import FinishedRun, read_run
 from .folder import CONFIG_NAME, RECIPE_NAME, RESULTS_NAME, ROLES, WEIGHTS_NAME
 from .published import published_runs
@@ -94,7 +95,8 @@ class PlannedRun:
         from transformers.trainer import TRAINER_STATE_NAME  # takes seconds, and most recipes have their teacher
 
         state = json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text())
-        return f"stopped at step {state['global_step']:,} of {state['max_steps']:,}"
+        word = "under way," if is_claimed(self.folder) else "stopped"
+        return f"{word} at step {state['global_step']:,} of {state['max_steps']:,}"
 
     def check_folder(self) -> None:
         """Check that the folder holds no run with other settings, unless `allow_recipe_change` is set.

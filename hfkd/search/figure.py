@@ -65,14 +65,14 @@ def _draw_parameter(axes: Axes, trials: Sequence[SearchedTrial], parameter: Para
 
 
 def _draw_progress(axes: Axes, trials: Sequence[SearchedTrial]) -> None:
-    order = range(1, len(trials) + 1)
-    _scatter(axes, trials, list(order))
+    numbers = [trial.number for trial in trials]  # as in the tables: those of failed trials are left out
+    _scatter(axes, trials, numbers)
     best, reached = [], float("-inf")
     for trial in trials:
         reached = reached if trial.pruned else max(reached, trial.top1)
         best.append(reached)
-    axes.step(order, best, where="post", color=BLACK, linewidth=1.2, zorder=1, label="best so far")
-    axes.set_xlabel("trials")
+    axes.step(numbers, best, where="post", color=BLACK, linewidth=1.2, zorder=1, label="best so far")
+    axes.set_xlabel("trial")
 
 
 def _scatter(axes: Axes, trials: Sequence[SearchedTrial], xs: Sequence, places: dict | None = None) -> None:

@@ -29,6 +29,7 @@ class SearchedTrial:
     """Trial of a search and its measurement.
 
     Attributes:
+        number: position in the order in which the trials were begun, from 1.
         values: searched values by the key of their parameter.
         top1: top-1 in percent after the last epoch.
         step: last step.

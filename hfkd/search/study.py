@@ -125,7 +125,7 @@ def _run_trial(
     def hp_space(trial: optuna.Trial) -> dict[str, Any]:
         values = {parameter.key: parameter.suggest(trial) for parameter in space}
         entered()
-        print(f"trial {trial.number}: {text(values, space)}", flush=True)
+        print(f"trial {trial.number + 1}: {text(values, space)}", flush=True)
         return settings(values, losses)
 
     # Each trial has its own seed. With a common one, the samplers of all processes would suggest the same values.
@@ -156,7 +156,7 @@ def _run_trial(
 def _searched_trial(trial: FrozenTrial) -> SearchedTrial:
     """Return a trial of Optuna as a `SearchedTrial`."""
     return SearchedTrial(
-        number=trial.number,
+        number=trial.number + 1,  # Optuna counts from 0; figure and tables from 1
         values=trial.params,
         top1=trial.intermediate_values[trial.last_step],
         step=trial.last_step,

@@ -7,6 +7,7 @@ import json
 import math
 import operator
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -148,9 +149,11 @@ def _write_choices(files, teacher, eval_set, config) -> None:
         return
     choices = np.empty(number, CHOICE_DTYPE)
     batches = _batches(eval_set, [range(number)], config)
-    for start, batch in zip(range(0, number, config.eval_batch_size), batches, strict=True):
-        chosen = teacher({"pixel_values": batch["pixel_values"]}).logits.argmax(dim=1)
-        choices[start : start + len(chosen)] = chosen.cpu().numpy()
+    with _progress(number, "evaluation images", config) as progress:
+        for start, batch in zip(range(0, number, config.eval_batch_size), batches, strict=True):
+            chosen = teacher({"pixel_values": batch["pixel_values"]}).logits.argmax(dim=1)
+            choices[start : start + len(chosen)] = chosen.cpu().numpy()
+            progress.update(len(chosen))
     write_rows(path, choices)
 
 
@@ -159,8 +162,7 @@ def _write_shards(files, teacher, train_set, config, shards: Sequence[tuple[int,
     dtype = files.format.dtype
     missing = [key for key in shards if not is_whole(files.path(*key), dtype, len(files.rows_of(key[1])))]
     total = sum(len(files.rows_of(shard)) for _, shard in missing)
-    hidden = config.disable_tqdm or not PartialState().is_main_process
-    with tqdm(total=total, unit="images", unit_scale=True, desc=str(files.folder), disable=hidden) as progress:
+    with _progress(total, f"images of {files.epochs} epochs", config) as progress:
         for epoch, group in itertools.groupby(missing, key=operator.itemgetter(0)):
             group = list(group)
             train_set.set_epoch(epoch)
@@ -172,6 +174,15 @@ def _write_shards(files, teacher, train_set, config, shards: Sequence[tuple[int,
                     rows[start : start + len(part)] = part
                     progress.update(len(part))
                 write_rows(files.path(epoch, shard), rows)
+
+
+def _progress(total: int, what: str, config: DistillationConfig) -> tqdm:
+    """Return the progress bar of the first process; where standard output is no terminal, print one line instead."""
+    hidden = config.disable_tqdm or not PartialState().is_main_process
+    terminal = sys.stdout.isatty()
+    if total and not (hidden or terminal):
+        print(f"The teacher classifies {total:,} {what}.", flush=True)
+    return tqdm(total=total, unit="images", unit_scale=True, desc=what, disable=hidden or not terminal)
 
 
 def _batches(dataset, parts: Sequence[range], config) -> Iterator[dict[str, Tensor]]:

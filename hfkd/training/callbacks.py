@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import weakref
+from collections.abc import Iterable
 from pathlib import Path
 
 from timm.utils import ModelEmaV3
 from torch import nn
 from transformers import ProgressCallback, Trainer, TrainerCallback
+from transformers.integrations import TensorBoardCallback
 
 from ..data import ImageSource, StreamingImageDataset
 from ..runs.checkpoints import UNLOGGED_NAME
@@ -86,21 +88,52 @@ class EndWhereDone(TrainerCallback):
         return control
 
 
-class ProgressLines(ProgressCallback):
-    """Trainer's progress bar, with one line an epoch in place of Trainer's dictionaries."""
+class EpochLines(TrainerCallback):
+    """Prints one line an epoch, with the losses and the evaluation."""
+
+    _training = False  # an evaluation alone is printed by who asked for it
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
         self._held = {}
+        self._training = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        super().on_train_end(args, state, control, **kwargs)
+        self._training = False
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.training_bar is None:
+        if not (state.is_world_process_zero and self._training):
             return
         if "loss" in logs and args.logging_strategy == args.eval_strategy == "epoch":
             self._held = logs  # the evaluation follows, and both make one line
         elif "loss" in logs or measured(logs):
-            self.training_bar.write(f"epoch {state.epoch:.4g}/{args.num_train_epochs:g}  {_line(self._held | logs)}")
+            by_epochs = f"epoch {state.epoch:.4g}/{args.num_train_epochs:g}"
+            place = f"step {state.global_step}/{state.max_steps}" if args.max_steps > 0 else by_epochs
+            self.write(f"{place}  {_line(self._held | logs)}")
             self._held = {}
+
+    def write(self, line: str) -> None:
+        """Print a line."""
+        print(line, flush=True)
+
+
+class ProgressLines(EpochLines, ProgressCallback):
+    """Trainer's progress bar, with one line an epoch in place of Trainer's dictionaries."""
+
+    def write(self, line: str) -> None:
+        """Print a line above the bar."""
+        self.training_bar.write(line)
+
+
+def place_tensorboard(callbacks: Iterable[TrainerCallback], folder: Path) -> None:
+    """Have TensorBoard's files written into a folder, where transformers makes `runs/<date>_<host>` in the run's.
+
+    A resumed run goes on with its curves there. TENSORBOARD_LOGGING_DIR comes before the folder.
+    """
+    for callback in callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(folder)
 
 
 def _line(logs: dict[str, float]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -35,12 +36,13 @@ from ..losses import DistillationLoss, build_losses
 from ..losses.standardize import at_least_float32
 from ..networks.gradient_checkpointing import use_gradient_checkpointing
 from ..networks.loading import as_teacher, exported_state_dict
+from ..networks.origins import student_weights, teacher_weights
 from ..networks.teacher import Teacher, TeacherEnsemble
 from ..recipe.arguments import DistillationConfig
 from ..runs.writing import finite_or_none, use_umask
 from ..teacher_cache.teacher import CachedTeacher
 from .backends import backend_of
-from .callbacks import ContinueLog, EndWhereDone, ProgressLines, SetEpoch, UpdateAverage
+from .callbacks import ContinueLog, EndWhereDone, EpochLines, ProgressLines, SetEpoch, UpdateAverage, place_tensorboard
 from .checkpoints import WEIGHTS_PATTERN, Checkpoints, changed_for_now, check_best
 from .checks import (
     asks_for_best,
@@ -72,6 +74,7 @@ from .optimization import decayed_parameter_names, lomo_looked_up_once, multi_st
 from .preemption import StopOnSigterm
 from .pushes import Pushes
 from .results import ResultsWriter, run_facts
+from .run_block import RunBlock
 from .student import batch_spec, fit_student, load_named_student, own_processor, prepare_teacher, tell_losses
 from .teacher_report import TeacherReport
 from .term_log import TermLog
@@ -108,6 +111,7 @@ class DistillationTrainer(Trainer):
         num_classes: the student's number of classes; None without data.
         results: rows and facts of `results.json`.
         exports: the exported model on disk.
+        run_block: what is printed before training.
         stop_on_sigterm: ends training at SIGTERM, SIGINT or SIGHUP, or when its `time_is_up` says so.
 
     `evaluate()` gives `eval_loss` (cross-entropy), `eval_top1`, `eval_top5` and, with a teacher, `eval_agreement`
@@ -168,6 +172,8 @@ class DistillationTrainer(Trainer):
                 raise HfkdError("With model_init every training builds its own losses: give them as args.losses.")
             set_seed(args.seed)
             model = self.call_model_init()
+        weights = {"student": student_weights(model)} if isinstance(model, str) else {}
+        weights |= {"teacher": teacher_weights(teacher)} if isinstance(teacher, str) else {}
         given: Any = args.losses if losses is None else losses  # args.losses is a mapping once args is built
         built = build_losses(given, args.logit_standardization)
         self.teacher: Teacher | TeacherEnsemble | CachedTeacher | None = (
@@ -181,6 +187,7 @@ class DistillationTrainer(Trainer):
         model = fit_student(model, self.teacher, built, args, train_dataset, first_set(eval_dataset))
         if isinstance(train_dataset, StreamingImageDataset):  # Trainer asks for its length at once
             train_dataset.shard(args.process_index, args.world_size, args.train_batch_size, args.dataloader_drop_last)
+        self.run_block = RunBlock(self, weights)
         self.results = ResultsWriter()
         self.divergence = Divergence(args, self.results)
         self.exports = Exports(args, self.results)
@@ -198,7 +205,8 @@ class DistillationTrainer(Trainer):
             self.model_init = model_init
             self._validate_args()
         if self.pop_callback(ProgressCallback):
-            self.add_callback(ProgressLines)
+            self.add_callback(ProgressLines if sys.stdout.isatty() else EpochLines)
+        place_tensorboard(self.callback_handler.callbacks, Path(str(args.output_dir), "tensorboard"))
         self.results.facts = {"recipe": None, "dataset": None}  # a command that knows them sets them
         self.checkpoints = Checkpoints(args, self.accelerator.wait_for_everyone)
         self.teacher_memory = TeacherMemory(self.teacher, args.device)
@@ -207,8 +215,9 @@ class DistillationTrainer(Trainer):
         self._steps_per_epoch = 1  # known once training begins, when a schedule that a user has created is replaced
         self.results.first_set = next(iter(eval_dataset), None) if isinstance(eval_dataset, dict) else None
         self._whole_state: dict[str, Tensor] | None = None
-        # The report comes before the clocks of the others.
+        # Block and report come before the clocks of the others.
         callbacks = (
+            self.run_block,
             TeacherReport(self),
             self._continue_log,
             self.results,

@@ -75,8 +75,13 @@ def results_of(folder):
 
 
 def test_from_a_recipe_to_a_student(recipe, capsys):
-    main(["cache-teacher", recipe])
-    assert capsys.readouterr().out == "runs/cache/digits/kd holds 2 epochs of 64 images (0.0 MiB).\n"
+    main(["cache-teacher", recipe, "--disable_tqdm", "false"])
+    *progress, end = capsys.readouterr().out.splitlines()
+    assert [line.rpartition(" classifies ")[2] for line in progress] == [
+        "20 evaluation images.",
+        "128 images of 2 epochs.",
+    ]
+    assert end == "runs/cache/digits/kd holds 2 epochs of 64 images (0.0 MiB)."
     assert len(list(Path("runs/cache/digits/kd").rglob("shard-*.bin"))) == 8
     distill([recipe, "--output_dir", "live"])
     distill([recipe, "--output_dir", "replayed", "--teacher_cache", "runs/cache/digits/kd"])

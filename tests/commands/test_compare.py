@@ -3,6 +3,7 @@
 import csv
 import math
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,9 @@ from hfkd.commands.train import distill, train_teacher
 from hfkd.comparison.figure import comparison_figure
 from hfkd.comparison.rows import compared
 from hfkd.comparison.savings import savings_text
-from hfkd.comparison.table import csv_text, text_table
+from hfkd.comparison.table import csv_text, legend, terminal_table, text_table
 from hfkd.networks.costs import multiply_adds
+from hfkd.runs.claims import claimed
 from hfkd.runs.finished import find_runs
 from hfkd.runs.published import published_runs
 
@@ -103,6 +105,33 @@ def test_what_is_no_row_of_the_published():
     assert by_name[f"{KD_ZSCORE} (num_train_epochs 10)"]["note"] == "10 of 240 epochs"
     assert by_name["code"]["note"] == "data set not recorded" and by_name["code"]["published"] == "-"
     assert by_name["mine"]["note"] == "published schedule not known" and by_name["mine"]["published"] == "71.43"
+
+
+def test_a_run_under_way_is_not_called_stopped():
+    folder = finished_run("runs/mine", [60.0], planned_epochs=240, name="mine")
+    with claimed(folder, "output_dir"):
+        (under_way,) = rows_of("runs")
+    assert under_way.label == "mine (under way, measured at step 10 of 2400)"
+    assert rows_of("runs")[0].label == "mine (stopped at step 10 of 2400)"
+
+
+def test_a_table_fits_the_terminal(monkeypatch):
+    """Names and notes move below the table, dispensable columns are named; nothing is explained that is not shown."""
+    finished_run("runs/short", [60.0, 61.0], recipe={"num_train_epochs": 10.0, "learning_rate": 0.1})
+    finished_run("runs/mine", [62.0], name="a/recipe/with/a/very/long/name" * 3, published_top1=None)
+    rows = rows_of("runs")
+    whole = text_table(rows)
+    assert terminal_table(rows) == whole, "standard output is no terminal"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = terminal_table(rows)
+    assert max(map(len, shown.splitlines()[:4])) <= 80 and "The file also has: parameters, devices" in shown
+    by_number = {row["run"]: row["best top-1"] for row in cells(shown)}
+    assert by_number == {str(number): row["best top-1"] for number, row in enumerate(cells(whole), 1)}
+    assert f"1. {rows[0].label}" in shown and "10 of 240 epochs" in shown
+    monkeypatch.setenv("COLUMNS", "1000")
+    assert terminal_table(rows) == whole
+    assert "Difference" not in legend(whole) and "images/s:" in legend(whole) and "images/s:" not in legend(shown)
 
 
 def test_processes_tell_runs_apart():
@@ -237,7 +266,7 @@ def test_a_comparison_from_the_command_line(capsys, monkeypatch):
     paths = sorted(map(str, Path("runs").iterdir()))
     main(["compare", *paths])
     printed = capsys.readouterr().out
-    assert "# digits, split test[:50], 10 classes" in printed and "- runs/cache holds no run." in printed
+    assert "# digits, split test\\[:50\\], 10 classes" in printed and "- runs/cache holds no run." in printed
     student, taught_by = cells(printed)
     assert student["run"] == "kd" and student["seeds"] == "7" and "published" not in student
     assert taught_by["run"] == "teacher" and taught_by["agreement"] == "-"
@@ -248,11 +277,6 @@ def test_a_comparison_from_the_command_line(capsys, monkeypatch):
     written = Path("runs/compare/compare.md").read_text()
     assert cells(written) == [student, taught_by] and printed.startswith(written.split("\n\n##")[0])
     assert np.asarray(Image.open("runs/compare/compare.png").convert("L")).std() > 10
-
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r'matplotlib.*pip install "hfkd\[figures\]"'):
-        compare(["runs", "--output_dir", "without"])
-    assert Path("without/compare.csv").is_file() and not Path("without/compare.png").exists()
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,17 @@ import pytest
 from PIL import Image
 
 from hfkd import load_student
-from hfkd.commands.evaluate import load_evaluation, with_classes_of
+from hfkd.commands.evaluate import evaluate, load_evaluation, with_classes_of
 from hfkd.data import load_image_splits
 from hfkd.recipe.arguments import DataArguments
+
+
+def test_help_shows_what_an_evaluation_reads(capsys):
+    with pytest.raises(SystemExit):
+        evaluate(["--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "By default that of the model's run." in printed and "(required)" not in printed
+    assert "--crop_pct" in printed and not any(key in printed for key in ("train_split", "--random_", "color_jitter"))
 
 
 def test_names(tmp_path):

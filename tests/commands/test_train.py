@@ -56,9 +56,19 @@ def teacher():
     load_student("cifar_resnet14", num_classes=10).save_pretrained("teacher")
 
 
-def test_what_a_run_leaves(teacher):
+def test_what_a_run_leaves(teacher, capsys):
     trainer = distill([recipe(published_top1=71.43, **KD), "--seed", "3"])
     folder = "runs/digits/run"
+    device, data, student, taught_by, training, top1, *_, end, following = capsys.readouterr().out.splitlines()
+    assert device.startswith("device    ") and device.endswith(", float32")
+    assert data == "data      digits: 128 training images, 50 evaluation images, 10 classes, 32 x 32 pixels"
+    parameters, of_teacher = (trainer.results.facts[key] for key in ("parameters", "teacher_parameters"))
+    assert student == f"student   cifar_resnet8, {parameters:,} parameters, random weights"
+    assert taught_by == f"teacher   cifar_resnet14, {of_teacher:,} parameters, weights from the folder teacher"
+    assert training == f"training  4 steps of 64 images, into {folder}"
+    assert top1.startswith("The teacher cifar_resnet14 has a top-1 of ")
+    assert end.startswith("Top-1: ") and end.endswith(f"{folder}/student holds the best.")
+    assert following == f"Next: hfkd visualize {folder}, or hfkd export {folder}/student for one ONNX file"
 
     results = json.loads(open(f"{folder}/results.json").read())
     assert [row["epoch"] for row in results["epochs"]] == [1, 2]

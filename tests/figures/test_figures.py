@@ -67,6 +67,17 @@ def test_class_matrices():
     assert f"mean {expected.mean():.3f}, max {expected.max():.3f}" in figure.axes[0].get_title()
 
 
+def test_no_title_runs_into_a_colour_bar():
+    """Long class names leave the matrices little room."""
+    observed = observations(classes=10)
+    observed.class_names[:] = [f"golden retriever {index}" for index in range(10)]
+    figure = class_matrices.draw(class_matrices.measure(observed))
+    figure.canvas.draw()
+    panels, bars = figure.axes[:3], figure.axes[3:]
+    for panel, bar in zip(panels, bars, strict=True):
+        assert not panel.title.get_window_extent().overlaps(bar.get_tightbbox())
+
+
 def test_no_matrices_without_a_teacher():
     observed = observations()
     del observed.networks["teacher"]
@@ -100,7 +111,9 @@ def test_the_reliability_diagram():
     assert sum(bar.get_height() for bar in below.patches) == pytest.approx(100)
     one = {name: values[:15] for name, values in table.items()}
     assert f"{reliability.calibration_error(one):.2f} %" in above.get_title()
-    assert above_teacher.get_title().startswith("teacher")
+    assert above_teacher.get_title().startswith("teacher: expected")
+    alone = reliability.draw(one).axes[0]
+    assert alone.get_title().startswith("expected"), "one network needs no role"
 
 
 def test_the_spread_of_logits():
@@ -171,6 +184,7 @@ def test_temperature(tmp_path):
     np.testing.assert_array_equal(table["temperature"], [19, 18.4, 18, *published[:2]])
     measured, dotted = temperature.draw(table).axes[0].lines
     np.testing.assert_array_equal(measured.get_ydata(), [19, 18.4, 18])
+    assert not measured.get_clip_on(), "a point at the edge is whole"
     assert dotted.get_linestyle() == ":" and dotted.get_label() == "published"
 
     (tmp_path / "trainer_state.json").unlink()  # not copied, or the run was cut off: a value an evaluation is left

@@ -16,7 +16,6 @@ from PIL import Image
 from transformers import AutoImageProcessor, ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
 from hfkd import load_student
-from hfkd.hub import card
 from hfkd.hub.card import write_card
 from hfkd.losses import LOSSES
 from hfkd.losses.regions import CITATION as REGIONS
@@ -258,18 +257,6 @@ def test_the_figure():
     text = written("export", RESULTS | MEASURED | {"epochs": ROWS[:1]}).text
     assert "training_curves.png" not in text and not Path("export/training_curves.png").exists()
     assert "matplotlib.pyplot" not in sys.modules, "it looks for a display"
-
-
-def test_without_matplotlib(monkeypatch, caplog):
-    written("export", RESULTS | MEASURED)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    card.logger.warning_once.cache_clear()
-    with caplog.at_level("WARNING", logger="hfkd.hub.card"):
-        for _ in range(2):  # as for every checkpoint that is pushed
-            text = written("export", RESULTS | MEASURED).text
-    assert [record.message.partition(": ")[2] for record in caplog.records] == ['pip install "hfkd[figures]".']
-    assert "![" not in text and not Path("export/training_curves.png").exists()
-    assert "71.53" in text
 
 
 def test_hostile_names():

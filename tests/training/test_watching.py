@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import config
+from helpers import Plain, config, images
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from hfkd import load_student
+from hfkd import DistillationTrainer, load_student
 from hfkd.commands.train import distill
 from hfkd.recipe.reading import parse_recipe
 
@@ -48,8 +48,7 @@ def recipe():
 
 def test_tensorboard_shows_every_term(recipe):
     trainer = distill([recipe, "--hub_token", TOKEN])
-    (folder,) = Path("runs/watched/runs").iterdir()
-    events = EventAccumulator(str(folder)).Reload()
+    events = EventAccumulator("runs/watched/tensorboard").Reload()
     shown = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
     history = json.loads(Path("runs/watched/trainer_state.json").read_text())["log_history"]
@@ -71,6 +70,18 @@ def test_tensorboard_shows_every_term(recipe):
     assert "<HUB_TOKEN>" in events.Tensors("args/text_summary")[0].tensor_proto.string_val[0].decode()
     written = [path for path in Path("runs").rglob("*") if path.is_file()]
     assert [path for path in written if TOKEN.encode() in path.read_bytes()] == []
+
+
+def test_lines_without_bars(capsys):
+    """Standard output is no terminal here; a run of some steps counts these."""
+    set_up = config(disable_tqdm=False, max_steps=2, logging_steps=2, eval_strategy="steps", eval_steps=2)
+    trainer = DistillationTrainer(Plain(), None, set_up, train_dataset=images(32), eval_dataset=images(10))
+    trainer.train()
+    trainer.evaluate()
+    printed = capsys.readouterr()
+    lines = [line for line in printed.out.splitlines() if line.startswith(("step", "epoch"))]
+    assert [line.partition("  ")[0] for line in lines] == ["step 2/2"] * 2 and "top1" in lines[1]
+    assert "it/s" not in printed.err and "%|" not in printed.err
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,76 @@
+"""Block of lines before a training: device, data, networks, steps and folder."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sized
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback
+
+from ..data import ImageSource
+from ..data.subsets import image_source
+from .loaders import first_set
+
+
+class RunBlock(TrainerCallback):
+    """Callback that prints what is about to be trained, once, before the first step.
+
+    It refers to the trainer weakly: a trainer in a circle of references would outlive its last use.
+
+    Args:
+        weights: for "student" and "teacher", where the weights come from; missing where only the caller knows.
+    """
+
+    def __init__(self, trainer: Trainer, weights: dict[str, str]):
+        self.trainer = weakref.proxy(trainer)
+        self.weights = weights
+        self.printed = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.printed or not state.is_world_process_zero:
+            return
+        self.printed = True  # a search prints it for its first trial
+        lines = {"device": _device(args), "data": self._data(), **self._networks(), "training": _training(args, state)}
+        print("\n".join(f"{name:<10}{text}" for name, text in lines.items() if text), flush=True)
+
+    def _data(self) -> str:
+        trainer, facts = self.trainer, self.trainer.results.facts
+        name = f"{facts['dataset']['name']}: " if facts["dataset"] else ""
+        counts = [f"{_images(trainer.train_dataset)} training images"]
+        if trainer.eval_dataset is not None:
+            counts.append(f"{_images(first_set(trainer.eval_dataset))} evaluation images")
+        classes = [f"{trainer.num_classes} classes"] if trainer.num_classes else []
+        source = image_source(trainer.train_dataset)
+        size = [f"{source.image_size} x {source.image_size} pixels"] if source is not None else []
+        return name + ", ".join(counts + classes + size)
+
+    def _networks(self) -> dict[str, str]:
+        facts = self.trainer.results.facts  # the parameters of a sharded network cannot be counted here
+        trained = [facts["student"], f"{facts['parameters']:,} parameters", self.weights.get("student")]
+        lines = {self.trainer.exports.name: trained}
+        if facts["teacher"] is not None:
+            number = f"{facts['teacher_parameters']:,} parameters"
+            lines["teacher"] = [facts["teacher"], number, self.weights.get("teacher")]
+        return {role: ", ".join(filter(None, parts)) for role, parts in lines.items()}
+
+
+def _images(dataset: Any) -> str:
+    if isinstance(dataset, ImageSource):
+        return f"{dataset.num_rows:,}"
+    return f"{len(dataset):,}" if isinstance(dataset, Sized) else "streamed"
+
+
+def _device(args) -> str:
+    kind = args.device.type
+    name = torch.cuda.get_device_name(args.device) if kind == "cuda" else f"{torch.get_num_threads()} threads"
+    number = f"{args.world_size} processes, each with " if args.world_size > 1 else ""
+    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "float32"
+    return f"{number}{kind} ({name}), {precision}"
+
+
+def _training(args, state) -> str:
+    since = f" from step {state.global_step:,}" if state.global_step else ""
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return f"{state.max_steps:,} steps of {batch:,} images{since}, into {args.output_dir}"
