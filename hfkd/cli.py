@@ -55,6 +55,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(2)
     try:
         pkgutil.resolve_name(COMMANDS[name][0])(rest)
+        _leave_process_group()
     except KeyboardInterrupt:
         print(f"hfkd {name}: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
@@ -63,6 +64,13 @@ def main(argv: list[str] | None = None) -> None:
             time.sleep(10)  # if the first process has the same error, the launcher ends this one before it repeats it
         print(f"hfkd {name}: error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
+
+
+def _leave_process_group() -> None:
+    """Close the connections to the other processes: threads that still serve them may abort the end of this one."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def help_text() -> str:

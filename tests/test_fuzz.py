@@ -1,5 +1,6 @@
 """`scripts/fuzz.py`: it tells good ends of a command from bad ones, and hfkd passes it in miniature."""
 
+import mmap
 import os
 import signal
 import sys
@@ -31,7 +32,10 @@ def refuse(error, times=1):
 
 
 def fill_memory():
-    return bytes(range(256)) * (1 << 19)
+    """Memory of its own: that of a list might be what an earlier test has left."""
+    with mmap.mmap(-1, 1 << 27) as block:
+        for page in range(0, len(block), mmap.PAGESIZE):
+            block[page] = 1
 
 
 @pytest.mark.parametrize(

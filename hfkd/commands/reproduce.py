@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..comparison.rows import Row, compared
-from ..comparison.table import Gap, csv_text, is_report, legend, terminal_table, text_table
+from ..comparison.table import BESIDE_PUBLISHED, Gap, csv_text, is_report, legend, terminal_table, text_table
 from ..errors import HfkdError
 from ..recipe.keys import SCHEDULE_KEYS, SEEDS
 from ..recipe.parser import ArgumentParser
@@ -227,7 +227,7 @@ def report(
     rows, gaps = compared(runs), _gaps(cells)
     schedule = "" if scale == 1 else f", {scale:g} of the published epochs"
     table = text_table(rows, gaps)
-    parts = [f"# {name}{schedule}: measured beside published", table, legend(table)]
+    parts = [f"# {name}{schedule}: {BESIDE_PUBLISHED}", table, legend(table)]
     if scale != 1:
         parts.append("Shortened runs, including a shortened teacher, are not the published protocol.")
     unfinished = [cell for cell in cells if not cell.is_done()]

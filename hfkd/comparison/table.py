@@ -24,6 +24,7 @@ MEASURES = {  # heading of a column: function that reads its value from a row
     "images/s": lambda row: row.images_per_second,
 }
 UNIT = "Percent of the evaluation images."
+BESIDE_PUBLISHED = "measured beside published"  # in the title of a report of `hfkd reproduce`
 LEGEND = {  # what a table holds: its explanation
     "best top-1": f"{UNIT} Best: the epoch with the highest top-1, which papers report, with its other values.",
     "±": "Several seeds: mean ± standard deviation (n - 1 in the denominator).",
@@ -35,8 +36,9 @@ DISPENSABLE = ("parameters", "devices", "last top-5", "best top-5", "seeds", "im
 
 
 def is_report(path: Path) -> bool:
-    """Return True if a file is a table of hfkd with its legend."""
-    return path.is_file() and UNIT.encode() in path.read_bytes()
+    """Return True if a file is a table of hfkd; a table without a measurement has no legend."""
+    content = path.read_bytes() if path.is_file() else b""
+    return UNIT.encode() in content or BESIDE_PUBLISHED.encode() in content.partition(b"\n")[0]
 
 
 @dataclass(frozen=True)

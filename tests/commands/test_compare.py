@@ -266,7 +266,7 @@ def test_a_comparison_from_the_command_line(capsys, monkeypatch):
     paths = sorted(map(str, Path("runs").iterdir()))
     main(["compare", *paths])
     printed = capsys.readouterr().out
-    assert "# digits, split test\\[:50\\], 10 classes" in printed and "- runs/cache holds no run." in printed
+    assert "# digits, split test[:50], 10 classes" in printed and "- runs/cache holds no run." in printed
     student, taught_by = cells(printed)
     assert student["run"] == "kd" and student["seeds"] == "7" and "published" not in student
     assert taught_by["run"] == "teacher" and taught_by["agreement"] == "-"
