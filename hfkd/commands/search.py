@@ -22,7 +22,7 @@ from ..recipe.finding import find_recipe
 from ..recipe.parser import ArgumentParser
 from ..recipe.reading import ARGUMENT_CLASSES, load_recipe, parse_recipe
 from ..recipe.yaml_file import dump_yaml, read_yaml
-from ..runs.claims import check_own
+from ..runs.claims import check_own, folders_among
 from ..runs.folder import check_writable
 from ..runs.planned import missing_teacher
 from ..runs.writing import write_whole
@@ -47,6 +47,7 @@ from .without_recipe import with_recipe
 
 SETTINGS_NAME, BEST_NAME = "search.yaml", "best.yaml"  # settings of the search, best recipe
 FILES = (SETTINGS_NAME, BEST_NAME, DATABASE_NAME, "trials.csv", "trials.md", "search.png")
+LOCK_NAME = "study.lock"
 USAGE = "hfkd search RECIPE [--n_trials N] [--held_out SHARE] [--key value ...]"
 
 
@@ -104,7 +105,8 @@ def search(argv: list[str] | None = None) -> list[SearchedTrial]:
     config.output_dir = str(folder)
     check_writable(folder, "search_dir")
     check_own(folder, FILES, _is_search(folder / SETTINGS_NAME), "search_dir")
-    lock = FileLock(folder / "study.lock")  # several processes may share the search
+    check_own(folder, folders_among(folder, (*FILES, LOCK_NAME)), False, "search_dir")
+    lock = FileLock(folder / LOCK_NAME)  # several processes may share the search
     with lock:
         searched = {each.key: each.entry() for each in space}
         _claim_folder(folder, recipe | {"held_out": search_args.held_out, "search": searched})

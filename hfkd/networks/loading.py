@@ -412,17 +412,23 @@ def input_spec(model: nn.Module) -> InputSpec:
     """Return input size and normalisation of a timm model, or of a transformers model from a folder or the Hub.
 
     Raises:
-        HfkdError: for a transformers model whose image processor is not supported.
+        HfkdError: for a transformers model whose image processor is not supported, or a damaged configuration.
     """
     if isinstance(model, TimmWrapperForImageClassification):
         # The timm model has a pretrained_cfg as well, but timm makes it anew when a folder is loaded.
-        cfg = model.config.pretrained_cfg
+        cfg = getattr(model.config, "pretrained_cfg", None)
     elif isinstance(model, PreTrainedModel):
         trusted = type(model).__module__.startswith("transformers_modules.")  # its code runs already
         return _processor_input_spec(load_processor(model.name_or_path, trusted), model.name_or_path)
     else:
         cfg = model.pretrained_cfg
-    return InputSpec(cfg["input_size"][-1], tuple(cfg["mean"]), tuple(cfg["std"]))
+    try:
+        return InputSpec(cfg["input_size"][-1], tuple(cfg["mean"]), tuple(cfg["std"]))
+    except (LookupError, TypeError) as error:
+        raise HfkdError(
+            "The configuration of the model does not hold the size and the normalisation of its images: pretrained_cfg "
+            f"in its config.json needs input_size, mean and std, and is {cfg!r:.80}."
+        ) from error
 
 
 def _processor_input_spec(processor, name_or_path: str | None) -> InputSpec:

@@ -17,6 +17,8 @@ from .yaml_file import read_yaml
 
 def _default(field: dataclasses.Field) -> Any:
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    if default is dataclasses.MISSING:
+        return None
     return getattr(default, "value", default)  # some of transformers' are enumerations
 
 

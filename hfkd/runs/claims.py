@@ -91,6 +91,11 @@ def check_own(folder: Path, names: Iterable[str], is_own: bool, key: str) -> Non
         )
 
 
+def folders_among(folder: Path, names: Iterable[str]) -> list[str]:
+    """Return the names that are folders; a command that writes files of these names would fail at its end."""
+    return [name for name in names if (folder / name).is_dir()]
+
+
 def check_run_folder(folder: Path) -> None:
     """Check that a training run replaces nothing in its folder that hfkd did not write.
 
@@ -105,7 +110,7 @@ def check_run_folder(folder: Path) -> None:
     if not (is_run or _is_empty(folder / RESULTS_NAME)):
         foreign.append(RESULTS_NAME)
     foreign += [role for role in ROLES if not is_own_export(folder / role)]
-    foreign += [name for name in (RECIPE_NAME, RESULTS_NAME, STATE_NAME) if (folder / name).is_dir()]
+    foreign += folders_among(folder, (RECIPE_NAME, RESULTS_NAME, STATE_NAME))
     check_own(folder, foreign, False, "output_dir")
 
 

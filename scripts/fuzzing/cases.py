@@ -21,7 +21,7 @@ from types import ModuleType
 TIME_LIMIT = 120  # seconds a case; the slowest takes some 10 on a free core
 ADDRESS_SPACE = 4 << 30  # bytes that a case may map beyond what is mapped after the imports
 PEAK = 1 << 30  # bytes that a case may hold beyond what is held after the imports
-LONGEST_MESSAGE = 10  # lines
+LONGEST_MESSAGE = 20  # lines, for a list of the keys in which two recipes differ
 
 GOOD = ("ran", "refused")
 FAILURES = (
@@ -218,7 +218,7 @@ def redirect(path):
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     # Not the streams of a test runner, which keep what is written.
     sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
-    sys.stderr = open(2, "w", closefd=False, buffering=1)  # noqa: SIM115
+    sys.stderr = open(2, "w", closefd=False, buffering=1, errors="backslashreplace")  # noqa: SIM115
 
 
 def _record():

@@ -123,6 +123,12 @@ def test_a_folder_in_place_of_a_file_is_refused(name, run, capsys, nothing_loade
     refused(capsys, RESUME, f"run holds {name}, which hfkd did not write")
 
 
+def test_a_folder_in_place_of_a_searchs_lock_is_refused(capsys, nothing_loaded):
+    Path("found/study.lock").mkdir(parents=True)
+    search = ["search", "r.yaml", "--search_dir", "found", "--dataset_name", "digits", "--held_out", "0.5"]
+    refused(capsys, search, "found holds study.lock, which hfkd did not write")
+
+
 @pytest.mark.parametrize("argv", [TRAIN, RESUME])
 def test_a_second_command_is_refused_at_once(argv, run, capsys, nothing_loaded):
     with claimed(run, "output_dir"):

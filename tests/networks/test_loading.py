@@ -232,10 +232,14 @@ def test_a_runs_folder_without_a_model():
 def test_damaged_files(tmp_path):
     load_student("cifar_resnet8", ["a", "b"]).save_pretrained(tmp_path)
     weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    written = json.loads(config.read_text())
+    config.write_text(json.dumps({key: value for key, value in written.items() if key != "pretrained_cfg"}))
+    with pytest.raises(ValueError, match="does not hold the size and the normalisation of its images"):
+        input_spec(load_pretrained(str(tmp_path)))
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ValueError, match="has no weights that can be loaded.*incomplete"):
         load_pretrained(str(tmp_path))
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_classes": 0.5}))
+    config.write_text(json.dumps(written | {"num_classes": 0.5}))
     with pytest.raises(ValueError, match="has no model that can be loaded"):
         load_pretrained(str(tmp_path))
 
