@@ -416,7 +416,7 @@ def input_spec(model: nn.Module) -> InputSpec:
     """
     if isinstance(model, TimmWrapperForImageClassification):
         # The timm model has a pretrained_cfg as well, but timm makes it anew when a folder is loaded.
-        cfg = getattr(model.config, "pretrained_cfg", None)
+        cfg: Any = getattr(model.config, "pretrained_cfg", None)
     elif isinstance(model, PreTrainedModel):
         trusted = type(model).__module__.startswith("transformers_modules.")  # its code runs already
         return _processor_input_spec(load_processor(model.name_or_path, trusted), model.name_or_path)
