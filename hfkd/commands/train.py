@@ -82,7 +82,7 @@ def train_first(teacher: PlannedRun, model_args: ModelArguments) -> None:
     trainer = train(*teacher.settings, role=teacher.role, name=teacher.name)
     trainer.accelerator.wait_for_everyone()  # until the first process has written the model
     del trainer
-    gc.collect()  # a trainer has reference cycles, which would keep its networks and images on the device
+    gc.collect()  # what is left in reference cycles would keep memory of the device
 
 
 def check_teacher_is_used(model_args: ModelArguments, config: DistillationConfig) -> None:

@@ -157,7 +157,10 @@ def test_another_data_set_changes_no_result():
 
 def test_no_best_model_needs_no_metric():
     sets = {"a": images(8, augment=False)}
-    trainer_of(eval_dataset=sets).train()  # the default metric is top1, and evaluation gives a_top1
+    trainer = trainer_of(eval_dataset=sets)
+    trainer.train()  # the default metric is top1, and evaluation gives a_top1
+    assert any("eval_a_top1" in entry for entry in trainer.state.log_history)
+    assert trainer.state.global_step == trainer.state.max_steps > 0
 
 
 @pytest.mark.parametrize(
@@ -265,7 +268,11 @@ def test_a_data_set_that_keeps_its_image_column():
 
 def test_removing_columns_leaves_hfkds_batches_whole():
     args = config(losses={"mlkd": {}}, remove_unused_columns=True, **EPOCHS)
-    trainer_of(args=args).train()
+    trainer = trainer_of(args=args)
+    trainer.train()
+    assert trainer.state.global_step == trainer.state.max_steps > 0
+    # MLKD reads the second view of each image, which the student's forward does not take.
+    assert any(name.startswith("loss_mlkd") for entry in trainer.state.log_history for name in entry)
 
 
 class Folder(TensorDataset):
