@@ -12,6 +12,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for processes that tests start, which are
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", os.environ.get("HFKD_TEST_GPU", ""))
 
 import accelerate.utils.memory  # noqa: E402
+import datasets  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -37,5 +38,6 @@ def same_draws():
 
 @pytest.fixture(autouse=True)
 def in_tmp_path(tmp_path, monkeypatch):
-    """Runs write to the working directory: each test has its own."""
+    """Runs write to the working directory, and keep files for later runs beside datasets' cache: each test has its own."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")

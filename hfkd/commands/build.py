@@ -115,10 +115,7 @@ def image_sets(
 def training_set(split: ImageSplit | StreamSplit, spec: InputSpec, data_args: DataArguments, seed: int) -> ImageSource:
     """Build the augmented training set from a split, for a student with the input `spec`."""
     if data_args.augmentation == "crop":
-        transform = WeakAugmentation(flip=data_args.random_flip)
-        return ImageDataset.from_split(
-            split, transform=transform, seed=seed, skip_bad_images=data_args.skip_bad_images, **vars(spec)
-        )
+        return _decoded_set(split, WeakAugmentation(flip=data_args.random_flip), spec, data_args, seed)
     transform = RandomResizedCrop(
         **vars(spec),
         interpolation=data_args.interpolation,
@@ -133,12 +130,17 @@ def training_set(split: ImageSplit | StreamSplit, spec: InputSpec, data_args: Da
 def evaluation_set(split: ImageSplit | StreamSplit, spec: InputSpec, data_args: DataArguments) -> ImageSource:
     """Build the evaluation set from a split, without augmentation, for a student with the input `spec`."""
     if data_args.augmentation == "crop":
-        transform = NoAugmentation()
-        return ImageDataset.from_split(
-            split, transform=transform, skip_bad_images=data_args.skip_bad_images, **vars(spec)
-        )
+        return _decoded_set(split, NoAugmentation(), spec, data_args, seed=0)
     transform = CenterCrop(**vars(spec), crop_pct=data_args.crop_pct, interpolation=data_args.interpolation)
     return _lazy_set(split, transform, data_args, seed=0)
+
+
+def _decoded_set(split, transform, spec, data_args, seed):
+    """Build a data set of images that are decoded once."""
+    skip, keep = data_args.skip_bad_images, data_args.decoded_cache
+    return ImageDataset.from_split(
+        split, transform=transform, seed=seed, skip_bad_images=skip, decoded_cache=keep, **vars(spec)
+    )
 
 
 def _lazy_set(split, transform, data_args, seed):

@@ -12,6 +12,7 @@ from ..errors import HfkdError
 from .augment import BatchTransform, NoAugmentation, StrongAugmentation, random_bits
 from .columns import ImageSplit
 from .decode import decode_split
+from .decoded import kept_images
 from .source import IndexedImageSource, pixel_scale
 
 # Entries of a batch that hfkd reads, and the names that transformers' collator turns into `labels`.
@@ -87,16 +88,26 @@ class ImageDataset(IndexedImageSource):
 
     @classmethod
     def from_split(
-        cls, split: ImageSplit, *, image_size: int, skip_bad_images: bool = False, **arguments: Any
+        cls,
+        split: ImageSplit,
+        *,
+        image_size: int,
+        skip_bad_images: bool = False,
+        decoded_cache: bool = False,
+        **arguments: Any,
     ) -> "ImageDataset":
-        """Decode a split of `load_image_splits`; `arguments` are the constructor's from `transform` on.
+        """Decode a split of `load_image_splits`.
 
-        With `skip_bad_images`, images that cannot be decoded are left out, and `index` counts the remaining images.
+        Args:
+            skip_bad_images: leave out images that cannot be decoded; `index` counts the remaining images.
+            decoded_cache: keep the decoded images in a file for later runs, see `hfkd.data.decoded`.
+            **arguments: the constructor's from `transform` on.
 
         Raises:
             HfkdError: see `hfkd.data.decode.decode_split`.
         """
-        images, rows = decode_split(split, image_size, skip_bad_images)
+        decode = kept_images if decoded_cache else decode_split
+        images, rows = decode(split, image_size, skip_bad_images)
         dataset = cls(images, torch.from_numpy(split.labels()[rows]), split.class_names, **arguments)
         dataset.bad_rows = torch.ones(len(split), dtype=torch.bool)
         dataset.bad_rows[torch.from_numpy(rows)] = False

@@ -221,6 +221,12 @@ class DataArguments:
         default=False,
         metadata={"help": "Skip and count images that cannot be decoded; otherwise they raise an error."},
     )
+    decoded_cache: bool = field(
+        default=True,
+        metadata={
+            "help": "Keep small images, once decoded, in a file beside the cache of datasets, for later runs; for crop."
+        },
+    )
 
     def __post_init__(self):
         check_ranges(self)
@@ -283,6 +289,10 @@ class DistillationConfig(TrainingArguments):
     )
     shard_teacher: bool = field(
         default=False, metadata={"help": "With FSDP: shard the teacher over the processes, like the student."}
+    )
+    keep_teacher_evaluation: bool = field(
+        default=True,
+        metadata={"help": "Keep the teacher's classes for the evaluation images beside the cache of datasets."},
     )
     channels_last: bool = field(
         default=True, metadata={"help": "Keep student and teacher in the channels_last memory format."}

@@ -159,6 +159,7 @@ _DATA = {
         ("interpolation", "crop_pct", "auto_augment", "color_jitter", "random_erasing", "streaming"),
         Key(RESULT, augmentation="random_resized_crop"),
     ),
+    "decoded_cache": Key(SPEED),
 }
 _DISTILLATION = {
     **dict.fromkeys(
@@ -171,6 +172,7 @@ _DISTILLATION = {
     "ce_weight": Key(RESULT, searchable=True),
     "lr_milestones": Key(RESULT, schedule=True),
     "shard_teacher": Key(SPEED),
+    "keep_teacher_evaluation": Key(SPEED),
     "stop_when_diverged": Key(OUTPUT),  # a run that does not diverge is the same
     "published_top1": Key(OUTPUT),
     "allow_recipe_change": Key(CONTROL),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..data import ImageSource
 from ..data.subsets import image_source
 from ..networks.teacher import Teacher, TeacherEnsemble
+from ..teacher_cache.choices import KeptChoices
 from ..teacher_cache.teacher import CachedTeacher
 
 
@@ -25,14 +26,21 @@ class TeacherMemory:
     Args:
         teacher: the teacher, None for a student without one.
         device: device of the batches.
+        kept: where the classes are kept for later runs, None for nowhere.
 
     Attributes:
         current: classes (N,) of the data set that is being evaluated, -1 where not known; None where nothing is kept.
     """
 
-    def __init__(self, teacher: Teacher | TeacherEnsemble | CachedTeacher | None, device: torch.device):
-        self.teacher, self.device = teacher, device
+    def __init__(
+        self,
+        teacher: Teacher | TeacherEnsemble | CachedTeacher | None,
+        device: torch.device,
+        kept: KeptChoices | None = None,
+    ):
+        self.teacher, self.device, self.kept = teacher, device, kept
         self.current: Tensor | None = None
+        self._source: ImageSource | None = None
         self._memories: WeakKeyDictionary[ImageSource, Tensor | None] = WeakKeyDictionary()
 
     def open(self, dataset) -> None:
@@ -45,21 +53,30 @@ class TeacherMemory:
             cached = isinstance(self.teacher, CachedTeacher)
             known = self.teacher.choices(source) if cached else torch.full((source.num_rows,), -1)
             self._memories[source] = None if known is None else known.to(self.device)
-        self.current = self._memories[source]
+        self.current, self._source = self._memories[source], source
 
     def top1(self, batches: Iterable[dict[str, Tensor]], processes: int) -> float | None:
         """Return the teacher's top-1 in percent over the batches of an opened data set, and remember its choices.
 
         All processes must call it. None where nothing can be remembered: then each evaluation runs the teacher anyway.
+        Choices that an earlier run kept are believed if the teacher chooses the same for the first batch.
         """
         if self.current is None:
             return None
+        kept, believed = self._read_kept(), False
         hits = torch.full_like(self.current, -1)  # of rows in no batch: -1
         for inputs in batches:
             choice, counting = self.choice(inputs), inputs["labels"] != ImageSource.IGNORED
             hits[inputs["index"][counting]] = (choice == inputs["labels"])[counting].long()
+            if kept is not None and torch.equal(kept[inputs["index"]], choice):
+                self.current.copy_(kept)
+                believed = True
+            kept = None  # one batch decides
         if processes > 1:
-            torch.distributed.all_reduce(hits, torch.distributed.ReduceOp.MAX)
+            for rows in (hits, self.current):
+                torch.distributed.all_reduce(rows, torch.distributed.ReduceOp.MAX)
+        if self.kept is not None and not believed and (self.current >= 0).all():
+            self.kept.write(self._source, self.current)
         measured = hits[hits >= 0]
         return 100 * measured.double().mean().item() if len(measured) else None
 
@@ -78,6 +95,13 @@ class TeacherMemory:
         if memory is not None:
             memory[index] = choice
         return choice
+
+    def _read_kept(self) -> Tensor | None:
+        """Return the choices that an earlier run kept, where nothing is known yet."""
+        if self.kept is None or (self.current >= 0).any():
+            return None
+        kept = self.kept.read(self._source)
+        return None if kept is None else kept.to(self.device)
 
     def _known_everywhere(self, known: Tensor) -> bool:
         """Return whether the batch is known here and, for a sharded teacher, which all must run, in all processes."""

@@ -40,6 +40,7 @@ from ..networks.origins import student_weights, teacher_weights
 from ..networks.teacher import Teacher, TeacherEnsemble
 from ..recipe.arguments import DistillationConfig
 from ..runs.writing import finite_or_none, use_umask
+from ..teacher_cache.choices import kept_choices
 from ..teacher_cache.teacher import CachedTeacher
 from .backends import backend_of
 from .callbacks import ContinueLog, EndWhereDone, EpochLines, ProgressLines, SetEpoch, UpdateAverage, place_tensorboard
@@ -209,7 +210,7 @@ class DistillationTrainer(Trainer):
         place_tensorboard(self.callback_handler.callbacks, Path(str(args.output_dir), "tensorboard"))
         self.results.facts = {"recipe": None, "dataset": None}  # a command that knows them sets them
         self.checkpoints = Checkpoints(args, self.accelerator.wait_for_everyone)
-        self.teacher_memory = TeacherMemory(self.teacher, args.device)
+        self.teacher_memory = TeacherMemory(self.teacher, args.device, kept_choices(self.teacher, args))
         self._continue_log = ContinueLog(self, self.term_log)
         self._keep_logits = self._asks_teacher = False
         self._steps_per_epoch = 1  # known once training begins, when a schedule that a user has created is replaced
