@@ -38,6 +38,6 @@ def same_draws():
 
 @pytest.fixture(autouse=True)
 def in_tmp_path(tmp_path, monkeypatch):
-    """Runs write to the working directory, and keep files for later runs beside datasets' cache: each test has its own."""
+    """Runs write to the working directory, and beside the cache of datasets: each test has its own of both."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
