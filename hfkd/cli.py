@@ -18,6 +18,7 @@ COMMANDS = {
     "train-teacher": ("hfkd.commands.train:train_teacher", "train the network of a recipe from the labels alone"),
     "cache-teacher": ("hfkd.commands.cache_teacher:cache_teacher", "store a teacher's logits for many students"),
     "search": ("hfkd.commands.search:search", "find the temperature, weights and learning rate of a recipe"),
+    "choose": ("hfkd.commands.choose:choose", "try ways of teaching on held-out images, and say which to take"),
     "recipes": ("hfkd.commands.recipes:recipes", "list, search and copy recipes"),
     "evaluate": ("hfkd.commands.evaluate:evaluate", "measure a trained model"),
     "reproduce": (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+from torch.utils.data import Subset
 from transformers import PreTrainedModel
 
 from ..data import (
@@ -110,6 +112,40 @@ def image_sets(
     """Build the training and evaluation data sets."""
     seed = config.seed if config.data_seed is None else config.data_seed
     return training_set(splits[0], spec, data_args, seed), evaluation_set(splits[1], spec, data_args)
+
+
+def held_out_sets(
+    split: ImageSplit | StreamSplit,
+    spec: InputSpec,
+    data_args: DataArguments,
+    config: DistillationConfig,
+    share: float,
+) -> tuple[Subset, Subset]:
+    """Return the training images without a share drawn at random, and that share, prepared for evaluation.
+
+    Both contain the whole split, so that their row numbers are the row numbers in a teacher cache.
+
+    Raises:
+        HfkdError: if one of them is empty.
+    """
+    train_set, eval_set = image_sets((split, split), spec, data_args, config)
+    kept, drawn = _split_rows(train_set.num_rows, share, config.seed)
+    return Subset(train_set, kept), Subset(eval_set, drawn)  # type: ignore[arg-type]  # no streams
+
+
+def _split_rows(rows: int, share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Draw a share of the rows at random; return the other row numbers and the drawn ones, each ascending.
+
+    Raises:
+        HfkdError: if one of them is empty.
+    """
+    count = round(share * rows)
+    if not 0 < count < rows:
+        raise HfkdError(
+            f"held_out {share:g} of {rows:,} training images leaves none to {'hold out' if not count else 'train on'}."
+        )
+    drawn = torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).tolist()
+    return sorted(drawn[count:]), sorted(drawn[:count])
 
 
 def training_set(split: ImageSplit | StreamSplit, spec: InputSpec, data_args: DataArguments, seed: int) -> ImageSource:

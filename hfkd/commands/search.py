@@ -8,9 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock
-from torch.utils.data import Subset
 from transformers import set_seed
 from transformers.utils import logging
 
@@ -40,7 +38,7 @@ from ..search.space import TRIAL_SETTINGS, Parameter, search_space
 from ..teacher_cache.files import read_facts
 from ..training.trainer import DistillationTrainer
 from .arguments import parse_known, split_subject
-from .build import build_student, image_sets, load_splits, load_teachers, open_cache
+from .build import build_student, held_out_sets, image_sets, load_splits, load_teachers, open_cache
 from .messages import hide_token
 from .train import check_teacher_is_used, train_first
 from .without_recipe import with_recipe
@@ -223,30 +221,12 @@ def build_search_trainer(
     set_seed(config.seed)
     spec = input_spec(make_student())
     if held_out:
-        # Both sets contain the whole split, so that their row numbers are the row numbers in a teacher cache.
-        train_set, eval_set = image_sets((splits[0], splits[0]), spec, data_args, config)
-        kept, chosen = _split_rows(train_set.num_rows, held_out, config.seed)
-        train_set, eval_set = Subset(train_set, kept), Subset(eval_set, chosen)
+        train_set, eval_set = held_out_sets(splits[0], spec, data_args, config, held_out)
     else:
         train_set, eval_set = image_sets(splits, spec, data_args, config)
     return DistillationTrainer(
         None, teacher, config, train_dataset=train_set, eval_dataset=eval_set, model_init=make_student
     )
-
-
-def _split_rows(rows: int, share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Draw a share of the rows at random; return the other row numbers and the drawn ones, each ascending.
-
-    Raises:
-        HfkdError: if one of them is empty.
-    """
-    count = round(share * rows)
-    if not 0 < count < rows:
-        raise HfkdError(
-            f"held_out {share:g} of {rows:,} training images leaves none to {'hold out' if not count else 'train on'}."
-        )
-    drawn = torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).tolist()
-    return sorted(drawn[count:]), sorted(drawn[:count])
 
 
 def _header(argv: list[str], found: str, folder: Path) -> str:
