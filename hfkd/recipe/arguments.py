@@ -281,6 +281,16 @@ class DistillationConfig(TrainingArguments):
         default=None,
         metadata={"help": "Decay per step of the moving average of the student, which is then evaluated and exported."},
     )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "End training when metric_for_best_model has not improved for this many evaluations; by default it "
+            "goes on to the end."
+        },
+    )
+    early_stopping_threshold: float = field(
+        default=0.0, metadata={"help": "How much better the metric must get to count as improved."}
+    )
     shard_teacher: bool = field(
         default=False, metadata={"help": "With FSDP: shard the teacher over the processes, like the student."}
     )

@@ -48,6 +48,8 @@ RANGES = {
     **dict.fromkeys(("ce_weight", "mixup", "cutmix"), NOT_NEGATIVE),
     **dict.fromkeys(("lr_milestones", "lr_gamma"), POSITIVE),
     "ema_decay": Range("must be between 0 and 1, e.g. 0.9998", lambda value: 0 < value < 1),
+    "early_stopping_patience": AT_LEAST_1,
+    "early_stopping_threshold": NOT_NEGATIVE,
     "published_top1": PERCENT,
     # Training
     "num_train_epochs": POSITIVE,
@@ -124,7 +126,7 @@ def check_training(config: Any) -> None:
 
     Raises:
         HfkdError: for a number out of range, milestones that do not increase, strategies that contradict
-            load_best_model_at_end, or optim_args that the optimizer does not take.
+            load_best_model_at_end or early stopping, or optim_args that the optimizer does not take.
     """
     check_ranges(config)
     for key in ("neftune_noise_alpha", "use_liger_kernel"):
@@ -145,10 +147,21 @@ def check_training(config: Any) -> None:
             "load_best_model_at_end needs a checkpoint of each evaluation, so save_steps must be eval_steps, got "
             f"{config.save_steps:g} and {eval_steps:g}."
         )
+    _check_early_stopping(config, evaluated)
     if isinstance(config.lr_scheduler_kwargs, str) and not config.lr_scheduler_kwargs.startswith("{"):
         raise HfkdError(f"lr_scheduler_kwargs must be a mapping, got '{config.lr_scheduler_kwargs}'.")
     if config.optim_args:
         check_optim_args(_name(config.optim), config.optim_args)
+
+
+def _check_early_stopping(config: Any, evaluated: str) -> None:
+    if config.early_stopping_patience is None:
+        if config.early_stopping_threshold:
+            raise HfkdError("early_stopping_threshold goes with early_stopping_patience: set it, too.")
+    elif evaluated == "no":
+        raise HfkdError("early_stopping_patience counts evaluations: set eval_strategy to epoch or steps.")
+    elif config.metric_for_best_model is None:
+        raise HfkdError("early_stopping_patience needs a metric: set metric_for_best_model, such as top1.")
 
 
 def _name(value: Any) -> str:

@@ -159,7 +159,8 @@ def check_given_optimizer(optimizer: Any, distiller: Distiller) -> None:
 
 def asks_for_best(args: DistillationConfig) -> bool:
     """Return whether the run needs `metric_for_best_model`."""
-    return args.load_best_model_at_end or args.save_strategy == "best" or args.lr_scheduler_type in PLATEAU
+    chooses = args.load_best_model_at_end or args.save_strategy == "best" or args.lr_scheduler_type in PLATEAU
+    return chooses or args.early_stopping_patience is not None
 
 
 def check_best_metric(wanted: str | None, eval_dataset: Any, names: list[str] | None) -> None:

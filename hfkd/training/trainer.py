@@ -56,6 +56,7 @@ from .checks import (
 from .distiller import Distiller
 from .divergence import Divergence
 from .dry_run import check_single_image, dry_run
+from .early_stopping import EarlyStopping
 from .evaluation import TeacherMemory, mean_cross_entropy, own_forward, ranked_predictions
 from .exports import Exports
 from .loaders import (
@@ -220,6 +221,7 @@ class DistillationTrainer(Trainer):
             self.run_block,
             TeacherReport(self),
             self._continue_log,
+            *([EarlyStopping(args, self.results)] if args.early_stopping_patience else []),
             self.results,
             self.stop_on_sigterm,
             self.pushes,
