@@ -260,6 +260,13 @@ class DistillationConfig(TrainingArguments):
         metadata={"help": "Z-score the logits of teacher and student before every logit loss."},
     )
     ce_weight: float = field(default=1.0, metadata={"help": "Weight of the cross-entropy with the labels."})
+    class_weights: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Weights of the classes in the cross-entropy: a number for each, in the order of the labels, or "
+            "'balanced' for the inverse of their shares of the training images."
+        },
+    )
     decay_all_parameters: bool = field(
         default=False,
         metadata={
@@ -342,6 +349,8 @@ class DistillationConfig(TrainingArguments):
     )
 
     def __post_init__(self):
+        if isinstance(self.class_weights, str):  # from code
+            self.class_weights = [self.class_weights]
         check_training(self)
         if not torch.accelerator.is_available():
             self.use_cpu = True  # otherwise TrainingArguments refuses bf16, which CPUs support
@@ -369,10 +378,10 @@ class DistillationConfig(TrainingArguments):
             )
         if self.fp16 and self.use_cpu:
             raise HfkdError("fp16 needs an accelerator. On a CPU, set bf16 or neither.")
-        if self.label_smoothing_factor:
+        if self.label_smoothing_factor and self.losses:
             raise HfkdError(
-                f"label_smoothing_factor={self.label_smoothing_factor} is not supported, because the teacher's "
-                "distribution replaces it: leave it at 0."
+                f"label_smoothing_factor={self.label_smoothing_factor} is for training from the labels alone, as with "
+                "`hfkd train-teacher`: beside losses the teacher's distribution replaces it. Leave it at 0."
             )
         if self.mixes and (self.per_device_train_batch_size % 2 or not self.dataloader_drop_last):
             raise HfkdError(

@@ -32,6 +32,7 @@ SHARE = Range("must be 0 or above and at most 1", lambda value: 0 <= value <= 1)
 BELOW_1 = Range("must be 0 or above and below 1", lambda value: 0 <= value < 1)
 PERCENT = Range("must be 0 or above and at most 100", lambda value: 0 <= value <= 100)
 SEED = Range("must be 0 or above and below 2**32", lambda value: 0 <= value < 2**32)
+BALANCED = "balanced"  # class_weights from the labels
 RANGES = {
     # Model and data
     **dict.fromkeys(("teacher_class_indices", "teacher_image_mean"), NOT_NEGATIVE),
@@ -55,11 +56,11 @@ RANGES = {
     "num_train_epochs": POSITIVE,
     "max_steps": Range("must be 1 or more, or -1 to leave it out", lambda value: value == -1 or value >= 1),
     **dict.fromkeys(("seed", "data_seed"), SEED),
-    **dict.fromkeys(("adam_beta1", "adam_beta2"), BELOW_1),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), BELOW_1),
     **dict.fromkeys(
         (
             *("learning_rate", "weight_decay", "warmup_steps", "adam_epsilon", "max_grad_norm", "eval_delay"),
-            *("label_smoothing_factor", "dataloader_num_workers"),
+            "dataloader_num_workers",
         ),
         NOT_NEGATIVE,
     ),
@@ -148,6 +149,7 @@ def check_training(config: Any) -> None:
             f"{config.save_steps:g} and {eval_steps:g}."
         )
     _check_early_stopping(config, evaluated)
+    _check_class_weights(config)
     if isinstance(config.lr_scheduler_kwargs, str) and not config.lr_scheduler_kwargs.startswith("{"):
         raise HfkdError(f"lr_scheduler_kwargs must be a mapping, got '{config.lr_scheduler_kwargs}'.")
     if config.optim_args:
@@ -162,6 +164,23 @@ def _check_early_stopping(config: Any, evaluated: str) -> None:
         raise HfkdError("early_stopping_patience counts evaluations: set eval_strategy to epoch or steps.")
     elif config.metric_for_best_model is None:
         raise HfkdError("early_stopping_patience needs a metric: set metric_for_best_model, such as top1.")
+
+
+def _check_class_weights(config: Any) -> None:
+    given = config.class_weights
+    if given is None:
+        return
+    if config.ce_weight == 0:
+        raise HfkdError("class_weights weigh the cross-entropy, and ce_weight is 0: leave class_weights out.")
+    if list(given) == [BALANCED]:
+        return
+    for weight in given:
+        try:
+            number = float(weight)
+        except ValueError:
+            number = math.nan
+        if not (math.isfinite(number) and number >= 0):
+            raise HfkdError(f"class_weights must be {BALANCED}, or numbers of 0 or above, got '{weight}'.")
 
 
 def _name(value: Any) -> str:

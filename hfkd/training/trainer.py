@@ -59,6 +59,7 @@ from .dry_run import check_single_image, dry_run
 from .early_stopping import EarlyStopping
 from .evaluation import TeacherMemory, mean_cross_entropy, own_forward, ranked_predictions
 from .exports import Exports
+from .label_loss import cross_entropy
 from .loaders import (
     check_batch,
     data_sets,
@@ -199,7 +200,9 @@ class DistillationTrainer(Trainer):
         self.stop_on_sigterm = StopOnSigterm()
         self.term_log = TermLog()
         kwargs["data_collator"] = kwargs.get("data_collator") or collate_batch
-        super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        # Trainer's own label smoothing, which nothing here calls, would need a model of transformers.
+        with changed_for_now(args, label_smoothing_factor=0.0):
+            super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
 
         self._signature_columns = list(BATCH_ENTRIES)  # what remove_unused_columns keeps, whatever the student takes
         if model_init is not None:  # Trainer takes one or the other
@@ -257,7 +260,8 @@ class DistillationTrainer(Trainer):
         if self.teacher is not None:
             images = batch_spec(self.train_dataset, first_set(self.eval_dataset), self.model)
             prepare_teacher(self.teacher, self.model, losses, args, images, autocast_dtype)
-        self.distiller = Distiller(self.model, losses, args.ce_weight, self.compute_loss_func)
+        labels_alone = cross_entropy(args, self.train_dataset)
+        self.distiller = Distiller(self.model, losses, args.ce_weight, self.compute_loss_func, labels_alone)
         self.results.facts |= run_facts(self.exports.name, self.model, self.teacher, losses, args)
         if self.compute_loss_func is not None:
             kind = type(self.compute_loss_func).__name__
