@@ -49,6 +49,7 @@ RANGES = {
     **dict.fromkeys(("ce_weight", "mixup", "cutmix"), NOT_NEGATIVE),
     **dict.fromkeys(("lr_milestones", "lr_gamma"), POSITIVE),
     "ema_decay": Range("must be between 0 and 1, e.g. 0.9998", lambda value: 0 < value < 1),
+    "layer_decay": Range("must be above 0 and at most 1, e.g. 0.75", lambda value: 0 < value <= 1),
     "early_stopping_patience": AT_LEAST_1,
     "early_stopping_threshold": NOT_NEGATIVE,
     "published_top1": PERCENT,
@@ -179,8 +180,17 @@ def _check_class_weights(config: Any) -> None:
             number = float(weight)
         except ValueError:
             number = math.nan
-        if not (math.isfinite(number) and number >= 0):
-            raise HfkdError(f"class_weights must be {BALANCED}, or numbers of 0 or above, got '{weight}'.")
+        if not (math.isfinite(number) and number > 0):  # a batch of classes without weight has no mean
+            raise HfkdError(f"class_weights must be {BALANCED}, or a number above 0 for each class, got '{weight}'.")
+
+
+def check_label_smoothing(factor: float, losses: Any) -> None:
+    """Raise HfkdError for label smoothing beside losses."""
+    if factor and losses:
+        raise HfkdError(
+            f"label_smoothing_factor={factor} is for training from the labels alone, as with `hfkd train-teacher`: "
+            "beside losses the teacher's distribution replaces it. Leave it at 0."
+        )
 
 
 def _name(value: Any) -> str:

@@ -12,7 +12,7 @@ from ..data import ImageSource, IndexedImageSource
 from ..data.subsets import image_source, training_labels
 from ..errors import HfkdError
 from ..recipe.arguments import DistillationConfig
-from ..recipe.checks import BALANCED
+from ..recipe.checks import BALANCED, check_label_smoothing
 
 
 def cross_entropy(args: DistillationConfig, train_dataset: Any) -> nn.CrossEntropyLoss:
@@ -23,6 +23,33 @@ def cross_entropy(args: DistillationConfig, train_dataset: Any) -> nn.CrossEntro
     """
     weights = None if args.class_weights is None else class_weights(args.class_weights, train_dataset)
     return nn.CrossEntropyLoss(weight=weights, label_smoothing=args.label_smoothing_factor)
+
+
+def check_label_loss(own: Any, losses: Any, args: DistillationConfig) -> None:
+    """Check that the settings of the cross-entropy are not in vain.
+
+    Args:
+        own: Trainer's `compute_loss_func`, which takes the place of the cross-entropy; None without one.
+        losses: the losses beside it.
+
+    Raises:
+        HfkdError: for class weights or label smoothing beside a `compute_loss_func`, or label smoothing beside losses.
+    """
+    for key in ("class_weights", "label_smoothing_factor"):
+        if own is not None and getattr(args, key):
+            raise HfkdError(
+                f"{key} is for the cross-entropy, and compute_loss_func takes its place: leave one of them out."
+            )
+    check_label_smoothing(args.label_smoothing_factor, losses)
+
+
+def check_weight_count(given: Sequence[str] | None, classes: int) -> None:
+    """Raise HfkdError if class weights are listed whose number is not that of the classes."""
+    if given is not None and list(given) != [BALANCED] and len(given) != classes:
+        raise HfkdError(
+            f"class_weights has {len(given)} weights, and the data set {classes} classes: give one for each, in the "
+            f"order of the labels, or {BALANCED}."
+        )
 
 
 def class_weights(given: Sequence[str], train_dataset: Any) -> Tensor:
@@ -36,11 +63,8 @@ def class_weights(given: Sequence[str], train_dataset: Any) -> Tensor:
     """
     source = image_source(train_dataset)
     if list(given) != [BALANCED]:
-        if source is not None and len(given) != source.num_classes:
-            raise HfkdError(
-                f"class_weights has {len(given)} weights, and the data set {source.num_classes} classes: give one for "
-                f"each, in the order of the labels, or {BALANCED}."
-            )
+        if source is not None:
+            check_weight_count(given, source.num_classes)
         return torch.tensor([float(weight) for weight in given])
     if not isinstance(source, IndexedImageSource):
         raise HfkdError(

@@ -47,7 +47,7 @@ def test_the_first_loss_is_the_weighted_and_smoothed_one():
 
 
 def test_the_loss_is_that_of_torch():
-    weights = [1.0, 0.0, *[2.0] * 8]
+    weights = [1.0, 0.5, *[2.0] * 8]
     dataset = images(20, augment=False)
     arguments = config(class_weights=weights, label_smoothing_factor=0.1)
     trainer = DistillationTrainer(Plain(), None, arguments, train_dataset=dataset)
@@ -57,6 +57,37 @@ def test_the_loss_is_that_of_torch():
         logits = trainer.model(batch["pixel_values"])
     expected = F.cross_entropy(logits, batch["labels"], weight=torch.tensor(weights), label_smoothing=0.1)
     torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"class_weights": "balanced"},
+            "class_weights is for the cross-entropy, and compute_loss_func takes its place",
+        ),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is for the cross-entropy"),
+    ],
+)
+def test_a_loss_of_the_users_own_is_refused_beside_them(changes, message):
+    def own(outputs, labels, num_items_in_batch=None):
+        return F.cross_entropy(outputs.logits, labels)
+
+    with pytest.raises(ValueError, match=message):
+        DistillationTrainer(Plain(), None, config(**changes), train_dataset=images(20), compute_loss_func=own)
+
+
+def test_smoothing_is_refused_beside_losses():
+    arguments = config(label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match="label_smoothing_factor=0.1 is for training from the labels alone"):
+        DistillationTrainer(Plain(), Plain(), arguments, train_dataset=images(20), losses={"kd": {}})
+
+
+def test_the_number_of_weights_is_checked_before_networks_are_loaded(monkeypatch):
+    Path("r.yaml").write_text(yaml.safe_dump(RECIPE))
+    monkeypatch.setattr("hfkd.commands.build.build_student", None)
+    with pytest.raises(ValueError, match="class_weights has 3 weights, and the data set 10 classes"):
+        train_teacher(["r.yaml", "--class_weights", "1", "2", "3"])
 
 
 def test_weights_that_do_not_fit():
