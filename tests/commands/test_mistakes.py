@@ -4,9 +4,11 @@ import json
 import re
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from helpers import Plain, config, images
+from PIL import Image
 
 from hfkd import DistillationTrainer
 from hfkd.cli import main
@@ -343,3 +345,32 @@ def test_a_run_goes_on_with_harmless_changes():
         main(["distill", path, *words, *more])
     (row,) = compared(find_runs(["runs"])[0])
     assert row.label == "r" and len(row.runs) == 3
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "feature, values, keys",
+    [
+        (datasets.List(datasets.ClassLabel(names=["cat", "dog"])), [[0], [0, 1]], {}),
+        (datasets.List(datasets.Value("int64"), length=2), [[1, 0], [1, 1]], {"label_column": "labels"}),
+    ],
+)
+def test_several_labels_an_image_are_refused(feature, values, keys, streaming, monkeypatch, capsys):
+    """Lists of classes, and rows of zeros and ones."""
+
+    def fail(*args, **kwargs):
+        raise AssertionError("a network was loaded")
+
+    monkeypatch.setattr("hfkd.commands.build.build_student", fail)
+    features = datasets.Features({"image": datasets.Image(), "labels": feature})
+    rows = {"image": [Image.new("RGB", (8, 8))] * 2, "labels": values}
+    Path("data").mkdir()
+    for split in ("train", "test"):
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(f"data/{split}.parquet")
+    changes = {"dataset_name": "data", "augmentation": "random_resized_crop", "streaming": streaming, **keys}
+    path = recipe(**changes, train_split="train", eval_split="test")
+    refused(
+        capsys,
+        ["train-teacher", path],
+        r"column 'labels' of data holds a list of labels .*multi-label.*hfkd learns one class for each image",
+    )
