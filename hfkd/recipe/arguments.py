@@ -16,7 +16,7 @@ from torch.distributed import DistNetworkError, DistStoreError
 from transformers import TrainingArguments
 
 from ..errors import HfkdError, RendezvousError, did_you_mean
-from .checks import check_names, check_ranges, check_training
+from .checks import check_label_smoothing, check_names, check_ranges, check_training
 from .keys import PATH_KEYS, RECIPE_KEYS
 from .yaml_file import parse_yaml
 
@@ -274,6 +274,20 @@ class DistillationConfig(TrainingArguments):
             "convolution kernels that the model does not exempt."
         },
     )
+    freeze: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Glob patterns of the student's modules or parameters that are not trained, e.g. patch_embed "
+            "'blocks.[0-5].*'. BatchNorm statistics within do not move."
+        },
+    )
+    layer_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "timm's layer-wise learning rates: each layer of the student has this share of the next one's, and "
+            "the classifier learning_rate."
+        },
+    )
     lr_milestones: list[float] | None = field(
         default=None,
         metadata={"help": "Epochs after which lr_gamma multiplies the learning rate; replaces lr_scheduler_type."},
@@ -349,8 +363,9 @@ class DistillationConfig(TrainingArguments):
     )
 
     def __post_init__(self):
-        if isinstance(self.class_weights, str):  # from code
-            self.class_weights = [self.class_weights]
+        for name in ("class_weights", "freeze"):
+            if isinstance(getattr(self, name), str):  # from code
+                setattr(self, name, [getattr(self, name)])
         check_training(self)
         if not torch.accelerator.is_available():
             self.use_cpu = True  # otherwise TrainingArguments refuses bf16, which CPUs support
@@ -378,11 +393,7 @@ class DistillationConfig(TrainingArguments):
             )
         if self.fp16 and self.use_cpu:
             raise HfkdError("fp16 needs an accelerator. On a CPU, set bf16 or neither.")
-        if self.label_smoothing_factor and self.losses:
-            raise HfkdError(
-                f"label_smoothing_factor={self.label_smoothing_factor} is for training from the labels alone, as with "
-                "`hfkd train-teacher`: beside losses the teacher's distribution replaces it. Leave it at 0."
-            )
+        check_label_smoothing(self.label_smoothing_factor, self.losses)
         if self.mixes and (self.per_device_train_batch_size % 2 or not self.dataloader_drop_last):
             raise HfkdError(
                 "mixup and cutmix pair the images of a batch, so every batch must be even: set dataloader_drop_last: "

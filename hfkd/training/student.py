@@ -21,6 +21,8 @@ from ..networks.teacher import Teacher, TeacherEnsemble, check_placement
 from ..recipe.arguments import DistillationConfig
 from ..teacher_cache.teacher import CachedTeacher
 from .checks import check_ensemble
+from .freezing import frozen_names
+from .optimization import layer_scales
 
 
 def fit_student(
@@ -67,6 +69,17 @@ def load_named_student(name_or_path: str, dataset: Any) -> PreTrainedModel:
     if isinstance(student, TimmWrapperForImageClassification):  # what others prepare their images by
         student.config.pretrained_cfg |= {"mean": source.mean, "std": source.std}
     return student
+
+
+def check_names(student: nn.Module, args: DistillationConfig) -> None:
+    """Check the settings that go by the names of a student's layers, before images are decoded.
+
+    Raises:
+        HfkdError: for a pattern that names no part of it, or layers that it does not tell.
+    """
+    frozen_names(student, args.freeze or [])
+    if args.layer_decay is not None:
+        layer_scales(student, args.layer_decay)
 
 
 def _class_names(dataset: Any) -> list[str] | None:

@@ -59,7 +59,8 @@ from .dry_run import check_single_image, dry_run
 from .early_stopping import EarlyStopping
 from .evaluation import TeacherMemory, mean_cross_entropy, own_forward, ranked_predictions
 from .exports import Exports
-from .label_loss import cross_entropy
+from .freezing import freeze
+from .label_loss import check_label_loss, cross_entropy
 from .loaders import (
     check_batch,
     data_sets,
@@ -72,12 +73,27 @@ from .loaders import (
     without_signals,
 )
 from .metrics import EvaluationMetrics, names_of_users, own_names
-from .optimization import decayed_parameter_names, lomo_looked_up_once, multi_step_schedule, optimizer_settings
+from .optimization import (
+    decayed_parameter_names,
+    layer_scales,
+    lomo_looked_up_once,
+    multi_step_schedule,
+    optimizer_settings,
+    scale_learning_rates,
+)
 from .preemption import StopOnSigterm
 from .pushes import Pushes
 from .results import ResultsWriter, run_facts
 from .run_block import RunBlock
-from .student import batch_spec, fit_student, load_named_student, own_processor, prepare_teacher, tell_losses
+from .student import (
+    batch_spec,
+    check_names,
+    fit_student,
+    load_named_student,
+    own_processor,
+    prepare_teacher,
+    tell_losses,
+)
 from .teacher_report import TeacherReport
 from .term_log import TermLog
 
@@ -163,6 +179,7 @@ class DistillationTrainer(Trainer):
         # and the dry run come last (`_begin`): they need the device, which Trainer's constructor settles.
         args = args or DistillationConfig(output_dir="trainer_output")
         check_types(model, args)
+        check_label_loss(kwargs.get("compute_loss_func"), args.losses if losses is None else losses, args)
         if args.n_gpu > 1:
             logger.warning("Several GPUs are visible and this process uses one: `accelerate launch` uses all of them.")
             args._n_gpu = 1
@@ -234,7 +251,7 @@ class DistillationTrainer(Trainer):
             self.add_callback(callback)
         self._begin(built)
         check_metric_settings(self.model, eval_dataset, args)
-        check_given_optimizer(self.optimizer, self.distiller)
+        check_given_optimizer(self.optimizer, self.distiller, args)
         if asks_for_best(args) and eval_dataset is not None:
             check_best_metric(args.metric_for_best_model, eval_dataset, self._metric_names())
 
@@ -248,6 +265,8 @@ class DistillationTrainer(Trainer):
             # Else transformers saves some of its own models under former parameter names, which `from_pretrained`
             # converts and Trainer, on resuming or loading the best, does not: it leaves the weights as they are.
             self.model._weight_conversions = []  # type: ignore[assignment]  # which transformers does not declare
+        check_names(self.model, args)
+        frozen_norms = freeze(self.model, args.freeze or [])
         # Before the losses tap the student: a copy would carry their hooks along.
         self.average = None if args.ema_decay is None else ModelEmaV3(self.model, args.ema_decay, use_warmup=True)
         self.pop_callback(UpdateAverage)
@@ -261,7 +280,8 @@ class DistillationTrainer(Trainer):
             images = batch_spec(self.train_dataset, first_set(self.eval_dataset), self.model)
             prepare_teacher(self.teacher, self.model, losses, args, images, autocast_dtype)
         labels_alone = cross_entropy(args, self.train_dataset)
-        self.distiller = Distiller(self.model, losses, args.ce_weight, self.compute_loss_func, labels_alone)
+        own = self.compute_loss_func, labels_alone
+        self.distiller = Distiller(self.model, losses, args.ce_weight, *own, frozen_norms)
         self.results.facts |= run_facts(self.exports.name, self.model, self.teacher, losses, args)
         if self.compute_loss_func is not None:
             kind = type(self.compute_loss_func).__name__
@@ -528,6 +548,8 @@ class DistillationTrainer(Trainer):
         if created:
             # DeepSpeed drops empty groups, and schedules count them: checkpoints are to fit either way.
             optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+            if self.args.layer_decay is not None:
+                scale_learning_rates(optimizer, layer_scales(self.distiller.student, self.args.layer_decay))
             self.backend.optimizer_created(optimizer)
         return optimizer
 
