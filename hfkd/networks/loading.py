@@ -408,12 +408,34 @@ def wrap_timm(
     return wrapper
 
 
+def check_channels(model: nn.Module) -> None:
+    """Raise HfkdError for a network that does not take images of three channels, as far as its configuration tells."""
+    channels = _channels_of(model)
+    if channels != 3:
+        raise HfkdError(
+            f"{type(timm_model_of(model)).__name__} takes images of {channels} channel(s), and hfkd gives every network "
+            "three (RGB; a grey image has its one three times): take a network of three channels."
+        )
+
+
+def _channels_of(model: nn.Module) -> int:
+    cfg: Any = getattr(timm_model_of(model), "pretrained_cfg", None)
+    if cfg is None:
+        return getattr(getattr(model, "config", None), "num_channels", 3)  # of most of transformers' networks
+    first = cfg.get("first_conv")
+    name = first[0] if isinstance(first, (tuple, list)) else first
+    layers = dict(timm_model_of(model).named_modules())
+    return getattr(layers.get(name), "in_channels", 3)
+
+
 def input_spec(model: nn.Module) -> InputSpec:
     """Return input size and normalisation of a timm model, or of a transformers model from a folder or the Hub.
 
     Raises:
-        HfkdError: for a transformers model whose image processor is not supported, or a damaged configuration.
+        HfkdError: for a network of another number of channels than three, a transformers model whose image processor is
+            not supported, or a damaged configuration.
     """
+    check_channels(model)
     if isinstance(model, TimmWrapperForImageClassification):
         # The timm model has a pretrained_cfg as well, but timm makes it anew when a folder is loaded.
         cfg: Any = getattr(model.config, "pretrained_cfg", None)

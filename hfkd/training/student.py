@@ -15,7 +15,7 @@ from ..data import ImageSource
 from ..data.subsets import image_source
 from ..errors import HfkdError
 from ..networks.features import AFFINE, InputSpec, remove_taps, settle_layers
-from ..networks.loading import known_input_spec, load_processor, load_student, wrap_timm
+from ..networks.loading import check_channels, known_input_spec, load_processor, load_student, wrap_timm
 from ..networks.simkd_rebuild import with_teacher_classifier
 from ..networks.teacher import Teacher, TeacherEnsemble, check_placement
 from ..recipe.arguments import DistillationConfig
@@ -39,6 +39,7 @@ def fit_student(
         HfkdError: if student, teacher, losses and a teacher cache do not fit one another.
     """
     remove_taps(model)  # of an earlier trainer
+    check_channels(model)
     source = image_source(train_dataset)
     if hasattr(model, "pretrained_cfg"):  # a bare timm model
         model = _wrap(model, source)
