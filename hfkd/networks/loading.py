@@ -409,7 +409,7 @@ def wrap_timm(
 
 
 def check_channels(model: nn.Module) -> None:
-    """Raise HfkdError for a network that does not take images of three channels, as far as its configuration tells."""
+    """Raise HfkdError for a network that, as far as its configuration tells, does not take images of three channels."""
     channels = _channels_of(model)
     if channels != 3:
         raise HfkdError(
