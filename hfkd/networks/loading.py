@@ -413,8 +413,8 @@ def check_channels(model: nn.Module) -> None:
     channels = _channels_of(model)
     if channels != 3:
         raise HfkdError(
-            f"{type(timm_model_of(model)).__name__} takes images of {channels} channel(s), and hfkd gives every network "
-            "three (RGB; a grey image has its one three times): take a network of three channels."
+            f"{type(timm_model_of(model)).__name__} takes images of {channels} channel(s), and hfkd gives every "
+            "network three (RGB; a grey image has its one three times): take a network of three channels."
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from weakref import WeakKeyDictionary
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -12,9 +13,15 @@ from ..errors import HfkdError, nearest
 from ..networks.features import timm_model_of
 from ..networks.simkd_student import SimKDStudent
 
+# What the latest trainer has frozen of each network: another one may train it all. The keys are weak, so that the table
+# keeps no network alive.
+_FROZEN: WeakKeyDictionary[nn.Module, list[nn.Parameter]] = WeakKeyDictionary()
+
 
 def freeze(student: nn.Module, patterns: Sequence[str]) -> list[nn.Module]:
     """Freeze the parameters of a student that patterns name, and return the norms whose statistics are frozen, too.
+
+    What an earlier trainer has frozen is trained again, unless it is named again.
 
     Args:
         patterns: glob patterns of parameters or modules (`layer1`, `blocks.[0-5].*`), by the names of the network
@@ -25,8 +32,11 @@ def freeze(student: nn.Module, patterns: Sequence[str]) -> list[nn.Module]:
     """
     frozen = frozen_names(student, patterns)
     network = _named_network(student)
-    for name in frozen:
-        network.get_parameter(name).requires_grad_(False)
+    for parameter in _FROZEN.pop(network, ()):
+        parameter.requires_grad_(True)
+    _FROZEN[network] = [each for each in map(network.get_parameter, frozen) if each.requires_grad]
+    for parameter in _FROZEN[network]:
+        parameter.requires_grad_(False)
     return [
         module
         for path, module in network.named_modules()
@@ -44,7 +54,7 @@ def frozen_names(student: nn.Module, patterns: Sequence[str]) -> set[str]:
     for pattern in patterns:
         _check_pattern(network, pattern)
     frozen = {name for name, _ in network.named_parameters() if _is_named(name, patterns)}
-    if patterns and all(name in frozen or not value.requires_grad for name, value in network.named_parameters()):
+    if patterns and all(name in frozen for name, _ in network.named_parameters()):
         raise HfkdError(
             f"freeze: {' '.join(patterns)} names every parameter of {type(network).__name__}, and nothing would be "
             "trained. Leave out a part, such as its classifier."

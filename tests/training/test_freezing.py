@@ -76,17 +76,19 @@ def load_untrained():
     return trainer.distiller.student.timm_model.state_dict()
 
 
-def test_norms_stay_in_evaluation_mode():
+def test_norms_stay_in_evaluation_mode_and_another_trainer_trains_all():
     student = load_student("cifar_resnet8", num_classes=10)
-    trainer = DistillationTrainer(student, None, config(freeze="layer1", max_steps=1), train_dataset=images(16))
-    trainer.train()
     network = student.timm_model
-    assert {name for name, norm in network.named_modules() if "bn" in name and not norm.training} == {
-        "layer1.0.bn1",
-        "layer1.0.bn2",
-    }
-    assert all(value.grad is None for value in network.layer1.parameters()) and network.fc.weight.requires_grad
-    assert network.layer1[0].bn1.num_batches_tracked == 0 and network.bn1.num_batches_tracked == 1
+    block = network.layer1[0]
+    before = block.conv1.weight.clone()
+    DistillationTrainer(student, None, config(freeze="layer1", max_steps=1), train_dataset=images(16)).train()
+    norms = {name for name, module in network.named_modules() if "bn" in name and not module.training}
+    assert norms == {"layer1.0.bn1", "layer1.0.bn2"}
+    assert torch.equal(block.conv1.weight, before)
+    assert block.bn1.num_batches_tracked == 0 and network.bn1.num_batches_tracked == 1
+
+    DistillationTrainer(student, None, config(max_steps=1), train_dataset=images(16)).train()
+    assert not torch.equal(block.conv1.weight, before) and block.bn1.num_batches_tracked == 1
 
 
 def test_the_student_of_simkd_keeps_its_names():
