@@ -24,6 +24,7 @@ from transformers.models.timm_wrapper import TimmWrapperForImageClassification
 from ..errors import HfkdError, nearest
 from ..models.checkpoints import load_architecture
 from ..names import hub_id, public_name
+from .channels import check_channels
 from .features import InputSpec, timm_model_of
 from .sharding import gathered
 from .sources import check_loaded, create_pretrained, has_tag, not_found_error, resolve_name, tagged
@@ -406,26 +407,6 @@ def wrap_timm(
     # The wrapper builds a model and initialises it in transformers' way. The given model keeps timm's initialisation.
     wrapper.timm_model = model
     return wrapper
-
-
-def check_channels(model: nn.Module) -> None:
-    """Raise HfkdError for a network that, as far as its configuration tells, does not take images of three channels."""
-    channels = _channels_of(model)
-    if channels != 3:
-        raise HfkdError(
-            f"{type(timm_model_of(model)).__name__} takes images of {channels} channel(s), and hfkd gives every "
-            "network three (RGB; a grey image has its one three times): take a network of three channels."
-        )
-
-
-def _channels_of(model: nn.Module) -> int:
-    cfg: Any = getattr(timm_model_of(model), "pretrained_cfg", None)
-    if cfg is None:
-        return getattr(getattr(model, "config", None), "num_channels", 3)  # of most of transformers' networks
-    first = cfg.get("first_conv")
-    name = first[0] if isinstance(first, (tuple, list)) else first
-    layers = dict(timm_model_of(model).named_modules())
-    return getattr(layers.get(name), "in_channels", 3)
 
 
 def input_spec(model: nn.Module) -> InputSpec:
