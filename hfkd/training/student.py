@@ -73,7 +73,7 @@ def load_named_student(name_or_path: str, dataset: Any) -> PreTrainedModel:
     return student
 
 
-def check_names(student: nn.Module, args: DistillationConfig) -> None:
+def check_layer_names(student: nn.Module, args: DistillationConfig) -> None:
     """Check the settings that go by the names of a student's layers, before images are decoded.
 
     Raises:

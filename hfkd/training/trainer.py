@@ -87,7 +87,7 @@ from .results import ResultsWriter, run_facts
 from .run_block import RunBlock
 from .student import (
     batch_spec,
-    check_names,
+    check_layer_names,
     fit_student,
     load_named_student,
     own_processor,
@@ -265,7 +265,7 @@ class DistillationTrainer(Trainer):
             # Else transformers saves some of its own models under former parameter names, which `from_pretrained`
             # converts and Trainer, on resuming or loading the best, does not: it leaves the weights as they are.
             self.model._weight_conversions = []  # type: ignore[assignment]  # which transformers does not declare
-        check_names(self.model, args)
+        check_layer_names(self.model, args)
         frozen_norms = freeze(self.model, args.freeze or [])
         # Before the losses tap the student: a copy would carry their hooks along.
         self.average = None if args.ema_decay is None else ModelEmaV3(self.model, args.ema_decay, use_warmup=True)

@@ -83,7 +83,7 @@ def test_smoothing_is_refused_beside_losses():
         DistillationTrainer(Plain(), Plain(), arguments, train_dataset=images(20), losses={"kd": {}})
 
 
-def test_the_number_of_weights_is_checked_before_networks_are_loaded(monkeypatch):
+def test_the_number_of_weights_is_checked_before_the_student_is_built(monkeypatch):
     Path("r.yaml").write_text(yaml.safe_dump(RECIPE))
     monkeypatch.setattr("hfkd.commands.build.build_student", None)
     with pytest.raises(ValueError, match="class_weights has 3 weights, and the data set 10 classes"):
