@@ -89,6 +89,8 @@ def main(folder, world_size, other):
     checkpoint = "whole/checkpoint-6"
     _, results["resumed"] = train(f"{folder}/resumed", world_size, f"{folder}/{checkpoint}", **SAVING)
     _, results["bf16"] = train(f"{folder}/bf16", world_size, bf16=True, max_grad_norm=0.5)
+    parts = {"freeze": ["patch_embed", "blocks.0.*"], "layer_decay": 0.5}
+    _, results["partly"] = train(f"{folder}/partly", world_size, **parts)
     results["taught"] = share_out_the_teacher(folder, world_size)
     if other:  # a run that is not shared out goes on shared out
         _, results["crossed"] = train(f"{folder}/crossed", world_size, f"{other}/{checkpoint}", **SAVING)

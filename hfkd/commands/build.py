@@ -79,7 +79,7 @@ def load_teachers(model_args: ModelArguments) -> list[Teacher]:
 
 def weights_in_words(model_args: ModelArguments) -> dict[str, str]:
     """Return where the weights of the student and the teachers come from."""
-    words = {"student": student_weights(model_args.student_name_or_path)}
+    words = {"student": student_weights(model_args.student_name_or_path, model_args.pretrained)}
     names = model_args.teacher_name_or_path or []
     checkpoints = model_args.teacher_checkpoint or [None] * len(names)
     teachers = " + ".join(map(teacher_weights, names, checkpoints))

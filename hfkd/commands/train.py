@@ -179,6 +179,8 @@ def build_trainer(
     from transformers.models.timm_wrapper import TimmWrapperForImageClassification
 
     from ..networks.loading import check_model, input_spec, load_processor
+    from ..training.label_loss import check_weight_count
+    from ..training.student import check_layer_names
     from ..training.trainer import DistillationTrainer
     from .build import build_student, image_sets, load_splits, load_teachers, open_cache, weights_in_words
 
@@ -186,7 +188,9 @@ def build_trainer(
     teacher = open_cache(model_args) if model_args.teacher_cache else load_teachers(model_args) or None
     set_seed(config.seed)  # the student's initial weights are part of the recipe
     splits = load_splits(data_args)
+    check_weight_count(config.class_weights, len(splits[0].class_names))
     student = build_student(model_args, data_args, splits[0].class_names)
+    check_layer_names(student, config)
     train_set, eval_set = image_sets(splits, input_spec(student), data_args, config)
     wrapped = isinstance(student, TimmWrapperForImageClassification)  # timm's config.json holds the preprocessing
     processor = None if wrapped else load_processor(student.name_or_path, model_args.trust_remote_code)

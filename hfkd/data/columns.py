@@ -117,6 +117,7 @@ def find_label_column(
     """
     if requested is not None:
         _check_exists("label_column", requested, features, where)
+        _check_one_class(requested, features, where)
         if not _is_label(features[requested]):
             raise HfkdError(
                 f"label_column: column '{requested}' of {where} is {_describe(features[requested])}, but "
@@ -132,6 +133,8 @@ def find_label_column(
     matching = [name for name in labels if class_names and set(features[name].names) == set(class_names)]
     if len(matching) == 1:
         return matching[0]
+    for name in LABEL_NAMES:
+        _check_one_class(name, features, where)
     candidates = _label_candidates(features)
     if candidates == "none":
         raise HfkdError(
@@ -202,6 +205,15 @@ def _is_label(feature):
     if isinstance(feature, datasets.Value):
         return feature.dtype.startswith(("int", "uint")) or feature.dtype in ("bool", "string", "large_string")
     return isinstance(feature, datasets.ClassLabel)
+
+
+def _check_one_class(name, features, where):
+    """Raise HfkdError for a column of several labels a row, which is how multi-label data are written."""
+    if isinstance(features.get(name), (datasets.List, datasets.LargeList)):
+        raise HfkdError(
+            f"label_column: column '{name}' of {where} holds a list of labels for each image (multi-label data), and "
+            "hfkd learns one class for each image. Name a column with one label, or write one."
+        )
 
 
 def _holds_bytes(feature):

@@ -10,6 +10,7 @@ A family creates its layers under the names of the published checkpoints, and de
 - `classifier_name`: module path of the linear classifier in the published checkpoints.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -78,6 +79,17 @@ class CifarModel(nn.Module):
         pool_type = self.global_pool.pool_type if global_pool is None else global_pool
         self._create_head(num_classes, pool_type, device=weight.device, dtype=weight.dtype)
         self.get_classifier().train(self.training)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """Return timm's table of the layers, for `param_groups_layer_decay`: stem, blocks, and the rest with the head.
+
+        Args:
+            coarse: whether a layer is a whole module of `stages` and not a block of it.
+        """
+        stem, *stages = self.stages
+        block = r"\." if coarse else r"\.(?:layer\.)?(\d+)"  # WRN holds its blocks in `layer`
+        blocks = {name: f"^{re.escape(name)}{block}" for stage in stages for name in stage}
+        return {"stem": rf"^(?:{'|'.join(map(re.escape, stem))})\."} | blocks
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade time for memory: recompute each stage in the backward pass.

@@ -94,6 +94,18 @@ class PVT(TokenClassifier):
         blocks = [Block(channels, attention(), self.mlp_ratios[stage], rate, NORM_EPS) for rate in drop_paths]
         self.add_module(f"block{stage + 1}", nn.ModuleList(blocks))
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """Return timm's table of the layers: patch embedding and blocks of each stage, then norm and head.
+
+        Args:
+            coarse: whether the blocks of a stage are one layer.
+        """
+        table = {}
+        for stage in range(1, 5):
+            table[f"patch_embed{stage}"] = rf"^(?:patch_embed|pos_embed){stage}" + ("|^cls_token" if stage == 4 else "")
+            table[f"block{stage}"] = rf"^block{stage}" + ("" if coarse else r"\.(\d+)")
+        return table
+
     def enter_block(self, index: int, x: Tensor) -> Tensor:
         """Return the tokens for block `index`: unchanged, or the next stage's tokens if the block is its first."""
         if index not in self.stage_of_first_block:

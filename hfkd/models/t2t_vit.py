@@ -138,6 +138,11 @@ class T2TViT(TokenClassifier):
         feature_info = [{**info, "module": f"blocks.{index}"} for index in range(depth)]
         self.add_head(feature_info, NORM_EPS, num_classes, global_pool)
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Return timm's table of the layers, as its ViTs have it; `coarse` changes nothing."""
+        blocks = [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]
+        return {"stem": r"^(?:cls_token|tokens_to_token)", "blocks": blocks}
+
     def enter_block(self, index: int, x: Tensor) -> Tensor:
         """Turn images into tokens with class token and positions before block 0; return later tokens unchanged."""
         if index > 0:

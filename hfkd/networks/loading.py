@@ -24,6 +24,7 @@ from transformers.models.timm_wrapper import TimmWrapperForImageClassification
 from ..errors import HfkdError, nearest
 from ..models.checkpoints import load_architecture
 from ..names import hub_id, public_name
+from .channels import check_channels
 from .features import InputSpec, timm_model_of
 from .sharding import gathered
 from .sources import check_loaded, create_pretrained, has_tag, not_found_error, resolve_name, tagged
@@ -412,8 +413,10 @@ def input_spec(model: nn.Module) -> InputSpec:
     """Return input size and normalisation of a timm model, or of a transformers model from a folder or the Hub.
 
     Raises:
-        HfkdError: for a transformers model whose image processor is not supported, or a damaged configuration.
+        HfkdError: for a network of another number of channels than three, a transformers model whose image processor is
+            not supported, or a damaged configuration.
     """
+    check_channels(model)
     if isinstance(model, TimmWrapperForImageClassification):
         # The timm model has a pretrained_cfg as well, but timm makes it anew when a folder is loaded.
         cfg: Any = getattr(model.config, "pretrained_cfg", None)

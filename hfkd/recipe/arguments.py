@@ -16,7 +16,7 @@ from torch.distributed import DistNetworkError, DistStoreError
 from transformers import TrainingArguments
 
 from ..errors import HfkdError, RendezvousError, did_you_mean
-from .checks import check_names, check_ranges, check_training
+from .checks import check_label_smoothing, check_names, check_ranges, check_training
 from .keys import PATH_KEYS, RECIPE_KEYS
 from .yaml_file import parse_yaml
 
@@ -266,11 +266,32 @@ class DistillationConfig(TrainingArguments):
         metadata={"help": "Z-score the logits of teacher and student before every logit loss."},
     )
     ce_weight: float = field(default=1.0, metadata={"help": "Weight of the cross-entropy with the labels."})
+    class_weights: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Weights of the classes in the cross-entropy: a number for each, in the order of the labels, or "
+            "'balanced' for the inverse of their shares of the training images."
+        },
+    )
     decay_all_parameters: bool = field(
         default=False,
         metadata={
             "help": "Apply weight decay to every parameter, as the CIFAR protocols do; otherwise only to matrices and "
             "convolution kernels that the model does not exempt."
+        },
+    )
+    freeze: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Glob patterns of the student's modules or parameters that are not trained, e.g. patch_embed "
+            "'blocks.[0-5].*'. BatchNorm statistics within do not move."
+        },
+    )
+    layer_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "timm's layer-wise learning rates: each layer of the student has this share of the next one's, and "
+            "the classifier learning_rate."
         },
     )
     lr_milestones: list[float] | None = field(
@@ -286,6 +307,16 @@ class DistillationConfig(TrainingArguments):
     ema_decay: float | None = field(
         default=None,
         metadata={"help": "Decay per step of the moving average of the student, which is then evaluated and exported."},
+    )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "End training when metric_for_best_model has not improved for this many evaluations; by default it "
+            "goes on to the end."
+        },
+    )
+    early_stopping_threshold: float = field(
+        default=0.0, metadata={"help": "How much better the metric must get to count as improved."}
     )
     shard_teacher: bool = field(
         default=False, metadata={"help": "With FSDP: shard the teacher over the processes, like the student."}
@@ -342,6 +373,9 @@ class DistillationConfig(TrainingArguments):
     )
 
     def __post_init__(self):
+        for name in ("class_weights", "freeze"):
+            if isinstance(getattr(self, name), str):  # from code
+                setattr(self, name, [getattr(self, name)])
         check_training(self)
         if not torch.accelerator.is_available():
             self.use_cpu = True  # otherwise TrainingArguments refuses bf16, which CPUs support
@@ -369,11 +403,7 @@ class DistillationConfig(TrainingArguments):
             )
         if self.fp16 and self.use_cpu:
             raise HfkdError("fp16 needs an accelerator. On a CPU, set bf16 or neither.")
-        if self.label_smoothing_factor:
-            raise HfkdError(
-                f"label_smoothing_factor={self.label_smoothing_factor} is not supported, because the teacher's "
-                "distribution replaces it: leave it at 0."
-            )
+        check_label_smoothing(self.label_smoothing_factor, self.losses)
         if self.mixes and (self.per_device_train_batch_size % 2 or not self.dataloader_drop_last):
             raise HfkdError(
                 "mixup and cutmix pair the images of a batch, so every batch must be even: set dataloader_drop_last: "

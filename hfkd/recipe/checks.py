@@ -32,6 +32,7 @@ SHARE = Range("must be 0 or above and at most 1", lambda value: 0 <= value <= 1)
 BELOW_1 = Range("must be 0 or above and below 1", lambda value: 0 <= value < 1)
 PERCENT = Range("must be 0 or above and at most 100", lambda value: 0 <= value <= 100)
 SEED = Range("must be 0 or above and below 2**32", lambda value: 0 <= value < 2**32)
+BALANCED = "balanced"  # class_weights from the labels
 RANGES = {
     # Model and data
     **dict.fromkeys(("teacher_class_indices", "teacher_image_mean"), NOT_NEGATIVE),
@@ -48,16 +49,19 @@ RANGES = {
     **dict.fromkeys(("ce_weight", "mixup", "cutmix"), NOT_NEGATIVE),
     **dict.fromkeys(("lr_milestones", "lr_gamma"), POSITIVE),
     "ema_decay": Range("must be between 0 and 1, e.g. 0.9998", lambda value: 0 < value < 1),
+    "layer_decay": Range("must be above 0 and at most 1, e.g. 0.75", lambda value: 0 < value <= 1),
+    "early_stopping_patience": AT_LEAST_1,
+    "early_stopping_threshold": NOT_NEGATIVE,
     "published_top1": PERCENT,
     # Training
     "num_train_epochs": POSITIVE,
     "max_steps": Range("must be 1 or more, or -1 to leave it out", lambda value: value == -1 or value >= 1),
     **dict.fromkeys(("seed", "data_seed"), SEED),
-    **dict.fromkeys(("adam_beta1", "adam_beta2"), BELOW_1),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), BELOW_1),
     **dict.fromkeys(
         (
             *("learning_rate", "weight_decay", "warmup_steps", "adam_epsilon", "max_grad_norm", "eval_delay"),
-            *("label_smoothing_factor", "dataloader_num_workers"),
+            "dataloader_num_workers",
         ),
         NOT_NEGATIVE,
     ),
@@ -124,7 +128,7 @@ def check_training(config: Any) -> None:
 
     Raises:
         HfkdError: for a number out of range, milestones that do not increase, strategies that contradict
-            load_best_model_at_end, or optim_args that the optimizer does not take.
+            load_best_model_at_end or early stopping, or optim_args that the optimizer does not take.
     """
     check_ranges(config)
     for key in ("neftune_noise_alpha", "use_liger_kernel"):
@@ -145,10 +149,48 @@ def check_training(config: Any) -> None:
             "load_best_model_at_end needs a checkpoint of each evaluation, so save_steps must be eval_steps, got "
             f"{config.save_steps:g} and {eval_steps:g}."
         )
+    _check_early_stopping(config, evaluated)
+    _check_class_weights(config)
     if isinstance(config.lr_scheduler_kwargs, str) and not config.lr_scheduler_kwargs.startswith("{"):
         raise HfkdError(f"lr_scheduler_kwargs must be a mapping, got '{config.lr_scheduler_kwargs}'.")
     if config.optim_args:
         check_optim_args(_name(config.optim), config.optim_args)
+
+
+def _check_early_stopping(config: Any, evaluated: str) -> None:
+    if config.early_stopping_patience is None:
+        if config.early_stopping_threshold:
+            raise HfkdError("early_stopping_threshold goes with early_stopping_patience: set it, too.")
+    elif evaluated == "no":
+        raise HfkdError("early_stopping_patience counts evaluations: set eval_strategy to epoch or steps.")
+    elif config.metric_for_best_model is None:
+        raise HfkdError("early_stopping_patience needs a metric: set metric_for_best_model, such as top1.")
+
+
+def _check_class_weights(config: Any) -> None:
+    given = config.class_weights
+    if given is None:
+        return
+    if config.ce_weight == 0:
+        raise HfkdError("class_weights weigh the cross-entropy, and ce_weight is 0: leave class_weights out.")
+    if list(given) == [BALANCED]:
+        return
+    for weight in given:
+        try:
+            number = float(weight)
+        except ValueError:
+            number = math.nan
+        if not (math.isfinite(number) and number > 0):  # a batch of classes without weight has no mean
+            raise HfkdError(f"class_weights must be {BALANCED}, or a number above 0 for each class, got '{weight}'.")
+
+
+def check_label_smoothing(factor: float, losses: Any) -> None:
+    """Raise HfkdError for label smoothing beside losses."""
+    if factor and losses:
+        raise HfkdError(
+            f"label_smoothing_factor={factor} is for training from the labels alone, as with `hfkd train-teacher`: "
+            "beside losses the teacher's distribution replaces it. Leave it at 0."
+        )
 
 
 def _name(value: Any) -> str:

@@ -135,14 +135,19 @@ def check_metric_settings(model: nn.Module, eval_dataset: Any, args: Distillatio
         )
 
 
-def check_given_optimizer(optimizer: Any, distiller: Distiller) -> None:
+def check_given_optimizer(optimizer: Any, distiller: Distiller, args: DistillationConfig) -> None:
     """Check that an optimizer of the user's holds what is to be trained.
 
     Raises:
-        HfkdError: if it lacks the parameters of a loss, or has none of the student's.
+        HfkdError: if it lacks the parameters of a loss, or has none of the student's, or beside `layer_decay`.
     """
     if optimizer is None:
         return
+    if args.layer_decay is not None:
+        raise HfkdError(
+            "layer_decay sets the learning rates of an optimizer that hfkd makes: give optimizer_cls_and_kwargs="
+            "(torch.optim.SGD, {'lr': 0.1}) in place of optimizers, or leave layer_decay out."
+        )
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if not any(id(parameter) in held for parameter in distiller.student.parameters()):
         raise HfkdError(
@@ -159,7 +164,8 @@ def check_given_optimizer(optimizer: Any, distiller: Distiller) -> None:
 
 def asks_for_best(args: DistillationConfig) -> bool:
     """Return whether the run needs `metric_for_best_model`."""
-    return args.load_best_model_at_end or args.save_strategy == "best" or args.lr_scheduler_type in PLATEAU
+    chooses = args.load_best_model_at_end or args.save_strategy == "best" or args.lr_scheduler_type in PLATEAU
+    return chooses or args.early_stopping_patience is not None
 
 
 def check_best_metric(wanted: str | None, eval_dataset: Any, names: list[str] | None) -> None:

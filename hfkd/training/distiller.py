@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
@@ -38,6 +37,8 @@ class Distiller(nn.Module):
         losses: distillation losses by name, each a `DistillationLoss`.
         ce_weight: weight of the cross-entropy with the labels, summed over the views of the batch.
         label_loss: Trainer's `compute_loss_func`, in place of the cross-entropy.
+        cross_entropy: the cross-entropy with the labels, with class weights or label smoothing.
+        frozen_norms: norms of the student that stay in evaluation mode: their statistics do not move.
 
     Raises:
         HfkdError: if a loss names a layer that the student does not have, or if a class head would not be trained.
@@ -49,11 +50,15 @@ class Distiller(nn.Module):
         losses: nn.ModuleDict,
         ce_weight: float,
         label_loss: Callable[..., Tensor] | None = None,
+        cross_entropy: nn.CrossEntropyLoss | None = None,
+        frozen_norms: Sequence[nn.Module] = (),
     ):
         super().__init__()
         self.student = student
         self.losses = losses
         self.ce_weight = ce_weight
+        self.cross_entropy = cross_entropy or nn.CrossEntropyLoss()
+        self.frozen_norms = list(frozen_norms)
         self._label_loss = [label_loss] if label_loss else []  # in a list, else a module would become part of this one
         layers = [layer for loss in losses.values() for layer in loss.student_layers]
         self.taps = Taps(student, layers) if layers else None
@@ -77,6 +82,13 @@ class Distiller(nn.Module):
                 "ce_weight is 0, and the student has a class head that only the cross-entropy trains, while evaluation "
                 "averages both heads: set ce_weight above 0, or take a student without a distillation token."
             )
+
+    def train(self, mode: bool = True) -> Distiller:
+        """Set the mode of student and losses, except that of frozen norms."""
+        super().train(mode)
+        for norm in self.frozen_norms:
+            norm.eval()
+        return self
 
     def attach_taps(self) -> None:
         """Record the layers that the losses read again, after `remove_taps`."""
@@ -142,7 +154,7 @@ class Distiller(nn.Module):
         for label_loss in self._label_loss:
             # A sum over the number of images is then the mean of this batch, which is what Trainer gets of every loss.
             return label_loss(ImageClassifierOutput(logits=view.class_logits), labels, num_items_in_batch=len(labels))
-        return F.cross_entropy(view.class_logits, labels)
+        return self.cross_entropy(view.class_logits, labels)
 
     def metrics(self) -> dict[str, Tensor]:
         """Return what the losses log besides their terms, such as CTKD's temperature, as 0-d tensors.

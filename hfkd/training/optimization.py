@@ -1,17 +1,22 @@
-"""Optimisation of the published protocols: weight decay, fused SGD, and a learning rate of steps."""
+"""Optimisation: weight decay, fused SGD, learning rates by layer, and schedules of steps."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import accelerate.optimizer
 import torch
 from accelerate.utils import DistributedType
+from timm.optim import param_groups_layer_decay
 from torch import nn
+
+from ..errors import HfkdError
+from ..networks.features import timm_model_of
 
 # Names that a model need not list in `no_weight_decay`: the tokens and position embeddings of timm and transformers.
 UNDECAYED = re.compile(
@@ -37,6 +42,38 @@ def decayed_parameter_names(model: nn.Module, all_parameters: bool) -> list[str]
         for name, value in model.named_parameters()
         if value.ndim > 1 and name not in exempt and not UNDECAYED.search(name)
     ]
+
+
+def layer_scales(student: nn.Module, layer_decay: float) -> dict[nn.Parameter, float]:
+    """Return the factor of the learning rate of each parameter that is trained, by timm's `param_groups_layer_decay`.
+
+    The classifier has 1, and each layer before it `layer_decay` of the next one's.
+
+    Raises:
+        HfkdError: for a network that does not tell its layers, as most of timm's do by `group_matcher`.
+    """
+    network = timm_model_of(student)
+    if not hasattr(network, "group_matcher"):
+        raise HfkdError(
+            f"layer_decay needs a network of timm that tells its layers (group_matcher), and {type(network).__name__} "
+            "does not: leave it out."
+        )
+    groups = param_groups_layer_decay(network, layer_decay=layer_decay)
+    return {parameter: group["lr_scale"] for group in groups for parameter in group["params"]}
+
+
+def scale_learning_rates(optimizer: torch.optim.Optimizer, scales: Mapping[nn.Parameter, float]) -> None:
+    """Split the groups of an optimizer by factors of the learning rate; a parameter without one, as of a loss, has 1.
+
+    The first group has the highest rate, which is what Trainer logs.
+    """
+    groups = []
+    for group in optimizer.param_groups:
+        by_scale = defaultdict(list)
+        for parameter in group["params"]:
+            by_scale[scales.get(parameter, 1.0)].append(parameter)
+        groups += [group | {"params": held, "lr": group["lr"] * scale} for scale, held in by_scale.items()]
+    optimizer.param_groups[:] = sorted(groups, key=lambda group: -group["lr"])
 
 
 def optimizer_settings(optimizer_class: type, settings: dict[str, Any], kind: DistributedType) -> dict[str, Any]:

@@ -148,6 +148,10 @@ def _summary(row: dict[str, Any]) -> dict[str, Any]:
     return summary | {"checkpoint": f"checkpoint-{row['step']}"}
 
 
+def _trained(student: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
+
+
 def _mean(values: list[float]) -> float | None:
     return round(sum(values) / len(values), 1) if values else None
 
@@ -173,6 +177,7 @@ def run_facts(
         "teacher": teacher.name if teacher else None,
         "base_models": [origin for origin in dict.fromkeys(origins) if origin],
         "parameters": sum(parameter.numel() for parameter in student.parameters()),
+        **({"trained_parameters": _trained(student)} if args.freeze else {}),
         "teacher_parameters": teacher.parameter_count() if teacher else None,
         **cached,
         "losses": {name: loss.settings() for name, loss in losses.items()},

@@ -48,8 +48,10 @@ class RunBlock(TrainerCallback):
 
     def _networks(self) -> dict[str, str]:
         facts = self.trainer.results.facts  # the parameters of a sharded network cannot be counted here
-        trained = [facts["student"], f"{facts['parameters']:,} parameters", self.weights.get("student")]
-        lines = {self.trainer.exports.name: trained}
+        number = f"{facts['parameters']:,} parameters"
+        if "trained_parameters" in facts:
+            number += f" ({facts['trained_parameters']:,} trained)"
+        lines = {self.trainer.exports.name: [facts["student"], number, self.weights.get("student")]}
         if facts["teacher"] is not None:
             number = f"{facts['teacher_parameters']:,} parameters"
             lines["teacher"] = [facts["teacher"], number, self.weights.get("teacher")]

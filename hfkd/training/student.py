@@ -14,6 +14,7 @@ from transformers.models.timm_wrapper import TimmWrapperForImageClassification
 from ..data import ImageSource
 from ..data.subsets import image_source
 from ..errors import HfkdError
+from ..networks.channels import check_channels
 from ..networks.features import AFFINE, InputSpec, remove_taps, settle_layers
 from ..networks.loading import known_input_spec, load_processor, load_student, wrap_timm
 from ..networks.simkd_rebuild import with_teacher_classifier
@@ -21,6 +22,8 @@ from ..networks.teacher import Teacher, TeacherEnsemble, check_placement
 from ..recipe.arguments import DistillationConfig
 from ..teacher_cache.teacher import CachedTeacher
 from .checks import check_ensemble
+from .freezing import frozen_names
+from .optimization import layer_scales
 
 
 def fit_student(
@@ -37,6 +40,7 @@ def fit_student(
         HfkdError: if student, teacher, losses and a teacher cache do not fit one another.
     """
     remove_taps(model)  # of an earlier trainer
+    check_channels(model)
     source = image_source(train_dataset)
     if hasattr(model, "pretrained_cfg"):  # a bare timm model
         model = _wrap(model, source)
@@ -67,6 +71,17 @@ def load_named_student(name_or_path: str, dataset: Any) -> PreTrainedModel:
     if isinstance(student, TimmWrapperForImageClassification):  # what others prepare their images by
         student.config.pretrained_cfg |= {"mean": source.mean, "std": source.std}
     return student
+
+
+def check_layer_names(student: nn.Module, args: DistillationConfig) -> None:
+    """Check the settings that go by the names of a student's layers, before images are decoded.
+
+    Raises:
+        HfkdError: for a pattern that names no part of it, or layers that it does not tell.
+    """
+    frozen_names(student, args.freeze or [])
+    if args.layer_decay is not None:
+        layer_scales(student, args.layer_decay)
 
 
 def _class_names(dataset: Any) -> list[str] | None:

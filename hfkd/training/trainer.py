@@ -57,8 +57,11 @@ from .checks import (
 from .distiller import Distiller
 from .divergence import Divergence
 from .dry_run import check_single_image, dry_run
+from .early_stopping import EarlyStopping
 from .evaluation import TeacherMemory, mean_cross_entropy, own_forward, ranked_predictions
 from .exports import Exports
+from .freezing import freeze
+from .label_loss import check_label_loss, cross_entropy
 from .loaders import (
     check_batch,
     data_sets,
@@ -71,12 +74,27 @@ from .loaders import (
     without_signals,
 )
 from .metrics import EvaluationMetrics, names_of_users, own_names
-from .optimization import decayed_parameter_names, lomo_looked_up_once, multi_step_schedule, optimizer_settings
+from .optimization import (
+    decayed_parameter_names,
+    layer_scales,
+    lomo_looked_up_once,
+    multi_step_schedule,
+    optimizer_settings,
+    scale_learning_rates,
+)
 from .preemption import StopOnSigterm
 from .pushes import Pushes
 from .results import ResultsWriter, run_facts
 from .run_block import RunBlock
-from .student import batch_spec, fit_student, load_named_student, own_processor, prepare_teacher, tell_losses
+from .student import (
+    batch_spec,
+    check_layer_names,
+    fit_student,
+    load_named_student,
+    own_processor,
+    prepare_teacher,
+    tell_losses,
+)
 from .teacher_report import TeacherReport
 from .term_log import TermLog
 
@@ -162,6 +180,7 @@ class DistillationTrainer(Trainer):
         # and the dry run come last (`_begin`): they need the device, which Trainer's constructor settles.
         args = args or DistillationConfig(output_dir="trainer_output")
         check_types(model, args)
+        check_label_loss(kwargs.get("compute_loss_func"), args.losses if losses is None else losses, args)
         if args.n_gpu > 1:
             logger.warning("Several GPUs are visible and this process uses one: `accelerate launch` uses all of them.")
             args._n_gpu = 1
@@ -199,7 +218,9 @@ class DistillationTrainer(Trainer):
         self.stop_on_sigterm = StopOnSigterm()
         self.term_log = TermLog()
         kwargs["data_collator"] = kwargs.get("data_collator") or collate_batch
-        super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        # Trainer's own label smoothing, which nothing here calls, would need a model of transformers.
+        with changed_for_now(args, label_smoothing_factor=0.0):
+            super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
 
         self._signature_columns = list(BATCH_ENTRIES)  # what remove_unused_columns keeps, whatever the student takes
         if model_init is not None:  # Trainer takes one or the other
@@ -221,6 +242,7 @@ class DistillationTrainer(Trainer):
             self.run_block,
             TeacherReport(self),
             self._continue_log,
+            *([EarlyStopping(args, self.results)] if args.early_stopping_patience else []),
             self.results,
             self.stop_on_sigterm,
             self.pushes,
@@ -230,7 +252,7 @@ class DistillationTrainer(Trainer):
             self.add_callback(callback)
         self._begin(built)
         check_metric_settings(self.model, eval_dataset, args)
-        check_given_optimizer(self.optimizer, self.distiller)
+        check_given_optimizer(self.optimizer, self.distiller, args)
         if asks_for_best(args) and eval_dataset is not None:
             check_best_metric(args.metric_for_best_model, eval_dataset, self._metric_names())
 
@@ -244,6 +266,8 @@ class DistillationTrainer(Trainer):
             # Else transformers saves some of its own models under former parameter names, which `from_pretrained`
             # converts and Trainer, on resuming or loading the best, does not: it leaves the weights as they are.
             self.model._weight_conversions = []  # type: ignore[assignment]  # which transformers does not declare
+        check_layer_names(self.model, args)
+        frozen_norms = freeze(self.model, args.freeze or [])
         # Before the losses tap the student: a copy would carry their hooks along.
         self.average = None if args.ema_decay is None else ModelEmaV3(self.model, args.ema_decay, use_warmup=True)
         self.pop_callback(UpdateAverage)
@@ -256,7 +280,9 @@ class DistillationTrainer(Trainer):
         if self.teacher is not None:
             images = batch_spec(self.train_dataset, first_set(self.eval_dataset), self.model)
             prepare_teacher(self.teacher, self.model, losses, args, images, autocast_dtype)
-        self.distiller = Distiller(self.model, losses, args.ce_weight, self.compute_loss_func)
+        labels_alone = cross_entropy(args, self.train_dataset)
+        own = self.compute_loss_func, labels_alone
+        self.distiller = Distiller(self.model, losses, args.ce_weight, *own, frozen_norms)
         self.results.facts |= run_facts(self.exports.name, self.model, self.teacher, losses, args)
         if self.compute_loss_func is not None:
             kind = type(self.compute_loss_func).__name__
@@ -523,6 +549,8 @@ class DistillationTrainer(Trainer):
         if created:
             # DeepSpeed drops empty groups, and schedules count them: checkpoints are to fit either way.
             optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+            if self.args.layer_decay is not None:
+                scale_learning_rates(optimizer, layer_scales(self.distiller.student, self.args.layer_decay))
             self.backend.optimizer_created(optimizer)
         return optimizer
 

@@ -4,9 +4,11 @@ import json
 import re
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from helpers import Plain, config, images
+from PIL import Image
 
 from hfkd import DistillationTrainer
 from hfkd.cli import main
@@ -84,8 +86,7 @@ def refused(capsys, argv, message):
         ("weight_decay", -0.1, "must not be negative"),
         ("warmup_steps", -5, "must not be negative"),
         ("max_grad_norm", -1.0, "must not be negative"),
-        ("label_smoothing_factor", -0.1, "must not be negative"),
-        ("label_smoothing_factor", 0.1, "=0.1 is not supported"),
+        ("label_smoothing_factor", -0.1, "must be 0 or above and below 1"),
         ("adam_beta2", 1.0, "must be 0 or above and below 1"),
         ("num_train_epochs", 0, "must be above 0, got 0"),
         ("num_train_epochs", -3, "must be above 0"),
@@ -344,3 +345,32 @@ def test_a_run_goes_on_with_harmless_changes():
         main(["distill", path, *words, *more])
     (row,) = compared(find_runs(["runs"])[0])
     assert row.label == "r" and len(row.runs) == 3
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "feature, values, keys",
+    [
+        (datasets.List(datasets.ClassLabel(names=["cat", "dog"])), [[0], [0, 1]], {}),
+        (datasets.List(datasets.Value("int64"), length=2), [[1, 0], [1, 1]], {"label_column": "labels"}),
+    ],
+)
+def test_several_labels_an_image_are_refused(feature, values, keys, streaming, monkeypatch, capsys):
+    """Lists of classes, and rows of zeros and ones."""
+
+    def fail(*args, **kwargs):
+        raise AssertionError("a network was loaded")
+
+    monkeypatch.setattr("hfkd.commands.build.build_student", fail)
+    features = datasets.Features({"image": datasets.Image(), "labels": feature})
+    rows = {"image": [Image.new("RGB", (8, 8))] * 2, "labels": values}
+    Path("data").mkdir()
+    for split in ("train", "test"):
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(f"data/{split}.parquet")
+    changes = {"dataset_name": "data", "augmentation": "random_resized_crop", "streaming": streaming, **keys}
+    path = recipe(**changes, train_split="train", eval_split="test")
+    with pytest.raises(SystemExit) as ending:
+        main(["train-teacher", path])
+    error = capsys.readouterr().err  # with the bars of `datasets`
+    assert ending.value.code == 2 and "hfkd learns one class for each image. Name a column with one label" in error
+    assert re.search("column 'labels' of data holds a list of labels for each image .multi-label data", error)

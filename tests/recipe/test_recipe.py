@@ -66,7 +66,9 @@ def test_unknown_keys_name_the_nearest(tmp_path):
         (["--losses", '{"kd": {}}', "--losses.kd.weight", "9"], "not both"),
         (["--image_size", "0"], "image_size must be"),
         (["--ce_weight", "-1"], "ce_weight must not be negative"),
-        (["--label_smoothing_factor", "0.1"], "label_smoothing_factor"),
+        (["--label_smoothing_factor", "0.1", "--losses.kd.weight", "1"], "label_smoothing_factor.*labels alone"),
+        (["--class_weights", "1", "x"], "class_weights must be balanced, or a number above 0 for each class, got 'x'"),
+        (["--class_weights", "balanced", "--ce_weight", "0"], "class_weights weigh the cross-entropy"),
         (["--lr_milestones", "3", "--warmup_steps", "5"], "lr_milestones has no warm-up"),
     ],
 )

@@ -30,7 +30,9 @@ def runs(tmp_path_factory):
     return load(one / "rank0.pt"), load(two / "rank0.pt"), load(two / "rank1.pt"), one, two
 
 
-@pytest.mark.parametrize("run, tolerance", [("whole", 1e-5), ("resumed", 1e-5), ("bf16", 1e-2), ("taught", 1e-5)])
+@pytest.mark.parametrize(
+    "run, tolerance", [("whole", 1e-5), ("resumed", 1e-5), ("bf16", 1e-2), ("partly", 1e-5), ("taught", 1e-5)]
+)
 def test_as_one_process(runs, run, tolerance):
     one, first, second = (results[run] for results in runs[:3])
     assert one["sharded"] == 0 and first["sharded"] == second["sharded"] == first["parameters"]
@@ -41,6 +43,13 @@ def test_as_one_process(runs, run, tolerance):
     # In bf16 an image or two of 26 may have two classes closer to each other than the two trainings are.
     assert first["top1"] == pytest.approx(one["top1"], abs=200.1 / 26 if run == "bf16" else 1e-6)
     assert first["loss"] == pytest.approx(one["loss"], rel=10 * tolerance)
+
+
+def test_frozen_parts_stay(runs):
+    state = runs[1]["partly"]["state"]
+    start = {f"student.{name}": value for name, value in fsdp_worker.vit(0, 32).state_dict().items()}
+    moved = {name for name, value in start.items() if not torch.equal(value, state[name])}
+    assert moved == {name for name in start if "patch_embed" not in name and "blocks.0." not in name}
 
 
 def test_resumed_is_identical(runs):
