@@ -67,6 +67,7 @@ def test_training_without_agreement(dinov2, tmp_path):
         student, load_teacher(str(dinov2)), settings, train_dataset=images(), eval_dataset=images(augment=False)
     )
     before = student.state_dict()["timm_model.conv1.weight"].clone()
+    trainer.train()
     logs = train_logs(trainer)
     metrics = trainer.evaluate()
     assert all("loss_token_mse" in log for log in logs) and logs
