@@ -15,10 +15,12 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
+    AutoModel,
     AutoModelForImageClassification,
     PreTrainedModel,
     TimmWrapperConfig,
 )
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 from transformers.models.timm_wrapper import TimmWrapperForImageClassification
 
 from ..errors import HfkdError, nearest
@@ -26,7 +28,15 @@ from ..models.checkpoints import load_architecture
 from ..names import hub_id, public_name
 from .features import InputSpec, timm_model_of
 from .sharding import gathered
-from .sources import check_loaded, create_pretrained, has_tag, not_found_error, resolve_name, tagged
+from .sources import (
+    check_backbone_loaded,
+    check_loaded,
+    create_pretrained,
+    has_tag,
+    not_found_error,
+    resolve_name,
+    tagged,
+)
 from .teacher import Teacher, TeacherEnsemble
 
 # Entries of timm's pretrained_cfg that a student does not keep. The first name the source of the weights, perhaps a
@@ -189,7 +199,11 @@ def load_teacher(
                 f"{name_or_path} holds its own weights. Name an architecture such as cifar_resnet56, or leave "
                 "teacher_checkpoint out."
             )
-        model = load_pretrained(name_or_path, device_map=device_map, trust_remote_code=trust_remote_code)
+        config = _read_config(name_or_path, trust_remote_code)
+        if _without_classifier(config):
+            model = _load_backbone(name_or_path, getattr(config, "vision_config", config), device_map)
+        else:
+            model = load_pretrained(name_or_path, device_map=device_map, trust_remote_code=trust_remote_code)
         origin = hub_id(name_or_path)
     elif checkpoint is not None:
         model = load_architecture(name_or_path, checkpoint)
@@ -206,6 +220,28 @@ def load_teacher(
             "train it with `hfkd train-teacher` and give the folder that it writes."
         )
     return Teacher(model, public_name(name_or_path, model), input_spec(model), class_indices, origin)
+
+
+def _without_classifier(config: Any) -> bool:
+    """Return True for the configuration of a transformers backbone, or of CLIP or SigLIP, whose vision tower is one."""
+    architecture = next(iter(config.architectures or []), None)
+    return architecture is not None and architecture == MODEL_MAPPING_NAMES.get(config.model_type)
+
+
+def _load_backbone(name_or_path: str, config: Any, device_map: str | dict[str, Any] | None) -> PreTrainedModel:
+    """Load a transformers model without a classifier, in float32.
+
+    Raises:
+        HfkdError: there are no weights, or some are not in the checkpoint.
+    """
+    try:
+        model, info = AutoModel.from_pretrained(
+            name_or_path, config=config, dtype=torch.float32, device_map=device_map, output_loading_info=True
+        )
+    except (OSError, SafetensorError) as error:
+        raise not_found_error("weights", name_or_path, error) from error
+    check_backbone_loaded(model, info, name_or_path)
+    return model
 
 
 def _set_input(

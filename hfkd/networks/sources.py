@@ -146,6 +146,20 @@ def check_loaded(model: PreTrainedModel, info: dict[str, Any], name_or_path: str
         )
 
 
+def check_backbone_loaded(model: PreTrainedModel, info: dict[str, Any], name_or_path: str) -> None:
+    """Check that the weights of a network without a classifier were in its checkpoint.
+
+    Raises:
+        HfkdError: weights were missing or had another shape.
+    """
+    absent = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
+    if absent:
+        raise HfkdError(
+            f"{name_or_path} lacks weights of {type(model).__name__}: {_listed(absent)}. They would be random. Get the "
+            "whole checkpoint."
+        )
+
+
 def _classifier_names(model):
     """Return the names of the classifier's parameters."""
     if isinstance(model, TimmWrapperForImageClassification):

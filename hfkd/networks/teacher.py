@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,7 @@ from .features import (
     remove_taps,
 )
 from .frozen import frozen_copy
+from .headless import HeadlessNetwork, is_headless
 from .sharding import shard_frozen
 
 VIEWS = ("pixel_values", "pixel_values_strong")
@@ -58,7 +60,8 @@ class Teacher:
         self.name = name or architecture_of(model)
         self.hub_id = hub_id
         remove_taps(model)  # of an earlier trainer: the copy would take over its hooks
-        self.model = frozen_copy(model)
+        frozen = frozen_copy(model)
+        self.model = HeadlessNetwork(frozen).eval() if is_headless(model) else frozen
         self.input_spec = input_spec
         self.class_indices = class_indices
         self._autocast_dtype: torch.dtype | None = None
@@ -75,9 +78,14 @@ class Teacher:
         return [self]
 
     @property
+    def has_classes(self) -> bool:
+        """False for a network without a classifier, whose logits are (B, 0)."""
+        return not isinstance(self.model, HeadlessNetwork)
+
+    @property
     def dispatched(self) -> bool:
         """True if accelerate's hooks place its parts on several devices, as with `device_map`."""
-        return hasattr(self.model, "_hf_hook")
+        return hasattr(self.model if self.has_classes else self.model.backbone, "_hf_hook")
 
     @property
     def is_sharded(self) -> bool:
@@ -147,6 +155,9 @@ class Teacher:
                 teacher, or if its logits are NaN.
         """
         self._columns = None
+        if not self.has_classes:
+            self._classifier = None
+            return
         outputs = self(batch)
         if outputs.logits.isnan().any():
             raise HfkdError(
@@ -302,6 +313,13 @@ class TeacherEnsemble:
     def parameter_count(self) -> int:
         """Return the number of parameters of all members together."""
         return sum(member.parameter_count() for member in self.members)
+
+
+def has_classes(teacher: Any) -> bool:
+    """Return False if a teacher, or one of several, has no classifier; True without a teacher and for a cache."""
+    if not isinstance(teacher, (Teacher, TeacherEnsemble)):
+        return True
+    return all(member.has_classes for member in teacher.members)
 
 
 def check_placement(teacher: Teacher | TeacherEnsemble, processes: int, compiled: bool) -> None:

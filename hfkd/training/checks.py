@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset
 from ..data import StreamingImageDataset
 from ..errors import HfkdError, did_you_mean
 from ..networks.frozen import trainable_weights_in_common
-from ..networks.teacher import Teacher, TeacherEnsemble
+from ..networks.teacher import Teacher, TeacherEnsemble, has_classes
 from ..recipe.arguments import DistillationConfig
 from .distiller import Distiller
 from .loaders import data_sets
@@ -50,6 +50,12 @@ def check_roles(model: nn.Module, teacher, losses: nn.ModuleDict, args: Distilla
     taught = sorted(name for name, loss in losses.items() if loss.needs_teacher)
     if taught and teacher is None:
         raise HfkdError(f"The losses {taught} need a teacher: set teacher_name_or_path, or remove them.")
+    reading = sorted(name for name, loss in losses.items() if loss.needs_teacher and loss.reads_logits)
+    if reading and not has_classes(teacher):
+        raise HfkdError(
+            f"The losses {reading} read logits, and the teacher {teacher.name} has no classifier. Take losses that "
+            "read features, such as token_mse or pkt, or a teacher with a classifier."
+        )
     if not losses and args.ce_weight == 0:
         raise HfkdError("There is nothing to train on: ce_weight is 0 and there are no losses. Set one of them.")
     networks = [member.model for member in teacher.members if isinstance(member, Teacher)] if teacher else []

@@ -37,7 +37,7 @@ from ..losses.standardize import at_least_float32
 from ..networks.gradient_checkpointing import use_gradient_checkpointing
 from ..networks.loading import as_teacher, exported_state_dict
 from ..networks.origins import student_weights, teacher_weights
-from ..networks.teacher import Teacher, TeacherEnsemble
+from ..networks.teacher import Teacher, TeacherEnsemble, has_classes
 from ..recipe.arguments import DistillationConfig
 from ..runs.writing import finite_or_none, use_umask
 from ..teacher_cache.teacher import CachedTeacher
@@ -209,7 +209,7 @@ class DistillationTrainer(Trainer):
         place_tensorboard(self.callback_handler.callbacks, Path(str(args.output_dir), "tensorboard"))
         self.results.facts = {"recipe": None, "dataset": None}  # a command that knows them sets them
         self.checkpoints = Checkpoints(args, self.accelerator.wait_for_everyone)
-        self.teacher_memory = TeacherMemory(self.teacher, args.device)
+        self.teacher_memory = TeacherMemory(self.teacher if has_classes(self.teacher) else None, args.device)
         self._continue_log = ContinueLog(self, self.term_log)
         self._keep_logits = self._asks_teacher = False
         self._steps_per_epoch = 1  # known once training begins, when a schedule that a user has created is replaced
@@ -309,7 +309,7 @@ class DistillationTrainer(Trainer):
         """Return the names that an evaluation gives; None if a user's function does not tell from two images."""
         if self.args.prediction_loss_only:
             return ["loss"]
-        own = own_names(with_teacher=self.teacher is not None)
+        own = own_names(with_teacher=self.teacher_memory.teacher is not None)
         if self.compute_metrics is None:
             return own
         batch: Any = self._first_images(first_set(self.eval_dataset))
@@ -597,10 +597,11 @@ class DistillationTrainer(Trainer):
     def teacher_top1(self) -> float | None:
         """Return the teacher's top-1 in percent on `eval_dataset`; all processes must call it.
 
-        Evaluations then find the teacher's choices remembered. None without a teacher, or where nothing is remembered.
+        Evaluations then find the teacher's choices remembered. None without a teacher that has classes, or where
+        nothing is remembered.
         """
         dataset = self.eval_dataset
-        if self.teacher is None or dataset is None or isinstance(dataset, dict):
+        if self.teacher_memory.teacher is None or dataset is None or isinstance(dataset, dict):
             return None
         self.teacher_memory.open(dataset)
         with torch.random.fork_rng([]):  # a loader draws from it, and the training must not depend on this
