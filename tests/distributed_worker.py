@@ -134,7 +134,8 @@ class Exact(DistillationTrainer):
 def trainer_of(kind, losses, world_size, student, teacher, output_dir, **changes):
     """With batches of eight images, over all processes and accumulated steps."""
     accumulated = changes.get("gradient_accumulation_steps", 1)
-    args = config(output_dir, per_device_train_batch_size=8 // world_size // accumulated, num_train_epochs=2, **changes)
+    batch_size = 8 // world_size // accumulated
+    args = config(output_dir, per_device_train_batch_size=batch_size, num_train_epochs=2, probe_every=1, **changes)
     data = {"train_dataset": images(32), "eval_dataset": images(26, seed=1, augment=False)}
     return kind(student, teacher, args, losses=losses, **data)
 

@@ -150,15 +150,7 @@ class Taps:
         self._record(layer, module, (), arguments[0].clone() if overwritten else arguments[0])
 
     def _record_embedding(self, classifier: nn.Module, arguments: tuple) -> None:
-        embedding = arguments[0]
-        if embedding.ndim == 4 and embedding.shape[2:] == (1, 1):  # the classifier is a 1 x 1 convolution
-            embedding = embedding.flatten(1)
-        if embedding.ndim != 2:
-            raise HfkdError(
-                f"The input of the classifier ({type(classifier).__name__}) has shape {tuple(embedding.shape)}: "
-                "expected an embedding (B, D)."
-            )
-        self._recorded[EMBEDDING] = embedding
+        self._recorded[EMBEDDING] = as_embedding(classifier, arguments)
 
     def take(self) -> dict[Layer, Tensor]:
         """Return the outputs since the last call: maps (B, C, H, W), tokens (B, N, C) or embeddings (B, C).
@@ -171,6 +163,23 @@ class Taps:
         if missing:
             raise HfkdError(f"The forward pass does not call the layer {missing[0]!r}: name another layer.")
         return recorded
+
+
+def as_embedding(classifier: nn.Module, arguments: tuple) -> Tensor:
+    """Return the embedding (B, D) among the arguments of a classifier.
+
+    Raises:
+        HfkdError: for an input of another shape.
+    """
+    embedding = arguments[0]
+    if embedding.ndim == 4 and embedding.shape[2:] == (1, 1):  # the classifier is a 1 x 1 convolution
+        embedding = embedding.flatten(1)
+    if embedding.ndim != 2:
+        raise HfkdError(
+            f"The input of the classifier ({type(classifier).__name__}) has shape {tuple(embedding.shape)}: "
+            "expected an embedding (B, D)."
+        )
+    return embedding
 
 
 def remove_taps(model: nn.Module) -> None:

@@ -281,6 +281,13 @@ class DistillationConfig(TrainingArguments):
         default=None,
         metadata={"help": "Decay per step of the moving average of the student, which is then evaluated and exported."},
     )
+    probe_every: int | None = field(
+        default=None,
+        metadata={
+            "help": "Epochs between two measurements of eval_knn: top-1 of 20 weighted nearest neighbours of each "
+            "evaluation image among the others, in the student's features; metric_for_best_model may be knn."
+        },
+    )
     shard_teacher: bool = field(
         default=False, metadata={"help": "With FSDP: shard the teacher over the processes, like the student."}
     )

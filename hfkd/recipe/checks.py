@@ -48,6 +48,7 @@ RANGES = {
     **dict.fromkeys(("ce_weight", "mixup", "cutmix"), NOT_NEGATIVE),
     **dict.fromkeys(("lr_milestones", "lr_gamma"), POSITIVE),
     "ema_decay": Range("must be between 0 and 1, e.g. 0.9998", lambda value: 0 < value < 1),
+    "probe_every": AT_LEAST_1,
     "published_top1": PERCENT,
     # Training
     "num_train_epochs": POSITIVE,
@@ -130,6 +131,8 @@ def check_training(config: Any) -> None:
     for key in ("neftune_noise_alpha", "use_liger_kernel"):
         if getattr(config, key, None):
             raise HfkdError(f"{key} is for language models: leave it out.")
+    if config.probe_every is not None and config.prediction_loss_only:
+        raise HfkdError("probe_every reads features, and prediction_loss_only measures the loss alone: leave one out.")
     milestones = config.lr_milestones or []
     if sorted(set(milestones)) != milestones:
         raise HfkdError(f"lr_milestones must increase, got {' '.join(f'{epoch:g}' for epoch in milestones)}.")

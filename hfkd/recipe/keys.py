@@ -165,6 +165,7 @@ _DISTILLATION = {
         (
             *("losses", "logit_standardization", "decay_all_parameters", "lr_gamma", "mixup", "cutmix", "ema_decay"),
             "channels_last",  # selects kernels, which round differently
+            "probe_every",  # as other keys of evaluations
         ),
         Key(RESULT),
     ),

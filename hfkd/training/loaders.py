@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from ..data import ImageDataset, ImageSource, StreamingImageDataset
+from ..data import ImageDataset, ImageSource, StreamingImageDataset, collate_batch
 from ..data.source import RowCache
 from ..data.subsets import image_source
 from ..errors import HfkdError
@@ -117,6 +117,14 @@ def stream_loader(dataset: StreamingImageDataset, args: DistillationConfig, is_t
         prefetch_factor=args.dataloader_prefetch_factor,
         multiprocessing_context=args.dataloader_multiprocessing_context,
     )
+
+
+def plain_loader(dataset: ImageSource, batch_size: int, num_workers: int) -> DataLoader:
+    """Return a loader of all images in order, in finished batches, for one process and no trainer."""
+    if isinstance(dataset, StreamingImageDataset):
+        dataset.shard(0, 1, batch_size, drop_last=False)
+        return DataLoader(dataset, batch_size=None, num_workers=num_workers)
+    return DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=collate_batch)
 
 
 def evaluation_share(

@@ -34,6 +34,8 @@ from ..data.subsets import image_source
 from ..errors import HfkdError
 from ..losses import DistillationLoss, build_losses
 from ..losses.standardize import at_least_float32
+from ..networks.embeddings import recording_embeddings
+from ..networks.features import find_classifier
 from ..networks.gradient_checkpointing import use_gradient_checkpointing
 from ..networks.loading import as_teacher, exported_state_dict
 from ..networks.origins import student_weights, teacher_weights
@@ -72,6 +74,7 @@ from .loaders import (
 from .metrics import EvaluationMetrics, names_of_users, own_names
 from .optimization import decayed_parameter_names, lomo_looked_up_once, multi_step_schedule, optimizer_settings
 from .preemption import StopOnSigterm
+from .probes import between_probes, is_due
 from .pushes import Pushes
 from .results import ResultsWriter, run_facts
 from .run_block import RunBlock
@@ -115,7 +118,8 @@ class DistillationTrainer(Trainer):
         stop_on_sigterm: ends training at SIGTERM, SIGINT or SIGHUP, or when its `time_is_up` says so.
 
     `evaluate()` gives `eval_loss` (cross-entropy), `eval_top1`, `eval_top5` and, with a teacher, `eval_agreement`
-    (share of images on which both choose the same class) and `eval_teacher_top1`, in percent. A distilled DeiT or PiT
+    (share of images on which both choose the same class) and `eval_teacher_top1`, in percent; with `probe_every` also
+    `eval_knn`, the top-1 of the nearest neighbours among the evaluation images. A distilled DeiT or PiT
     of timm trains its class head by the cross-entropy and its distillation head by the losses that read logits;
     evaluation and the exported student average the two. Where a loss changes the student (SimKD), `trainer.model` is
     another network, made of a copy of `model`.
@@ -212,6 +216,7 @@ class DistillationTrainer(Trainer):
         self.teacher_memory = TeacherMemory(self.teacher if has_classes(self.teacher) else None, args.device)
         self._continue_log = ContinueLog(self, self.term_log)
         self._keep_logits = self._asks_teacher = False
+        self._embeddings: list[Tensor] | None = None  # of the batch that is evaluated, where `knn` is measured
         self._steps_per_epoch = 1  # known once training begins, when a schedule that a user has created is replaced
         self.results.first_set = next(iter(eval_dataset), None) if isinstance(eval_dataset, dict) else None
         self._whole_state: dict[str, Tensor] | None = None
@@ -230,6 +235,8 @@ class DistillationTrainer(Trainer):
         self._begin(built)
         check_metric_settings(self.model, eval_dataset, args)
         check_given_optimizer(self.optimizer, self.distiller)
+        if args.probe_every is not None:
+            find_classifier(self.model)
         if asks_for_best(args) and eval_dataset is not None:
             check_best_metric(args.metric_for_best_model, eval_dataset, self._metric_names())
 
@@ -309,7 +316,7 @@ class DistillationTrainer(Trainer):
         """Return the names that an evaluation gives; None if a user's function does not tell from two images."""
         if self.args.prediction_loss_only:
             return ["loss"]
-        own = own_names(with_teacher=self.teacher_memory.teacher is not None)
+        own = own_names(self.teacher_memory.teacher is not None, with_knn=self.args.probe_every is not None)
         if self.compute_metrics is None:
             return own
         batch: Any = self._first_images(first_set(self.eval_dataset))
@@ -550,9 +557,9 @@ class DistillationTrainer(Trainer):
         self.results.recording = self.eval_dataset is None or self._is_own(eval_dataset)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
-    def _evaluation_metrics(self, keeps_logits: bool) -> EvaluationMetrics:
-        with_losses = "loss" in self.args.include_for_metrics
-        return EvaluationMetrics(self.compute_metrics, self.preprocess_logits_for_metrics, keeps_logits, with_losses)
+    def _evaluation_metrics(self, keeps_logits: bool, probing: bool = False) -> EvaluationMetrics:
+        users = self.compute_metrics, self.preprocess_logits_for_metrics
+        return EvaluationMetrics(*users, keeps_logits, "loss" in self.args.include_for_metrics, probing)
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
@@ -568,7 +575,8 @@ class DistillationTrainer(Trainer):
         predicting = description == "Prediction"
         self._asks_teacher = not predicting
         self._keep_logits = predicting or self.compute_metrics is not None
-        metrics = self._evaluation_metrics(self._keep_logits)
+        probing = not predicting and is_due(self.args, self.state)
+        metrics = self._evaluation_metrics(self._keep_logits, probing)
         users = {"compute_metrics": metrics, "preprocess_logits_for_metrics": metrics.preprocess}
         if self.compute_metrics is None:
             prediction_loss_only = None  # `evaluate` takes it for a sign that there is nothing to compute
@@ -576,8 +584,10 @@ class DistillationTrainer(Trainer):
         streamed = isinstance(dataloader.dataset, StreamingImageDataset)
         if streamed:  # nothing to leave out: its padding is marked, and accelerate does not know its length
             self.gather_function = self.accelerator.gather
+        recording = recording_embeddings(self.model) if probing else contextlib.nullcontext()
         try:
-            with self._compiling(), changed_for_now(self, **users), own_forward(self.model):
+            with self._compiling(), changed_for_now(self, **users), own_forward(self.model), recording as embeddings:
+                self._embeddings = embeddings
                 output = super().evaluation_loop(
                     dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
                 )
@@ -616,12 +626,13 @@ class DistillationTrainer(Trainer):
         with self.backend.autocast():
             logits = at_least_float32(self.backend.predict(self.distiller, model)(inputs["pixel_values"]))
         self.divergence.watch(logits)
+        embedding = self._embeddings.pop() if self._embeddings else None
         if prediction_loss_only and labels is not None:
             return mean_cross_entropy(logits, labels), None, None
         if labels is None:
             return None, logits, None
         choice = self.teacher_memory.choice(inputs) if self._asks_teacher else None
-        outputs = (*ranked_predictions(logits, labels), choice, logits if self._keep_logits else None)
+        outputs = (*ranked_predictions(logits, labels), choice, embedding, logits if self._keep_logits else None)
         return None, tuple(output for output in outputs if output is not None), labels
 
     # ---- Checkpoints -----------------------------------------------------------------------------------------------
@@ -680,6 +691,7 @@ class DistillationTrainer(Trainer):
         # diverged never is. Where no best model is asked for, Trainer would miss the default metric among those of
         # several data sets.
         known = asks_for_best(self.args) or f"eval_{self.args.metric_for_best_model}" in metrics
+        known = known and not between_probes(self.args.metric_for_best_model, metrics)
         is_best = known and self.divergence.logits_are_finite and super()._determine_best_metric(metrics, trial)
         self.state.best_metric = finite_or_none(self.state.best_metric)  # Trainer begins with an infinite one
         return is_best or self.stop_on_sigterm.stopping

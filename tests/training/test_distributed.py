@@ -104,7 +104,7 @@ def test_batch_norm_sees_the_images_of_one_process(runs):
 
 def test_evaluation_sees_every_image_once(runs):
     one, first, second = (run["kd"] for run in runs[:3])
-    for key in ("eval_loss", "eval_top1", "eval_top5", "eval_agreement", "eval_teacher_top1"):
+    for key in ("eval_loss", "eval_top1", "eval_top5", "eval_agreement", "eval_teacher_top1", "eval_knn"):
         assert first["metrics"][key] == second["metrics"][key] == pytest.approx(one["metrics"][key])
 
 
