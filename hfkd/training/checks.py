@@ -113,6 +113,11 @@ def check_trains_backbone(losses: nn.ModuleDict, args: DistillationConfig) -> No
             f"The student has no classifier, and {what}: give it the classes of the data set, or set ce_weight to 0 "
             "and take only losses that read features."
         )
+    if args.eval_strategy != "no":
+        raise HfkdError(
+            f"eval_strategy is {args.eval_strategy.value}, and the student has no classifier, and so no top-1 that "
+            "could be evaluated: set it to no."
+        )
 
 
 def smallest_batch(train_dataset: Any, losses: nn.ModuleDict, args: DistillationConfig) -> int | None:
