@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from ..errors import HfkdError
 from ..losses import build_losses
+from ..losses.base import trains_classifier
 from ..names import hub_id, last_part
 from ..recipe.arguments import DataArguments, DistillationConfig, ModelArguments
 from ..recipe.differences import recipe_differences
@@ -142,7 +143,9 @@ def _train(model_args, data_args, config, recipe, role, name, time_is_up) -> Dis
     if trainer.is_world_process_zero():
         write_whole(Path(config.output_dir, RECIPE_NAME), dump_yaml(recipe))
     trainer.train(resume_from_checkpoint=checkpoint)
-    if not trainer.results.rows:  # eval_strategy: no
+    if not trainer.has_classifier:
+        trainer.results.write_for(trainer.args)
+    elif not trainer.results.rows:  # eval_strategy: no
         trainer.evaluate()
     if config.should_save:
         state = dataclasses.asdict(trainer.state)
@@ -153,13 +156,18 @@ def _train(model_args, data_args, config, recipe, role, name, time_is_up) -> Dis
         trainer.export()
     if trainer.is_world_process_zero():
         weights = "best" if config.load_best_model_at_end else "last"
-        print(f"{trainer.results.text()} {trainer.export_folder} holds the {weights}.")
-        print(f"Next: {next_command(role, trainer.export_folder)}")
+        if trainer.has_classifier:
+            print(f"{trainer.results.text()} {trainer.export_folder} holds the {weights}.")
+        else:
+            print(f"{trainer.export_folder} holds the backbone.")
+        print(f"Next: {next_command(role, trainer.export_folder, trainer.has_classifier)}")
     return trainer
 
 
-def next_command(role: str, export: Path) -> str:
+def next_command(role: str, export: Path, has_classifier: bool = True) -> str:
     """Return the command that a person is likely to want after a training."""
+    if not has_classifier:
+        return f"hfkd train-teacher --dataset_name LABELLED --student {export}, or hfkd distill with a teacher as well"
     if role == "teacher":
         return f"hfkd distill RECIPE --teacher_name_or_path {export}"
     return f"hfkd visualize {export.parent}, or hfkd export {export} for one ONNX file"
@@ -176,19 +184,33 @@ def build_trainer(
     # Imported here, because these import timm, datasets and transformers' models, which takes seconds. `--help` and
     # mistakes in a recipe are answered without them.
     from transformers import set_seed
-    from transformers.models.timm_wrapper import TimmWrapperForImageClassification
+    from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperPreTrainedModel
 
     from ..networks.loading import check_model, input_spec, load_processor
     from ..training.trainer import DistillationTrainer
-    from .build import build_student, image_sets, load_splits, load_teachers, open_cache, weights_in_words
+    from .build import (
+        build_student,
+        check_teachers,
+        image_sets,
+        load_splits,
+        load_teachers,
+        open_cache,
+        weights_in_words,
+    )
 
     check_model(model_args.student_name_or_path, model_args.trust_remote_code)
+    losses = build_losses(config.losses, config.logit_standardization)  # type: ignore[arg-type]  # a mapping by now
+    if not model_args.teacher_cache:
+        check_teachers(model_args, losses)
+    has_classifier = trains_classifier(losses.values(), config.ce_weight)
+    if not has_classifier:
+        leave_out_evaluations(config)
     teacher = open_cache(model_args) if model_args.teacher_cache else load_teachers(model_args) or None
     set_seed(config.seed)  # the student's initial weights are part of the recipe
     splits = load_splits(data_args)
-    student = build_student(model_args, data_args, splits[0].class_names)
+    student = build_student(model_args, data_args, splits[0].class_names if has_classifier else [])
     train_set, eval_set = image_sets(splits, input_spec(student), data_args, config)
-    wrapped = isinstance(student, TimmWrapperForImageClassification)  # timm's config.json holds the preprocessing
+    wrapped = isinstance(student, TimmWrapperPreTrainedModel)  # timm's config.json holds the preprocessing
     processor = None if wrapped else load_processor(student.name_or_path, model_args.trust_remote_code)
     trainer = DistillationTrainer(
         student, teacher, config, train_dataset=train_set, eval_dataset=eval_set, processing_class=processor
@@ -202,6 +224,27 @@ def build_trainer(
         "train_images": train_set.num_rows,
     }
     return trainer
+
+
+def leave_out_evaluations(config: DistillationConfig) -> None:
+    """Set a run's settings for a student without a classifier, which has no top-1 to evaluate.
+
+    Raises:
+        HfkdError: if a setting needs the top-1.
+    """
+    from transformers.trainer_utils import IntervalStrategy
+
+    from ..training.checks import asks_for_best
+
+    config.eval_strategy, config.load_best_model_at_end = IntervalStrategy.NO, False
+    if asks_for_best(config):
+        setting = "save_strategy" if config.save_strategy == "best" else "lr_scheduler_type"
+        raise HfkdError(
+            f"{setting} is {getattr(config, setting).value}, which needs the top-1 of evaluations. Nothing trains a "
+            "classifier here, so the student has none: take another, or set ce_weight above 0."
+        )
+    if config.process_index == 0:
+        print("No loss reads logits and ce_weight is 0: the student is a backbone without a classifier.", flush=True)
 
 
 def claim_output_dir(config: DistillationConfig, recipe: dict[str, Any]) -> str | None:

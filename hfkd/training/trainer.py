@@ -37,9 +37,10 @@ from ..losses.standardize import at_least_float32
 from ..networks.embeddings import recording_embeddings
 from ..networks.features import find_classifier
 from ..networks.gradient_checkpointing import use_gradient_checkpointing
+from ..networks.headless import is_headless
 from ..networks.loading import as_teacher, exported_state_dict
 from ..networks.origins import student_weights, teacher_weights
-from ..networks.teacher import Teacher, TeacherEnsemble, has_classes
+from ..networks.teacher import Teacher, TeacherEnsemble
 from ..recipe.arguments import DistillationConfig
 from ..runs.writing import finite_or_none, use_umask
 from ..teacher_cache.teacher import CachedTeacher
@@ -111,7 +112,7 @@ class DistillationTrainer(Trainer):
     Attributes:
         distiller: student and losses, the one module that is trained.
         average: moving average of the student (`ema_decay`), or None; it is evaluated and exported.
-        num_classes: the student's number of classes; None without data.
+        num_classes: the student's number of classes, 0 without a classifier; None without data.
         results: rows and facts of `results.json`.
         exports: the exported model on disk.
         run_block: what is printed before training.
@@ -213,7 +214,6 @@ class DistillationTrainer(Trainer):
         place_tensorboard(self.callback_handler.callbacks, Path(str(args.output_dir), "tensorboard"))
         self.results.facts = {"recipe": None, "dataset": None}  # a command that knows them sets them
         self.checkpoints = Checkpoints(args, self.accelerator.wait_for_everyone)
-        self.teacher_memory = TeacherMemory(self.teacher if has_classes(self.teacher) else None, args.device)
         self._continue_log = ContinueLog(self, self.term_log)
         self._keep_logits = self._asks_teacher = False
         self._embeddings: list[Tensor] | None = None  # of the batch that is evaluated, where `knn` is measured
@@ -233,12 +233,19 @@ class DistillationTrainer(Trainer):
         for callback in (*callbacks, self.divergence):  # the last one takes back a checkpoint that others ask for
             self.add_callback(callback)
         self._begin(built)
+        comparable = self.teacher is not None and self.teacher.shares_classes
+        self.teacher_memory = TeacherMemory(self.teacher if comparable else None, args.device)
         check_metric_settings(self.model, eval_dataset, args)
         check_given_optimizer(self.optimizer, self.distiller)
         if args.probe_every is not None:
             find_classifier(self.model)
         if asks_for_best(args) and eval_dataset is not None:
             check_best_metric(args.metric_for_best_model, eval_dataset, self._metric_names())
+
+    @property
+    def has_classifier(self) -> bool:
+        """False for a student that is a backbone, which has no top-1."""
+        return not is_headless(self.model)
 
     # ---- One run: the only one, or a trial of a search -------------------------------------------------------------
 
@@ -553,7 +560,13 @@ class DistillationTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Evaluate as Trainer does; `results.json` gets a row for `eval_dataset` of the constructor, not for others."""
+        """Evaluate as Trainer does; `results.json` gets a row for `eval_dataset` of the constructor, not for others.
+
+        Raises:
+            HfkdError: for a student without a classifier.
+        """
+        if not self.has_classifier:
+            raise HfkdError("The student has no classifier, and so no top-1 that could be evaluated.")
         self.results.recording = self.eval_dataset is None or self._is_own(eval_dataset)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
@@ -607,8 +620,8 @@ class DistillationTrainer(Trainer):
     def teacher_top1(self) -> float | None:
         """Return the teacher's top-1 in percent on `eval_dataset`; all processes must call it.
 
-        Evaluations then find the teacher's choices remembered. None without a teacher that has classes, or where
-        nothing is remembered.
+        Evaluations then find the teacher's choices remembered. None without a teacher that has the student's classes,
+        or where nothing is remembered.
         """
         dataset = self.eval_dataset
         if self.teacher_memory.teacher is None or dataset is None or isinstance(dataset, dict):

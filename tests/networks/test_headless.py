@@ -36,7 +36,7 @@ def test_a_folder_of_dinov2(dinov2):
     expected = Dinov2Model.from_pretrained(dinov2).eval()(pixels)
     teacher.prepare(CPU, None, False, layers=[-1, "embedding"])
     outputs = teacher({"pixel_values": pixels})
-    assert teacher.input_spec.image_size == 32 and not teacher.has_classes and outputs.logits.shape == (2, 0)
+    assert teacher.input_spec.image_size == 32 and not teacher.has_classifier and outputs.logits.shape == (2, 0)
     patches = expected.last_hidden_state[:, 1:].transpose(1, 2).unflatten(2, (4, 4))
     torch.testing.assert_close(outputs.features[-1], patches)
     torch.testing.assert_close(outputs.embedding, expected.pooler_output)
@@ -77,7 +77,9 @@ def test_training_without_agreement(dinov2, tmp_path):
 
 def test_a_loss_of_logits_is_refused(dinov2, tmp_path):
     student = load_student("cifar_resnet8", num_classes=10)
-    with pytest.raises(HfkdError, match=r"\['kd'\] read logits, and the teacher .* has no classifier.*token_mse"):
+    with pytest.raises(
+        HfkdError, match=r"\['kd'\] read logits or a classifier, and the teacher .* has none.*token_mse"
+    ):
         DistillationTrainer(
             student,
             load_teacher(str(dinov2)),
