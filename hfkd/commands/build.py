@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -25,7 +28,9 @@ from ..networks.features import InputSpec
 from ..networks.loading import check_model, load_student, load_teacher
 from ..networks.origins import student_weights, teacher_weights
 from ..networks.teacher import Teacher, check_ensemble_members
+from ..networks.zero_shot import check_has_texts
 from ..recipe.arguments import DataArguments, DistillationConfig, ModelArguments
+from ..teacher_cache.identity import given_teachers
 from ..teacher_cache.teacher import CachedTeacher
 from ..training.checks import check_reads_features
 
@@ -49,14 +54,16 @@ def check_teachers(model_args: ModelArguments, losses: nn.ModuleDict) -> None:
     """Check the names of the teachers, and that the losses read only what they have, before any network is loaded.
 
     Raises:
-        HfkdError: if a name is that of no model; if a loss reads logits or a classifier of a teacher that has none; or
-            if an ensemble has such a member.
+        HfkdError: if a name is that of no model; if a loss reads logits or a classifier of a teacher that has none; if
+            an ensemble has such a member; or if there are prompts for a teacher that reads no texts.
     """
     names = model_args.teacher_name_or_path or []
     checkpoints = model_args.teacher_checkpoint or [None] * len(names)
     trusted = model_args.trust_remote_code
     for name in names:
         check_model(name, trusted)
+    if model_args.teacher_prompts:
+        return check_has_texts(names[0])
     headless = [name for name, file in zip(names, checkpoints, strict=True) if lacks_classifier(name, file, trusted)]
     if len(names) > 1:
         check_ensemble_members(headless)
@@ -73,13 +80,22 @@ def open_cache(model_args: ModelArguments) -> CachedTeacher:
     teacher = CachedTeacher(model_args.teacher_cache)
     names = model_args.teacher_name_or_path
     if names:
-        given = model_args.teacher_checkpoint, model_args.teacher_class_indices, model_args.teacher_image
-        teacher.check_given(names, *given)
+        teacher.check_given(given_by(model_args))
     return teacher
 
 
-def load_teachers(model_args: ModelArguments) -> list[Teacher]:
+def given_by(model_args: ModelArguments) -> list[dict[str, Any]]:
+    """Return the teachers that the arguments name, for comparison with those of a cache."""
+    names, prompts = model_args.teacher_name_or_path or [], model_args.teacher_prompts
+    more = model_args.teacher_checkpoint, model_args.teacher_class_indices, model_args.teacher_image
+    return given_teachers(names, *more, prompts)
+
+
+def load_teachers(model_args: ModelArguments, class_names: Sequence[str] = ()) -> list[Teacher]:
     """Load the teachers that the arguments name; several form an ensemble.
+
+    Args:
+        class_names: names of the data set's classes, for teacher_prompts.
 
     Raises:
         HfkdError: if a teacher cannot be loaded (see `load_teacher`), or if teacher_class_indices is set for no teacher
@@ -90,9 +106,10 @@ def load_teachers(model_args: ModelArguments) -> list[Teacher]:
     if indices is not None and len(names) != 1:
         raise HfkdError(f"teacher_class_indices needs one teacher, and teacher_name_or_path names {len(names)}.")
     checkpoints = model_args.teacher_checkpoint or [None] * len(names)
-    device_map, trusted = model_args.teacher_device_map, model_args.trust_remote_code
+    settings = {"trust_remote_code": model_args.trust_remote_code, "prompts": model_args.teacher_prompts}
+    settings |= {"class_names": class_names, **model_args.teacher_image}
     return [
-        load_teacher(name, checkpoint, indices, device_map, **model_args.teacher_image, trust_remote_code=trusted)
+        load_teacher(name, checkpoint, indices, model_args.teacher_device_map, **settings)
         for name, checkpoint in zip(names, checkpoints, strict=True)
     ]
 
@@ -103,6 +120,9 @@ def weights_in_words(model_args: ModelArguments) -> dict[str, str]:
     names = model_args.teacher_name_or_path or []
     checkpoints = model_args.teacher_checkpoint or [None] * len(names)
     teachers = " + ".join(map(teacher_weights, names, checkpoints))
+    if model_args.teacher_prompts:
+        number = len(model_args.teacher_prompts)
+        teachers += f", zero-shot, {number} template{'s' if number > 1 else ''}"
     if model_args.teacher_cache:
         teachers = f"logits from the cache {model_args.teacher_cache}"
     return words | ({"teacher": teachers} if teachers else {})

@@ -225,8 +225,9 @@ def build_search_trainer(
     check_model(model_args.student_name_or_path, model_args.trust_remote_code)
     if not model_args.teacher_cache:
         check_teachers(model_args, build_losses(config.losses, config.logit_standardization))  # type: ignore[arg-type]
-    teacher = open_cache(model_args) if model_args.teacher_cache else load_teachers(model_args) or None
+    cached = open_cache(model_args) if model_args.teacher_cache else None
     splits = load_splits(data_args)
+    teacher = cached or load_teachers(model_args, splits[1].class_names) or None
 
     def make_student():
         return build_student(model_args, data_args, splits[0].class_names)

@@ -205,9 +205,10 @@ def build_trainer(
     has_classifier = trains_classifier(losses.values(), config.ce_weight)
     if not has_classifier:
         leave_out_evaluations(config)
-    teacher = open_cache(model_args) if model_args.teacher_cache else load_teachers(model_args) or None
-    set_seed(config.seed)  # the student's initial weights are part of the recipe
+    cached = open_cache(model_args) if model_args.teacher_cache else None
     splits = load_splits(data_args)
+    teacher = cached or load_teachers(model_args, splits[1].class_names) or None
+    set_seed(config.seed)  # the student's initial weights are part of the recipe
     student = build_student(model_args, data_args, splits[0].class_names if has_classifier else [])
     train_set, eval_set = image_sets(splits, input_spec(student), data_args, config)
     wrapped = isinstance(student, TimmWrapperPreTrainedModel)  # timm's config.json holds the preprocessing

@@ -159,7 +159,8 @@ class Subject:
         teacher = teacher_of(recipe)
         if args.teacher is not None:
             teacher = RecipeTeacher((args.teacher,), (args.teacher_checkpoint,), args.teacher_class_indices)
-        members = load_teachers(ModelArguments(self.name, **teacher.settings))
+        _, images = self.model_and_images
+        members = load_teachers(ModelArguments(self.name, **teacher.settings), images.class_names)
         if args.teacher is not None and not members[0].has_classifier:
             raise HfkdError(f"The figures compare logits, and {args.teacher} has no classifier: leave --teacher out.")
         return as_teacher(members, bool(recipe.get("logit_standardization"))) if members else None

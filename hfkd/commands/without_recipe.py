@@ -37,7 +37,7 @@ def with_recipe(argv: Sequence[str], role: str = "student") -> list[str]:
     if (words and not words[0].startswith("-")) or not set(HELP_WORDS).isdisjoint(words):
         return words
     parser = ArgumentParser(ARGUMENT_CLASSES, "")
-    keys = (*SHORT, "teacher_cache", "teacher_checkpoint")
+    keys = (*SHORT, "teacher_cache", "teacher_checkpoint", "teacher_prompts")
     given = {key: value for key in keys if (value := _value(words, key, parser))}
     if given.keys().isdisjoint(SHORT):
         return words  # whose reader asks for a recipe
@@ -54,7 +54,8 @@ def with_recipe(argv: Sequence[str], role: str = "student") -> list[str]:
     # As they are written: a link keeps its own name.
     folder = Path("runs", *(Path(os.path.abspath(name)).name for name in (given["dataset_name"], student)))
     suited = [f"--output_dir={folder}", *_for_machine(), *_for_student(student)]
-    if role == "student" and _lacks_classifier(given.get("teacher_name_or_path"), given.get("teacher_checkpoint")):
+    teacher = None if "teacher_prompts" in given else given.get("teacher_name_or_path")
+    if role == "student" and _lacks_classifier(teacher, given.get("teacher_checkpoint")):
         named = any(word.startswith("--losses") for word in words)
         return ["photographs/features", *suited, *([] if named else ["--losses.token_mse.weight=1"]), *words]
     return [f"photographs/{role}", *suited, *words]

@@ -32,6 +32,7 @@ from .sources import (
     tagged,
 )
 from .teacher import Teacher, TeacherEnsemble
+from .zero_shot import load_zero_shot
 
 # Entries of timm's pretrained_cfg that a student does not keep. The first name the source of the weights, perhaps a
 # path on this machine; a saved model brings its own weights. The others describe an architecture's published weights,
@@ -172,6 +173,8 @@ def load_teacher(
     image_mean: Sequence[float] | None = None,
     image_std: Sequence[float] | None = None,
     trust_remote_code: bool = False,
+    prompts: Sequence[str] | None = None,
+    class_names: Sequence[str] = (),
 ) -> Teacher:
     """Load a teacher and freeze it.
 
@@ -187,12 +190,17 @@ def load_teacher(
         image_size, image_mean, image_std: input that the network in `checkpoint` was trained with, where it is not the
             architecture's own: side in pixels, mean and standard deviation (RGB, images in [0, 1]).
         trust_remote_code: run the code that comes with a folder or a Hub id.
+        prompts: templates such as "a photo of a {}", with which CLIP or SigLIP classifies: see `load_zero_shot`.
+        class_names: names of the student's classes, for prompts.
 
     Raises:
-        HfkdError: for an unknown name, for weights that do not fit, or for an architecture without weights or with a
-            device_map.
+        HfkdError: for an unknown name, for weights that do not fit, for an architecture without weights or with a
+            device_map, or for prompts that make no classifier.
     """
     name_or_path = resolve_name(name_or_path)
+    if prompts:
+        network, whole = load_zero_shot(name_or_path, class_names, prompts)
+        return Teacher(network, public_name(name_or_path, whole), input_spec(whole), hub_id=hub_id(name_or_path))
     origin: str | None = None
     headless: bool | None = None  # the model tells
     model: nn.Module

@@ -16,7 +16,7 @@ from torch.distributed import DistNetworkError, DistStoreError
 from transformers import TrainingArguments
 
 from ..errors import HfkdError, RendezvousError, did_you_mean
-from .checks import check_names, check_ranges, check_training
+from .checks import check_names, check_prompts, check_ranges, check_training
 from .keys import PATH_KEYS, RECIPE_KEYS
 from .yaml_file import parse_yaml
 
@@ -85,6 +85,13 @@ class ModelArguments:
             "another order; by default they are matched by name."
         },
     )
+    teacher_prompts: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Templates such as 'a photo of a {}', with which CLIP or SigLIP classifies the data set's classes "
+            "by their names; the features of several are averaged. Without them it teaches its features."
+        },
+    )
     teacher_device_map: str | None = field(
         default=None,
         metadata={
@@ -135,6 +142,7 @@ class ModelArguments:
                 f"teacher_checkpoint names {len(checkpoints)} files and teacher_name_or_path {len(teachers)} teachers: "
                 "give one file for each."
             )
+        check_prompts(self)
         for name in ("teacher_image_size", "teacher_image_mean", "teacher_image_std"):
             value = getattr(self, name)
             if value is None:

@@ -120,6 +120,25 @@ def check_names(arguments: Any, keys: Iterable[str]) -> None:
             check_name(key, name)
 
 
+def check_prompts(model_args: Any) -> None:
+    """Check teacher_prompts: each has a place for the name of a class, and there is one teacher that reads them.
+
+    Raises:
+        HfkdError: if not.
+    """
+    prompts, teachers = model_args.teacher_prompts or [], model_args.teacher_name_or_path or []
+    for prompt in prompts:
+        if "{}" not in prompt:
+            raise HfkdError(
+                f"teacher_prompts: '{prompt}' has no {{}}, where the name of the class is put: 'a photo of a {{}}'."
+            )
+    if prompts and len(teachers) != 1:
+        raise HfkdError(f"teacher_prompts needs one teacher, and teacher_name_or_path names {len(teachers)}.")
+    for key in ("teacher_checkpoint", "teacher_class_indices", "teacher_device_map"):
+        if prompts and getattr(model_args, key):
+            raise HfkdError(f"teacher_prompts make a classifier of CLIP or SigLIP, which takes no {key}: leave it out.")
+
+
 def check_training(config: Any) -> None:
     """Check the settings of a DistillationConfig before transformers looks for the device, which takes seconds.
 
