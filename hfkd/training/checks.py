@@ -91,8 +91,8 @@ def check_reads_features(losses: nn.ModuleDict, teacher: str) -> None:
     if reading:
         raise HfkdError(
             f"The losses {reading} read logits or a classifier, and the teacher {teacher} has none. Take losses that "
-            "read features in their place, such as token_mse, feature_queue or pkt, or a teacher with a classifier; CLIP "
-            "and SigLIP classify with teacher_prompts."
+            "read features in their place, such as token_mse, feature_queue or pkt, or a teacher with a classifier; "
+            "CLIP and SigLIP classify with teacher_prompts."
         )
 
 
