@@ -126,8 +126,8 @@ class _NoClassifier(nn.Module):
 
 
 def is_headless(model: nn.Module) -> bool:
-    """Return True for a transformers or timm model without a classifier."""
-    if isinstance(model, TimmWrapperModel):
+    """Return True for a transformers or timm model without a classifier, or the network around one."""
+    if isinstance(model, (TimmWrapperModel, HeadlessNetwork)):
         return True
     if isinstance(model, PreTrainedModel):
         return type(model) is MODEL_MAPPING.get(type(model.config), None)
@@ -138,9 +138,7 @@ def embed(model: nn.Module, pixel_values: Tensor) -> Tensor:
     """Return the embedding (B, D) that a network without a classifier gives for images."""
     if isinstance(model, TimmWrapperModel):
         return model(pixel_values).pooler_output
-    return (
-        model.embed(pixel_values) if isinstance(model, HeadlessNetwork) else HeadlessNetwork(model).embed(pixel_values)
-    )
+    return (model if isinstance(model, HeadlessNetwork) else HeadlessNetwork(model)).embed(pixel_values)
 
 
 def _stages(backbone: nn.Module) -> list[str]:
