@@ -34,9 +34,9 @@ def architecture_of(model: nn.Module) -> str:
     """Return timm's name of the architecture, the model type of transformers, or the name of the class."""
     # Here and not above: most users of this module have names and no models, and these take seconds to import.
     from transformers import PreTrainedModel
-    from transformers.models.timm_wrapper import TimmWrapperForImageClassification
+    from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperPreTrainedModel
 
-    if isinstance(model, TimmWrapperForImageClassification):
+    if isinstance(model, TimmWrapperPreTrainedModel):
         return model.config.architecture
     if isinstance(model, PreTrainedModel):
         return model.config.model_type

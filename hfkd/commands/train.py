@@ -176,7 +176,7 @@ def build_trainer(
     # Imported here, because these import timm, datasets and transformers' models, which takes seconds. `--help` and
     # mistakes in a recipe are answered without them.
     from transformers import set_seed
-    from transformers.models.timm_wrapper import TimmWrapperForImageClassification
+    from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperPreTrainedModel
 
     from ..networks.loading import check_model, input_spec, load_processor
     from ..training.trainer import DistillationTrainer
@@ -188,7 +188,7 @@ def build_trainer(
     splits = load_splits(data_args)
     student = build_student(model_args, data_args, splits[0].class_names)
     train_set, eval_set = image_sets(splits, input_spec(student), data_args, config)
-    wrapped = isinstance(student, TimmWrapperForImageClassification)  # timm's config.json holds the preprocessing
+    wrapped = isinstance(student, TimmWrapperPreTrainedModel)  # timm's config.json holds the preprocessing
     processor = None if wrapped else load_processor(student.name_or_path, model_args.trust_remote_code)
     trainer = DistillationTrainer(
         student, teacher, config, train_dataset=train_set, eval_dataset=eval_set, processing_class=processor

@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import DeiTForImageClassificationWithTeacher
+from transformers.models.timm_wrapper import TimmWrapperModel
 
 from ..errors import HfkdError, WrongTypeError
 from .gradient_checkpointing import recomputing
+from .headless import HeadlessNetwork, embed
 from .layers import AFFINE as AFFINE
 from .layers import AVERAGED_MAP as AVERAGED_MAP
 from .layers import EMBEDDING as EMBEDDING
@@ -99,6 +101,7 @@ class Taps:
     def __init__(self, model: nn.Module, layers: Sequence[Layer]):
         self.layers = list(dict.fromkeys(layers))
         self._channels_last = getattr(timm_model_of(model), "output_fmt", None) == "NHWC"  # such as timm's Swin
+        self._headless = [model] if isinstance(model, HeadlessNetwork) else []
         self._recorded: dict[Layer, Tensor] = {}
         self.attach(model)
 
@@ -142,6 +145,8 @@ class Taps:
         output = output[0] if isinstance(output, tuple) else output  # transformers' blocks, PiT's stages
         if not isinstance(output, Tensor):
             raise HfkdError(f"The layer {layer!r} returns {type(output).__name__}, not a tensor: name another layer.")
+        for network in self._headless:
+            output = network.as_map(output)
         self._recorded[layer] = output.permute(0, 3, 1, 2) if self._channels_last and output.ndim == 4 else output
 
     def _record_input(self, layer: Layer, module: nn.Module, arguments: tuple) -> None:
@@ -203,6 +208,13 @@ def logits_of(model: nn.Module, pixel_values: Tensor) -> Tensor:
     return _forward(model, pixel_values, two_heads=False).logits
 
 
+def prediction_of(model: nn.Module, pixel_values: Tensor) -> Tensor:
+    """Return the logits (B, C) of a classifier, or the embedding (B, D) of a network without one."""
+    if isinstance(model, (HeadlessNetwork, TimmWrapperModel)):
+        return embed(model, pixel_values)
+    return logits_of(model, pixel_values)
+
+
 def forward_views(
     model: nn.Module, batch: dict[str, Tensor], taps: Taps | None = None, two_heads: bool = False
 ) -> Outputs:
@@ -226,6 +238,8 @@ def forward_views(
 
 def _forward(model: nn.Module, pixel_values: Tensor, two_heads: bool) -> Outputs:
     output = model(pixel_values)
+    if isinstance(model, TimmWrapperModel):
+        output = output.pooler_output[:, :0]
     logits = output if isinstance(output, (Tensor, tuple)) else getattr(output, "logits", None)
     if two_heads and model.training:
         if isinstance(logits, tuple):  # timm's class and distillation head
@@ -235,7 +249,8 @@ def _forward(model: nn.Module, pixel_values: Tensor, two_heads: bool) -> Outputs
         raise WrongTypeError(
             f"{type(model).__name__} must return logits of shape (batch, classes), or an output with such `.logits`; "
             f"got {type(output).__name__}"
-            + (f" with logits {tuple(logits.shape)}." if isinstance(logits, Tensor) else ".")
+            + (f" with logits {tuple(logits.shape)}" if isinstance(logits, Tensor) else "")
+            + ". A teacher that returns features is given as Teacher(model, has_classifier=False)."
         )
     return Outputs(logits, logits)
 

@@ -46,6 +46,8 @@ class CachedTeacher:
         HfkdError: if there is no cache, if it is not finished, or if a file has another size than it was written with.
     """
 
+    has_classifier = shares_classes = True
+
     def __init__(self, folder: str | Path):
         self.files = CacheFiles(folder, read_facts(folder, whole=True))
         self.files.check_complete()
@@ -171,7 +173,7 @@ class CachedTeacher:
     def prepare(self, *settings: Any) -> None:
         """Do nothing: there is no network, and `fit` has checked images and layers."""
 
-    def align_classes(self, student_names: Sequence[str], batch: dict[str, Tensor]) -> None:
+    def align_classes(self, student_names: Sequence[str], batch: dict[str, Tensor], required: bool = True) -> None:
         """Check that the student has the classes of the data set, which are the classes of the logits.
 
         Raises:

@@ -11,7 +11,9 @@ from torch.utils.data import IterableDataset
 
 from ..data import StreamingImageDataset
 from ..errors import HfkdError, did_you_mean
+from ..losses import DistillationLoss
 from ..networks.frozen import trainable_weights_in_common
+from ..networks.headless import is_headless
 from ..networks.teacher import Teacher, TeacherEnsemble
 from ..recipe.arguments import DistillationConfig
 from .distiller import Distiller
@@ -50,6 +52,10 @@ def check_roles(model: nn.Module, teacher, losses: nn.ModuleDict, args: Distilla
     taught = sorted(name for name, loss in losses.items() if loss.needs_teacher)
     if taught and teacher is None:
         raise HfkdError(f"The losses {taught} need a teacher: set teacher_name_or_path, or remove them.")
+    if teacher is not None and not teacher.has_classifier:
+        check_reads_features(losses, teacher.name)
+    if is_headless(model):
+        check_trains_backbone(losses, args)
     if not losses and args.ce_weight == 0:
         raise HfkdError("There is nothing to train on: ce_weight is 0 and there are no losses. Set one of them.")
     networks = [member.model for member in teacher.members if isinstance(member, Teacher)] if teacher else []
@@ -70,6 +76,43 @@ def check_roles(model: nn.Module, teacher, losses: nn.ModuleDict, args: Distilla
             )
         if loss.views == 2:
             raise HfkdError(f"The loss '{name}' takes two views of an image: leave mixup and cutmix at 0.")
+
+
+def check_reads_features(losses: nn.ModuleDict, teacher: str) -> None:
+    """Check that no loss reads logits or a classifier of a teacher that has neither.
+
+    Args:
+        teacher: its name.
+
+    Raises:
+        HfkdError: if a loss does.
+    """
+    reading = sorted(name for name, loss in losses.items() if loss.needs_teacher and reads_classes(loss))
+    if reading:
+        raise HfkdError(
+            f"The losses {reading} read logits or a classifier, and the teacher {teacher} has none. Take losses that "
+            "read features in their place, such as token_mse, feature_queue or pkt, or a teacher with a classifier."
+        )
+
+
+def reads_classes(loss: DistillationLoss) -> bool:
+    """Return whether a loss reads what depends on the classes: logits, or the classifier."""
+    return loss.reads_logits or loss.reads_classifier
+
+
+def check_trains_backbone(losses: nn.ModuleDict, args: DistillationConfig) -> None:
+    """Check that nothing trains or measures the classifier that a student does not have.
+
+    Raises:
+        HfkdError: if something does.
+    """
+    reading = [name for name, loss in losses.items() if reads_classes(loss)]
+    if args.ce_weight > 0 or reading:
+        what = f"the losses {reading} read logits" if reading else f"ce_weight is {args.ce_weight:g}"
+        raise HfkdError(
+            f"The student has no classifier, and {what}: give it the classes of the data set, or set ce_weight to 0 "
+            "and take only losses that read features."
+        )
 
 
 def smallest_batch(train_dataset: Any, losses: nn.ModuleDict, args: DistillationConfig) -> int | None:

@@ -209,7 +209,6 @@ class DistillationTrainer(Trainer):
         place_tensorboard(self.callback_handler.callbacks, Path(str(args.output_dir), "tensorboard"))
         self.results.facts = {"recipe": None, "dataset": None}  # a command that knows them sets them
         self.checkpoints = Checkpoints(args, self.accelerator.wait_for_everyone)
-        self.teacher_memory = TeacherMemory(self.teacher, args.device)
         self._continue_log = ContinueLog(self, self.term_log)
         self._keep_logits = self._asks_teacher = False
         self._steps_per_epoch = 1  # known once training begins, when a schedule that a user has created is replaced
@@ -228,6 +227,8 @@ class DistillationTrainer(Trainer):
         for callback in (*callbacks, self.divergence):  # the last one takes back a checkpoint that others ask for
             self.add_callback(callback)
         self._begin(built)
+        comparable = self.teacher is not None and self.teacher.shares_classes
+        self.teacher_memory = TeacherMemory(self.teacher if comparable else None, args.device)
         check_metric_settings(self.model, eval_dataset, args)
         check_given_optimizer(self.optimizer, self.distiller)
         if asks_for_best(args) and eval_dataset is not None:
@@ -309,7 +310,7 @@ class DistillationTrainer(Trainer):
         """Return the names that an evaluation gives; None if a user's function does not tell from two images."""
         if self.args.prediction_loss_only:
             return ["loss"]
-        own = own_names(with_teacher=self.teacher is not None)
+        own = own_names(with_teacher=self.teacher_memory.teacher is not None)
         if self.compute_metrics is None:
             return own
         batch: Any = self._first_images(first_set(self.eval_dataset))
@@ -597,10 +598,11 @@ class DistillationTrainer(Trainer):
     def teacher_top1(self) -> float | None:
         """Return the teacher's top-1 in percent on `eval_dataset`; all processes must call it.
 
-        Evaluations then find the teacher's choices remembered. None without a teacher, or where nothing is remembered.
+        Evaluations then find the teacher's choices remembered. None without a teacher that has the student's classes,
+        or where nothing is remembered.
         """
         dataset = self.eval_dataset
-        if self.teacher is None or dataset is None or isinstance(dataset, dict):
+        if self.teacher_memory.teacher is None or dataset is None or isinstance(dataset, dict):
             return None
         self.teacher_memory.open(dataset)
         with torch.random.fork_rng([]):  # a loader draws from it, and the training must not depend on this
