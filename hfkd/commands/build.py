@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..data import (
@@ -19,6 +22,7 @@ from ..data import (
     open_streams,
 )
 from ..errors import HfkdError
+from ..networks.class_matching import check_class_indices, class_names_of, match_classes
 from ..networks.features import InputSpec
 from ..networks.loading import load_student, load_teacher
 from ..networks.origins import student_weights, teacher_weights
@@ -99,6 +103,55 @@ def load_splits(
         label_column=data_args.label_column,
         class_names=class_names,
     )
+
+
+def with_teacher_classes(
+    splits: tuple[ImageSplit | StreamSplit, ImageSplit | StreamSplit], teacher: list[Teacher] | CachedTeacher
+) -> tuple[ImageSplit | StreamSplit, ImageSplit | StreamSplit]:
+    """Return splits, of which the training split has no labels, with the classes of a teacher.
+
+    With class indices the classes are those of the evaluation split, if it has labels.
+
+    Raises:
+        HfkdError: if the evaluation split has classes that the teacher lacks, or a class index is none of the teacher's.
+    """
+    train_split, eval_split = splits
+    if isinstance(teacher, CachedTeacher):
+        names = teacher.facts["evaluation"]["class_names"]
+        if eval_split.has_labels and eval_split.class_names != names:
+            eval_split = eval_split.renumbered(names, [names.index(name) for name in eval_split.class_names])
+    elif not teacher[0].has_classifier:
+        return splits
+    else:
+        names, indices = class_names_of(teacher[0].model), teacher[0].class_indices
+        if indices is not None:
+            check_class_indices(indices, len(eval_split.class_names) or len(indices), len(names))
+            names = eval_split.class_names or [names[index] for index in indices]
+        elif eval_split.has_labels:
+            eval_split = with_classes_of(teacher[0].model, eval_split)
+    named = [split if split.has_labels else replace(split, class_names=names) for split in (train_split, eval_split)]
+    return named[0], named[1]
+
+
+def with_classes_of(model: nn.Module, split: ImageSplit | StreamSplit) -> ImageSplit | StreamSplit:
+    """Return the split with the model's classes, matched by name.
+
+    Raises:
+        HfkdError: the names do not tell the model's class for each of the split's.
+    """
+    names, given = class_names_of(model), split.class_names
+    if given == names:
+        return split
+    try:
+        indices = match_classes(given, model, len(names))
+    except HfkdError as error:
+        unknown = [name for name in given if name not in names]
+        raise HfkdError(
+            f"{split.name} has {len(given)} classes and the model {len(names)}, and their names do not say which is "
+            f"which. Not among the model's: {', '.join(map(repr, unknown[:3]))}{', ...' if len(unknown) > 3 else ''}. "
+            f"The model's: {', '.join(map(repr, names[:3]))}{', ...' if len(names) > 3 else ''}."
+        ) from error
+    return split.renumbered(names, range(len(names)) if indices is None else indices)
 
 
 def image_sets(

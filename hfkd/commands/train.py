@@ -15,8 +15,10 @@ from transformers.utils import logging
 
 from ..errors import HfkdError
 from ..losses import build_losses
-from ..names import hub_id, last_part
+from ..losses.base import trains_classifier
+from ..names import NO_LABELS, hub_id, last_part
 from ..recipe.arguments import DataArguments, DistillationConfig, ModelArguments
+from ..recipe.checks import check_without_labels
 from ..recipe.differences import recipe_differences
 from ..recipe.finding import find_recipe
 from ..recipe.reading import parse_recipe
@@ -38,8 +40,9 @@ def distill(argv: list[str] | None = None) -> DistillationTrainer:
     """Train the student of a recipe, after its teacher if that is missing, and export it to `<output_dir>/student`."""
     argv = with_recipe(sys.argv[1:] if argv is None else argv)
     settings = parse_recipe(argv)
-    model_args, _, config, recipe = settings
+    model_args, data_args, config, recipe = settings
     check_teacher_is_used(model_args, config)
+    check_declared_labels(data_args, config)
     teacher = missing_teacher(argv[0], model_args, recipe)
     if teacher is not None:
         check_writable(Path(config.output_dir), "output_dir")
@@ -58,6 +61,7 @@ def train_teacher(argv: list[str] | None = None) -> DistillationTrainer:
     argv = with_recipe(sys.argv[1:] if argv is None else argv, role="teacher")
     settings = parse_recipe(argv, command="hfkd train-teacher")
     check_learns_from_labels(settings)
+    check_declared_labels(settings[1], settings[2])
     return train(*settings, role="teacher", name=find_recipe(argv[0]).name)
 
 
@@ -101,6 +105,17 @@ def check_teacher_is_used(model_args: ModelArguments, config: DistillationConfig
             f"{key} names a teacher, and no loss learns from it. Add a loss, such as --losses.kd.temperature 4, or "
             f"leave {key} out."
         )
+
+
+def check_declared_labels(data_args: DataArguments, config: DistillationConfig) -> None:
+    """Check that nothing learns from labels where `label_column` declares that there are none.
+
+    Raises:
+        HfkdError: if something does.
+    """
+    if data_args.label_column == NO_LABELS:
+        losses = build_losses(config.losses, config.logit_standardization)  # type: ignore[arg-type]  # a mapping
+        check_without_labels(losses, config, "with label_column none the training images")
 
 
 def train(
@@ -180,12 +195,25 @@ def build_trainer(
 
     from ..networks.loading import check_model, input_spec, load_processor
     from ..training.trainer import DistillationTrainer
-    from .build import build_student, image_sets, load_splits, load_teachers, open_cache, weights_in_words
+    from .build import (
+        build_student,
+        image_sets,
+        load_splits,
+        load_teachers,
+        open_cache,
+        weights_in_words,
+        with_teacher_classes,
+    )
 
     check_model(model_args.student_name_or_path, model_args.trust_remote_code)
     teacher = open_cache(model_args) if model_args.teacher_cache else load_teachers(model_args) or None
     set_seed(config.seed)  # the student's initial weights are part of the recipe
     splits = load_splits(data_args)
+    if not splits[0].has_labels:
+        losses = build_losses(config.losses, config.logit_standardization)
+        check_without_labels(losses, config, f"the images of {splits[0].name}")
+        if trains_classifier(losses.values(), config.ce_weight):
+            splits = with_teacher_classes(splits, teacher)
     student = build_student(model_args, data_args, splits[0].class_names)
     train_set, eval_set = image_sets(splits, input_spec(student), data_args, config)
     wrapped = isinstance(student, TimmWrapperPreTrainedModel)  # timm's config.json holds the preprocessing
@@ -199,9 +227,16 @@ def build_trainer(
         "hub_id": hub_id(splits[1].source),
         "eval_split": splits[1].split,
         "classes": train_set.num_classes,
-        "train_images": train_set.num_rows,
+        **image_counts(train_set),
     }
     return trainer
+
+
+def image_counts(train_set: ImageSource) -> dict[str, int]:
+    """Return the numbers of training images with and without labels; one that is 0 is left out."""
+    if isinstance(train_set, MixedImageDataset):
+        return {"train_images": train_set.labelled.num_rows, "unlabelled_images": train_set.unlabelled.num_rows}
+    return {"train_images" if train_set.has_labels else "unlabelled_images": train_set.num_rows}
 
 
 def claim_output_dir(config: DistillationConfig, recipe: dict[str, Any]) -> str | None:

@@ -12,11 +12,11 @@ import pyarrow
 import pyarrow.compute
 
 from ..errors import HfkdError, nearest
+from ..names import NO_LABELS
 from .classes import ClassValues, LabelValues, renumbered
 
 # Preferred if several columns, plain integers or text could be labels.
 LABEL_NAMES = ("label", "labels", "class", "category", "target")
-NO_LABELS = "none"  # as a label column: the data set is read without labels
 IGNORED = -100  # label of an image without one, which torch's cross-entropy ignores
 
 

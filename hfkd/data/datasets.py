@@ -13,17 +13,9 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 from PIL import Image
 
 from ..errors import HfkdError
-from ..names import DIGITS
+from ..names import DIGITS, NO_LABELS
 from .classes import check_several, number_classes
-from .columns import (
-    NO_LABELS,
-    ImageSplit,
-    as_images,
-    find_image_column,
-    find_label_column,
-    label_values,
-    own_class_label,
-)
+from .columns import ImageSplit, as_images, find_image_column, find_label_column, label_values, own_class_label
 from .folders import EVAL_SPLITS, VALIDATION_SPLITS, FolderSplits, check_regular_files, open_folder
 
 HELD_OUT = 20  # without labels and an evaluation split, one of so many images is held out

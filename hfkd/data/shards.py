@@ -19,9 +19,9 @@ from fsspec.implementations.local import LocalFileSystem
 from pyarrow.parquet import FileMetaData, ParquetFile
 
 from ..errors import HfkdError, RunError
-from ..names import DIGITS
+from ..names import DIGITS, NO_LABELS
 from .classes import ClassValues, LabelValues, check_several, number_classes, renumbered
-from .columns import IGNORED, NO_LABELS, ImageSplit, find_image_column, find_label_column, own_class_label
+from .columns import IGNORED, ImageSplit, find_image_column, find_label_column, own_class_label
 from .datasets import find_eval_split, load_image_splits, loadable_name, missing_split_error
 from .folders import check_regular_files, open_folder
 
