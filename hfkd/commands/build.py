@@ -13,6 +13,7 @@ from ..data import (
     ImageSource,
     ImageSplit,
     LazyImageDataset,
+    MixedImageDataset,
     NoAugmentation,
     RandomResizedCrop,
     StreamingImageDataset,
@@ -22,6 +23,7 @@ from ..data import (
     open_streams,
 )
 from ..errors import HfkdError
+from ..names import NO_LABELS
 from ..networks.class_matching import check_class_indices, class_names_of, match_classes
 from ..networks.features import InputSpec
 from ..networks.loading import load_student, load_teacher
@@ -162,7 +164,26 @@ def image_sets(
 ) -> tuple[ImageSource, ImageSource]:
     """Build the training and evaluation data sets."""
     seed = config.seed if config.data_seed is None else config.data_seed
-    return training_set(splits[0], spec, data_args, seed), evaluation_set(splits[1], spec, data_args)
+    train_set = training_set(splits[0], spec, data_args, seed)
+    if data_args.unlabelled_dataset_name is not None:
+        train_set = _with_unlabelled(train_set, spec, data_args, config.per_device_train_batch_size, seed)
+    return train_set, evaluation_set(splits[1], spec, data_args)
+
+
+def _with_unlabelled(train_set, spec, data_args, batch_size, seed) -> MixedImageDataset:
+    """Add the images of `unlabelled_dataset_name` to the batches of a training set."""
+    name = data_args.unlabelled_dataset_name
+    if not train_set.has_labels:
+        raise HfkdError(
+            f"unlabelled_dataset_name goes with images that have labels, and those of {data_args.dataset_name} have "
+            "none: give one data set without labels, or name the label_column."
+        )
+    _, split = load_image_splits(
+        name, train_split=None, eval_split=data_args.unlabelled_split, label_column=NO_LABELS
+    )
+    unlabelled = training_set(split, spec, data_args, seed)
+    number = round(data_args.unlabelled_share * batch_size)
+    return MixedImageDataset(train_set, unlabelled, unlabelled_images=number, batch_size=batch_size)
 
 
 def training_set(split: ImageSplit | StreamSplit, spec: InputSpec, data_args: DataArguments, seed: int) -> ImageSource:

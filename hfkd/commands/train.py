@@ -31,6 +31,7 @@ from ..runs.writing import write_whole
 from .without_recipe import with_recipe
 
 if TYPE_CHECKING:
+    from ..data import ImageSource
     from ..training.trainer import DistillationTrainer
 
 logger = logging.get_logger(__name__)
@@ -234,6 +235,8 @@ def build_trainer(
 
 def image_counts(train_set: ImageSource) -> dict[str, int]:
     """Return the numbers of training images with and without labels; one that is 0 is left out."""
+    from ..data import MixedImageDataset
+
     if isinstance(train_set, MixedImageDataset):
         return {"train_images": train_set.labelled.num_rows, "unlabelled_images": train_set.unlabelled.num_rows}
     return {"train_images" if train_set.has_labels else "unlabelled_images": train_set.num_rows}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import HfkdError
-from .source import IndexedImageSource, RowCache
+from .source import IndexedImageSource
 
 
 class MixedImageDataset(IndexedImageSource):
@@ -51,9 +51,16 @@ class MixedImageDataset(IndexedImageSource):
             views=labelled.views,
             augmented=labelled.augmented,
         )
+        # One mask, so that bad images of both are counted.
+        self.bad_rows = torch.cat([labelled.bad_rows, unlabelled.bad_rows]).share_memory_()
+        labelled.bad_rows, unlabelled.bad_rows = self.bad_rows.split([len(labelled.bad_rows), len(unlabelled.bad_rows)])
         self.unlabelled_images = unlabelled_images
         self.labelled_images = batch_size - unlabelled_images
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))  # of the last pass, and its number
+
+    @property
+    def parts(self) -> tuple[IndexedImageSource, IndexedImageSource]:
+        return self.labelled, self.unlabelled
 
     def describe(self) -> str:
         """Return the numbers of images in words."""
@@ -94,7 +101,7 @@ class MixedImageDataset(IndexedImageSource):
         slots = np.arange(self.unlabelled_images)
         each = -(-self.unlabelled_images // self.labelled_images)  # places of one labelled row
         rows = labelled_rows[slots % len(labelled_rows)]
-        places = (self.epoch * len(self) + rows) * each + slots // len(labelled_rows) % each
+        places = (self.epoch * len(self) + rows) * each + slots // len(labelled_rows)
         number = len(self.unlabelled)
         passes = places // number
         found = np.empty_like(places)

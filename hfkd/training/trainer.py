@@ -50,9 +50,11 @@ from .checks import (
     check_best_metric,
     check_given_optimizer,
     check_metric_settings,
+    check_mixed,
     check_roles,
     check_types,
     smallest_batch,
+    unlabelled_images,
 )
 from .distiller import Distiller
 from .divergence import Divergence
@@ -198,6 +200,7 @@ class DistillationTrainer(Trainer):
             model = load_named_student(model, first_set(eval_dataset) if train_dataset is None else train_dataset)
             kwargs["processing_class"] = kwargs.get("processing_class") or own_processor(model)
         check_roles(model, self.teacher, built, args)
+        check_mixed(train_dataset, self.teacher, args)
         by_terms = eval_dataset is not None and measures_terms(first_set(eval_dataset), model)
         if by_terms:
             check_can_measure_terms(self.teacher)
@@ -275,7 +278,8 @@ class DistillationTrainer(Trainer):
         if self.teacher is not None:
             images = batch_spec(self.train_dataset, first_set(self.eval_dataset), self.model)
             prepare_teacher(self.teacher, self.model, losses, args, images, autocast_dtype)
-        self.distiller = Distiller(self.model, losses, args.ce_weight, self.compute_loss_func)
+        added = unlabelled_images(self.train_dataset)
+        self.distiller = Distiller(self.model, losses, args.ce_weight, self.compute_loss_func, added)
         self.results.facts |= run_facts(self.exports.name, self.model, self.teacher, losses, args)
         if self.compute_loss_func is not None:
             kind = type(self.compute_loss_func).__name__
@@ -487,8 +491,10 @@ class DistillationTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         if isinstance(self.train_dataset, StreamingImageDataset):
             return without_signals(stream_loader(self.train_dataset, self.args, is_training=True))
+        drawn = self._train_batch_size - unlabelled_images(self.train_dataset)  # the data set adds the others
         with changed_for_now(self.args, **self._columns(self.train_dataset)):
-            return without_signals(super().get_train_dataloader())
+            with changed_for_now(self, _train_batch_size=drawn):
+                return without_signals(super().get_train_dataloader())
 
     def _columns(self, dataset) -> dict[str, bool]:
         """Return the changed settings under which a data set's loader is built: hfkd's batches are whole already."""
