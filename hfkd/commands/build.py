@@ -115,7 +115,7 @@ def with_teacher_classes(
     With class indices the classes are those of the evaluation split, if it has labels.
 
     Raises:
-        HfkdError: if the evaluation split has classes that the teacher lacks, or a class index is none of the teacher's.
+        HfkdError: if the evaluation split has classes that the teacher lacks, or a class index is out of range.
     """
     train_split, eval_split = splits
     if isinstance(teacher, CachedTeacher):
@@ -178,9 +178,7 @@ def _with_unlabelled(train_set, spec, data_args, batch_size, seed) -> MixedImage
             f"unlabelled_dataset_name goes with images that have labels, and those of {data_args.dataset_name} have "
             "none: give one data set without labels, or name the label_column."
         )
-    _, split = load_image_splits(
-        name, train_split=None, eval_split=data_args.unlabelled_split, label_column=NO_LABELS
-    )
+    _, split = load_image_splits(name, train_split=None, eval_split=data_args.unlabelled_split, label_column=NO_LABELS)
     unlabelled = training_set(split, spec, data_args, seed)
     number = round(data_args.unlabelled_share * batch_size)
     return MixedImageDataset(train_set, unlabelled, unlabelled_images=number, batch_size=batch_size)

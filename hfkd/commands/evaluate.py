@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from ..data import ImageSource, ImageSplit, StreamSplit
+from ..data import ImageSource
 from ..errors import HfkdError, RunError
 from ..networks.class_matching import class_names_of
 from ..networks.loading import input_spec, load_pretrained

@@ -149,6 +149,8 @@ def train(
 
 def _train(model_args, data_args, config, recipe, role, name, time_is_up) -> DistillationTrainer:
     """Train as `train` does, in a folder that is claimed."""
+    from ..training.unlabelled import has_labels  # takes seconds to import, see build_trainer
+
     checkpoint = claim_output_dir(config, recipe)
     logging.disable_progress_bar()  # loading and saving weights would break the bar of the training
     trainer = build_trainer(model_args, data_args, config)
@@ -170,12 +172,16 @@ def _train(model_args, data_args, config, recipe, role, name, time_is_up) -> Dis
     if trainer.is_world_process_zero():
         weights = "best" if config.load_best_model_at_end else "last"
         print(f"{trainer.results.text()} {trainer.export_folder} holds the {weights}.")
-        print(f"Next: {next_command(role, trainer.export_folder)}")
+        print(f"Next: {next_command(role, trainer.export_folder, has_labels(trainer.train_dataset))}")
     return trainer
 
 
-def next_command(role: str, export: Path) -> str:
+def next_command(role: str, export: Path, with_labels: bool = True) -> str:
     """Return the command that a person is likely to want after a training."""
+    if not with_labels:
+        return (
+            f"hfkd distill --dataset_name LABELLED --student {export} --teacher TEACHER, which fine-tunes it on labels"
+        )
     if role == "teacher":
         return f"hfkd distill RECIPE --teacher_name_or_path {export}"
     return f"hfkd visualize {export.parent}, or hfkd export {export} for one ONNX file"

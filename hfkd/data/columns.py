@@ -148,7 +148,7 @@ def find_label_column(
         return None
     problem = "several columns hold class labels" if labels else "no column holds class labels"
     raise HfkdError(
-        f"{where}: {problem}. Set label_column. Candidates: {candidates}; '{NO_LABELS}' reads the images without labels."
+        f"{where}: {problem}. Set label_column. Candidates: {candidates}; '{NO_LABELS}' reads images without labels."
     )
 
 

@@ -141,7 +141,11 @@ class FolderSplits(Mapping[str, datasets.Dataset]):
                 (_named_file(annotations, path / "images", name), label) for name, label in _annotated(annotations)
             ]
         else:
-            found = [(file, each.name) for each in self._class_folders(path) for file in _images_of(each, f"The class folder {each}")]
+            found = [
+                (file, each.name)
+                for each in self._class_folders(path)
+                for file in _images_of(each, f"The class folder {each}")
+            ]
         unknown = sorted({label for _, label in found}.difference(names))
         if unknown:
             raise HfkdError(

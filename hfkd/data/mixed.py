@@ -38,7 +38,11 @@ class MixedImageDataset(IndexedImageSource):
                 f"A batch of {batch_size} images would hold {unlabelled_images} without labels: give another "
                 "unlabelled_share, or a larger batch."
             )
-        if (labelled.image_size, labelled.mean, labelled.std) != (unlabelled.image_size, unlabelled.mean, unlabelled.std):
+        if (labelled.image_size, labelled.mean, labelled.std) != (
+            unlabelled.image_size,
+            unlabelled.mean,
+            unlabelled.std,
+        ):
             raise HfkdError("Images with and without labels must have the same size and normalisation.")
         self.labelled, self.unlabelled = labelled, unlabelled
         super().__init__(

@@ -25,7 +25,8 @@ def save_curves(results: dict[str, Any], path: Path) -> None:
     """Write the training curves of a run as a PNG, 1600 px wide.
 
     The upper panel shows the student's top-1 and its agreement with the teacher, in percent, with the teacher's and
-    the published top-1 as horizontal lines; of a run without either, the loss of the evaluation images. The lower panel shows the weighted loss terms, if any were logged.
+    the published top-1 as horizontal lines; of a run without either, the loss of the evaluation images. The lower
+    panel shows the weighted loss terms, if any were logged.
 
     Args:
         results: content of results.json.

@@ -274,7 +274,9 @@ class DistillationConfig(TrainingArguments):
         default=False,
         metadata={"help": "Z-score the logits of teacher and student before every logit loss."},
     )
-    ce_weight: float = field(default=1.0, metadata={"help": "Weight of the cross-entropy with the labels; 0 without any."})
+    ce_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the cross-entropy with the labels; 0 without any."}
+    )
     decay_all_parameters: bool = field(
         default=False,
         metadata={
@@ -349,10 +351,10 @@ class DistillationConfig(TrainingArguments):
             "labels, the loss."
         },
     )
-    # Keys that the recipe gives, for defaults that depend on the data; None for a config made from code.
-    written: frozenset[str] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self):
+        # Keys that the recipe gives, for defaults that depend on the data; None for a config made from code.
+        self.written: frozenset[str] | None = None
         check_training(self)
         if not torch.accelerator.is_available():
             self.use_cpu = True  # otherwise TrainingArguments refuses bf16, which CPUs support

@@ -138,7 +138,7 @@ def check_unlabelled(data_args: Any) -> None:
         )
 
 
-def check_without_labels(losses: Mapping[str, Any], config: Any, where: str) -> None:
+def check_without_labels(losses: Any, config: Any, where: str) -> None:
     """Check that nothing is to be learnt from labels, and set a `ce_weight` that no recipe gives to 0.
 
     Args:

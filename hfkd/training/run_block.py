@@ -35,7 +35,7 @@ class RunBlock(TrainerCallback):
         self.printed = True  # a search prints it for its first trial
         lines = {"device": _device(args), "data": self._data(), **self._networks(), "training": _training(args, state)}
         if not has_labels(self.trainer.train_dataset):
-            lines["labels"] = "none of the training images: no cross-entropy (ce_weight 0), and no loss that reads labels"
+            lines["labels"] = "none in training: ce_weight is 0, and no loss reads labels"
         print("\n".join(f"{name:<10}{text}" for name, text in lines.items() if text), flush=True)
 
     def _data(self) -> str:

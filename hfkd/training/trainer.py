@@ -128,11 +128,11 @@ class DistillationTrainer(Trainer):
         stop_on_sigterm: ends training at SIGTERM, SIGINT or SIGHUP, or when its `time_is_up` says so.
 
     `evaluate()` gives `eval_loss` (cross-entropy), `eval_top1`, `eval_top5` and, with a teacher, `eval_agreement`
-    (share of images on which both choose the same class) and `eval_teacher_top1`, in percent. Of images without labels,
-    or for a student without classes, it gives the loss terms, their sum as `eval_loss`, and `eval_agreement`. A distilled DeiT or PiT
-    of timm trains its class head by the cross-entropy and its distillation head by the losses that read logits;
-    evaluation and the exported student average the two. Where a loss changes the student (SimKD), `trainer.model` is
-    another network, made of a copy of `model`.
+    (share of images on which both choose the same class) and `eval_teacher_top1`, in percent. Of images without
+    labels, or for a student without classes, it gives the loss terms, their sum as `eval_loss`, and `eval_agreement`. A
+    distilled DeiT or PiT of timm trains its class head by the cross-entropy and its distillation head by the losses
+    that read logits; evaluation and the exported student average the two. Where a loss changes the student (SimKD),
+    `trainer.model` is another network, made of a copy of `model`.
 
     Raises:
         HfkdError: before training starts, if losses, networks and data do not fit one another.
@@ -347,7 +347,8 @@ class DistillationTrainer(Trainer):
         dataset = first_set(self.eval_dataset)
         metrics = TermMetrics(uncounted_label(dataset))
         with torch.no_grad(), self.distiller.evaluating(self.model):
-            self._evaluated_terms(self._first_images(dataset), metrics)
+            batch: Any = self._first_images(dataset)
+            self._evaluated_terms(batch, metrics)
         return ["loss", *metrics.names]
 
     def _hp_search_setup(self, trial):
@@ -679,18 +680,15 @@ class DistillationTrainer(Trainer):
     def _evaluated_terms(self, inputs: dict[str, Tensor], metrics: TermMetrics) -> Tensor:
         """Return the loss terms and the agreement with the teacher for each image of a batch, (B, T)."""
         batch = evaluated_batch(inputs, list(self.distiller.losses.values()), metrics.uncounted)
-        teacher = self.teacher(batch) if self.teacher is not None else None
+        asked = self.teacher
+        teacher = None if asked is None else asked(batch)
         with self.backend.autocast():
             terms, logits = self.distiller.evaluate(batch, teacher)
         self.divergence.watch(torch.stack([*terms.values(), logits.sum()]))
         agreeing = None
-        if self.teacher is not None and self.teacher.shares_classes:
-            images = len(inputs["labels"])
-            agreeing = torch.zeros(images, device=logits.device)
-            counts = inputs["labels"] != metrics.uncounted
-            same = logits.argmax(dim=1) == teacher.logits.argmax(dim=1)
-            agreeing[counts if len(same) < images else slice(None)] = same.float()
-        return metrics.rows(terms, agreeing, len(inputs["labels"]))
+        if asked is not None and teacher is not None and asked.shares_classes:
+            agreeing = logits.argmax(dim=1) == teacher.logits.argmax(dim=1)
+        return metrics.rows(terms, agreeing, inputs["labels"])
 
     # ---- Checkpoints -----------------------------------------------------------------------------------------------
 

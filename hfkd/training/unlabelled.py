@@ -56,7 +56,8 @@ class TermMetrics:
     """Figures of an evaluation without labels: the weighted loss terms, their sum and the agreement with the teacher.
 
     It stands where `EvaluationMetrics` stands in an evaluation with labels. What Trainer's loop gathers of a batch is
-    (B, T), the T figures for each image. A term that compares images depends on the batch size.
+    (B, T), the T figures for each image: of a term, that of its batch. In several processes it includes the images that
+    fill up the last batch.
 
     Attributes:
         names: of the T figures, known after the first batch.
@@ -71,15 +72,20 @@ class TermMetrics:
         """Return the outputs as they are."""
         return outputs
 
-    def rows(self, terms: dict[str, Tensor], agreeing: Tensor | None, images: int) -> Tensor:
+    def rows(self, terms: dict[str, Tensor], agreeing: Tensor | None, labels: Tensor) -> Tensor:
         """Return the figures of the images (B, T) of a batch.
 
         Args:
-            agreeing: (B,), True where student and teacher choose the same class; None if they have no common classes.
+            agreeing: for the images that count, or for all, True where student and teacher choose the same class; None
+                if they have no common classes.
+            labels: (B,), which tell the images that do not count.
         """
         self.names = [*terms, *([] if agreeing is None else [AGREEMENT])]
-        columns = [term.float().expand(images) for term in terms.values()]
-        return torch.stack([*columns, *([] if agreeing is None else [100.0 * agreeing.float()])], dim=1)
+        columns = [term.float().expand(len(labels)) for term in terms.values()]
+        if agreeing is not None:
+            counts = labels != self.uncounted if len(agreeing) < len(labels) else torch.ones_like(labels, dtype=bool)
+            columns.append(torch.zeros(len(labels), device=labels.device).masked_scatter(counts, 100.0 * agreeing))
+        return torch.stack(columns, dim=1)
 
     def __call__(self, prediction: EvalPrediction, compute_result: bool | None = None) -> dict[str, float]:
         """Return the mean figures over all images; see `EvaluationMetrics.__call__`."""
