@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 from ..data import MixedImageDataset, StreamingImageDataset
+from ..data.subsets import image_source
 from ..errors import HfkdError, did_you_mean
 from ..losses import DistillationLoss
 from ..networks.frozen import trainable_weights_in_common
@@ -149,7 +150,8 @@ def smallest_batch(train_dataset: Any, losses: nn.ModuleDict, args: Distillation
 
 def unlabelled_images(train_dataset: Any) -> int:
     """Return the number of images without labels that are added to each batch of images with labels."""
-    return train_dataset.unlabelled_images if isinstance(train_dataset, MixedImageDataset) else 0
+    source = image_source(train_dataset)
+    return source.unlabelled_images if isinstance(source, MixedImageDataset) else 0
 
 
 def check_mixed(train_dataset: Any, teacher: Any, args: DistillationConfig) -> None:

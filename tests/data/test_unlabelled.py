@@ -1,16 +1,21 @@
 """Data sets without labels, and batches of images with and without labels."""
 
-import io
 
 import datasets
-import numpy as np
 import pytest
 import torch
 from helpers import images
 from pictures import encoded, photo
 from torch.utils.data import DataLoader
 
-from hfkd.data import CenterCrop, MixedImageDataset, StreamingImageDataset, collate_batch, load_image_splits, open_streams
+from hfkd.data import (
+    CenterCrop,
+    MixedImageDataset,
+    StreamingImageDataset,
+    collate_batch,
+    load_image_splits,
+    open_streams,
+)
 from hfkd.errors import HfkdError
 from hfkd.models.base import CIFAR_MEAN, CIFAR_STD
 
@@ -131,7 +136,9 @@ def test_bad_images_of_both_kinds_are_counted():
 
 
 def test_what_cannot_be_mixed():
-    with pytest.raises(HfkdError, match="A batch of 6 images would hold 6 without labels: give another unlabelled_share"):
+    with pytest.raises(
+        HfkdError, match="A batch of 6 images would hold 6 without labels: give another unlabelled_share"
+    ):
         mixed(added=6)
     with pytest.raises(HfkdError, match="must have the same size"):
         MixedImageDataset(images(4), images(4, size=16), unlabelled_images=1, batch_size=2)
