@@ -6,15 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Plain, config, images
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
-from hfkd import DistillationTrainer, load_student
+from hfkd import load_student
 from hfkd.cli import main
 from hfkd.commands.train import distill
-from hfkd.losses import kd_loss
 from hfkd.networks.loading import exported_state_dict
 
 SETTINGS = {
@@ -181,37 +179,3 @@ def test_refused(command, dataset_name, changes, message, capsys):
 
 def test_an_accuracy_needs_labels(capsys):
     refused(capsys, ["evaluate", "teacher", "--dataset_name", "flat", "--eval_split", "train"], "train.* has no labels")
-
-
-# ---- From code -----------------------------------------------------------------------------------------------------
-
-
-def test_loss_terms_are_those_of_the_images():
-    """Also of a moving average, with layers that are tapped, and with losses of two views."""
-    train, evaluated = images(16), images(10, seed=1, augment=False)
-    train.labels[:] = evaluated.labels[:] = -100
-    train.has_labels = evaluated.has_labels = False
-    torch.manual_seed(0)
-    student, teacher = Plain(), Plain(width=12)
-    losses = {
-        "kd": {"temperature": 2.0},
-        "crld": {},
-        "token_mse": {"student_layers": ["conv"], "teacher_layers": ["conv"]},
-    }
-    args = config(ce_weight=0.0, ema_decay=0.5, per_device_eval_batch_size=5)
-    trainer = DistillationTrainer(student, teacher, args, train_dataset=train, eval_dataset=evaluated, losses=losses)
-    before = trainer.evaluate()
-    assert before["eval_loss"] == pytest.approx(
-        sum(value for name, value in before.items() if name.startswith("eval_loss_"))
-    )
-    trainer.train()
-    metrics = trainer.evaluate()
-    batch = trainer._prepare_inputs(evaluated.__getitems__(range(10)))
-    with torch.no_grad():
-        student_logits, teacher_logits = (
-            network(batch["pixel_values"]) for network in (trainer.average.module, trainer.teacher.model)
-        )
-    assert metrics["eval_loss_kd"] == pytest.approx(kd_loss(student_logits, teacher_logits, 2.0).item(), rel=1e-4)
-    same = (student_logits.argmax(1) == teacher_logits.argmax(1)).float().mean().item()
-    assert metrics["eval_agreement"] == pytest.approx(100 * same)
-    assert metrics["eval_loss_token_mse"] > 0 and metrics["eval_loss"] != before["eval_loss"]

@@ -1,6 +1,5 @@
 """Data sets without labels, and batches of images with and without labels."""
 
-
 import datasets
 import pytest
 import torch
