@@ -24,17 +24,19 @@ from ..data import (
 )
 from ..errors import HfkdError
 from ..names import NO_LABELS
+from ..networks.backbones import lacks_classifier
 from ..networks.class_matching import check_class_indices, class_names_of, match_classes
 from ..networks.features import InputSpec
-from ..networks.loading import load_student, load_teacher
+from ..networks.loading import check_model, load_student, load_teacher
 from ..networks.origins import student_weights, teacher_weights
-from ..networks.teacher import Teacher
+from ..networks.teacher import Teacher, check_ensemble_members
 from ..recipe.arguments import DataArguments, DistillationConfig, ModelArguments
 from ..teacher_cache.teacher import CachedTeacher
+from ..training.checks import check_reads_features
 
 
 def build_student(model_args: ModelArguments, data_args: DataArguments, class_names: list[str]) -> PreTrainedModel:
-    """Load the student that the arguments name; see `load_student`."""
+    """Load the student that the arguments name, without classes as a backbone; see `load_student`."""
     return load_student(
         model_args.student_name_or_path,
         class_names,
@@ -46,6 +48,25 @@ def build_student(model_args: ModelArguments, data_args: DataArguments, class_na
         interpolation=data_args.interpolation,
         trust_remote_code=model_args.trust_remote_code,
     )
+
+
+def check_teachers(model_args: ModelArguments, losses: nn.ModuleDict) -> None:
+    """Check the names of the teachers, and that the losses read only what they have, before any network is loaded.
+
+    Raises:
+        HfkdError: if a name is that of no model; if a loss reads logits or a classifier of a teacher that has none; or
+            if an ensemble has such a member.
+    """
+    names = model_args.teacher_name_or_path or []
+    checkpoints = model_args.teacher_checkpoint or [None] * len(names)
+    trusted = model_args.trust_remote_code
+    for name in names:
+        check_model(name, trusted)
+    headless = [name for name, file in zip(names, checkpoints, strict=True) if lacks_classifier(name, file, trusted)]
+    if len(names) > 1:
+        check_ensemble_members(headless)
+    for name in headless:
+        check_reads_features(losses, name)
 
 
 def open_cache(model_args: ModelArguments) -> CachedTeacher:

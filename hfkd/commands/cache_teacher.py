@@ -22,7 +22,7 @@ from ..teacher_cache.rows import RowFormat
 from ..teacher_cache.teacher import check_supported
 from ..teacher_cache.writing import write_cache
 from .arguments import parse_known, split_subject
-from .build import build_student, image_sets, load_splits, load_teachers, with_teacher_classes
+from .build import build_student, check_teachers, image_sets, load_splits, load_teachers, with_teacher_classes
 from .train import train_first
 from .without_recipe import with_recipe
 
@@ -113,6 +113,7 @@ def _write_from_arguments(folder, cache_args, model_args, data_args, config) -> 
     """Build what a recipe names, and write its cache."""
     losses = build_losses(config.losses, config.logit_standardization)
     check_supported(losses, config)
+    check_teachers(model_args, losses)
     temperatures = temperatures_of(losses, cache_args)
     splits, teachers = load_splits(data_args), load_teachers(model_args)
     if not splits[0].has_labels:

@@ -162,6 +162,8 @@ def _train(model_args, data_args, config, recipe, role, name, time_is_up) -> Dis
     trainer.train(resume_from_checkpoint=checkpoint)
     if not trainer.results.rows:  # eval_strategy: no
         trainer.evaluate()
+    if not trainer.results.rows:  # no loss of a backbone can be measured on evaluation images
+        trainer.results.write_for(trainer.args)
     if config.should_save:
         state = dataclasses.asdict(trainer.state)
         write_whole(Path(config.output_dir, STATE_NAME), json.dumps(state, indent=2, sort_keys=True) + "\n")
@@ -171,17 +173,17 @@ def _train(model_args, data_args, config, recipe, role, name, time_is_up) -> Dis
         trainer.export()
     if trainer.is_world_process_zero():
         weights = "best" if config.load_best_model_at_end else "last"
-        print(f"{trainer.results.text()} {trainer.export_folder} holds the {weights}.")
-        print(f"Next: {next_command(role, trainer.export_folder, has_labels(trainer.train_dataset))}")
+        measured = f"{trainer.results.text()} " if trainer.results.rows else ""
+        print(f"{measured}{trainer.export_folder} holds the {weights}.")
+        ready = trainer.has_classifier and has_labels(trainer.train_dataset)
+        print(f"Next: {next_command(role, trainer.export_folder, ready)}")
     return trainer
 
 
-def next_command(role: str, export: Path, with_labels: bool = True) -> str:
+def next_command(role: str, export: Path, knows_labels: bool = True) -> str:
     """Return the command that a person is likely to want after a training."""
-    if not with_labels:
-        return (
-            f"hfkd distill --dataset_name LABELLED --student {export} --teacher TEACHER, which fine-tunes it on labels"
-        )
+    if not knows_labels:
+        return f"hfkd train-teacher --dataset_name LABELLED --student {export}, or hfkd distill with a teacher as well"
     if role == "teacher":
         return f"hfkd distill RECIPE --teacher_name_or_path {export}"
     return f"hfkd visualize {export.parent}, or hfkd export {export} for one ONNX file"
@@ -204,6 +206,7 @@ def build_trainer(
     from ..training.trainer import DistillationTrainer
     from .build import (
         build_student,
+        check_teachers,
         image_sets,
         load_splits,
         load_teachers,
@@ -213,15 +216,18 @@ def build_trainer(
     )
 
     check_model(model_args.student_name_or_path, model_args.trust_remote_code)
+    losses = build_losses(config.losses, config.logit_standardization)  # type: ignore[arg-type]  # a mapping by now
+    if not model_args.teacher_cache:
+        check_teachers(model_args, losses)
     teacher = open_cache(model_args) if model_args.teacher_cache else load_teachers(model_args) or None
     set_seed(config.seed)  # the student's initial weights are part of the recipe
     splits = load_splits(data_args)
     if not splits[0].has_labels:
-        losses = build_losses(config.losses, config.logit_standardization)
         check_without_labels(losses, config, f"the images of {splits[0].name}")
-        if trains_classifier(losses.values(), config.ce_weight):
-            splits = with_teacher_classes(splits, teacher)
-    student = build_student(model_args, data_args, splits[0].class_names)
+    has_classifier = trains_classifier(losses.values(), config.ce_weight)
+    if has_classifier and not splits[0].has_labels:
+        splits = with_teacher_classes(splits, teacher)
+    student = build_student(model_args, data_args, splits[0].class_names if has_classifier else [])
     train_set, eval_set = image_sets(splits, input_spec(student), data_args, config)
     wrapped = isinstance(student, TimmWrapperPreTrainedModel)  # timm's config.json holds the preprocessing
     processor = None if wrapped else load_processor(student.name_or_path, model_args.trust_remote_code)

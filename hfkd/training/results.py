@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from ..errors import HfkdError
 from ..names import hub_id, public_name
+from ..networks.headless import is_headless
 from ..networks.teacher import Teacher, TeacherEnsemble
 from ..recipe.arguments import DistillationConfig
 from ..runs.finished import BY_TOP1, best_words
@@ -90,6 +91,11 @@ class ResultsWriter(TrainerCallback):
         self.rows = [other for other in self.rows if other["step"] != row["step"]] + [row]
         self._write_file(args, state)
 
+    def write_for(self, args) -> None:
+        """Write the file of a run without evaluations."""
+        if args.should_save:
+            self.write(Path(args.output_dir, RESULTS_NAME))
+
     def _write_file(self, args, state) -> None:
         if args.should_save and not state.is_hyper_param_search:  # a search stores its trials in its own database
             self.write(Path(args.output_dir, RESULTS_NAME))
@@ -99,7 +105,7 @@ class ResultsWriter(TrainerCallback):
         best, last = self.best(), self.rows[-1]
         by = best_words(self._best_by)
         by_top1 = self.measure == "eval_top1"
-        name, style = ("Top-1", ".2f") if by_top1 else ("Loss without labels", ".4g")
+        name, style = ("Top-1", ".2f") if by_top1 else ("Loss of the evaluation images", ".4g")
         at = "at its best" if by == ("the highest top-1" if by_top1 else "the lowest loss") else f"with {by}"
         shown = f"{best[self.measure]:{style}} {at} (epoch {best['epoch']:g}), {last[self.measure]:{style}} in the end."
         return f"{name}: {shown}"
@@ -175,6 +181,7 @@ def run_facts(
     name_or_path = getattr(student, "name_or_path", "")  # only models of transformers have it
     origins = [hub_id(name_or_path), *(member.hub_id for member in (teacher.members if teacher else []))]
     cached = {"teacher_cache": teacher.settings()} if isinstance(teacher, CachedTeacher) else {}
+    backbone = {"has_classifier": False} if is_headless(student) else {}
     return {
         "role": role,
         "student": public_name(name_or_path, student),
@@ -183,6 +190,7 @@ def run_facts(
         "parameters": sum(parameter.numel() for parameter in student.parameters()),
         "teacher_parameters": teacher.parameter_count() if teacher else None,
         **cached,
+        **backbone,
         "losses": {name: loss.settings() for name, loss in losses.items()},
         "logit_standardization": args.logit_standardization,
         "ce_weight": args.ce_weight,

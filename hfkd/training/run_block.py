@@ -55,11 +55,19 @@ class RunBlock(TrainerCallback):
     def _networks(self) -> dict[str, str]:
         facts = self.trainer.results.facts  # the parameters of a sharded network cannot be counted here
         trained = [facts["student"], f"{facts['parameters']:,} parameters", self.weights.get("student")]
+        trained += [] if self.trainer.has_classifier else ["no classifier"]
         lines = {self.trainer.exports.name: trained}
         if facts["teacher"] is not None:
             number = f"{facts['teacher_parameters']:,} parameters"
-            lines["teacher"] = [facts["teacher"], number, self.weights.get("teacher")]
+            lines["teacher"] = [facts["teacher"], number, self.weights.get("teacher"), _classes(self.trainer.teacher)]
         return {role: ", ".join(filter(None, parts)) for role, parts in lines.items()}
+
+
+def _classes(teacher: Any) -> str | None:
+    """Return what a teacher has in place of the student's classes; None if it has them."""
+    if teacher.shares_classes:
+        return None
+    return "its features only" if teacher.has_classifier else "no classifier"
 
 
 def _images(dataset: Any) -> str:

@@ -35,6 +35,7 @@ from ..errors import HfkdError
 from ..losses import DistillationLoss, build_losses
 from ..losses.standardize import at_least_float32
 from ..networks.gradient_checkpointing import use_gradient_checkpointing
+from ..networks.headless import is_headless
 from ..networks.loading import as_teacher, exported_state_dict
 from ..networks.origins import student_weights, teacher_weights
 from ..networks.teacher import Teacher, TeacherEnsemble
@@ -121,7 +122,7 @@ class DistillationTrainer(Trainer):
     Attributes:
         distiller: student and losses, the one module that is trained.
         average: moving average of the student (`ema_decay`), or None; it is evaluated and exported.
-        num_classes: the student's number of classes; None without data.
+        num_classes: the student's number of classes, 0 without a classifier; None without data.
         results: rows and facts of `results.json`.
         exports: the exported model on disk.
         run_block: what is printed before training.
@@ -255,6 +256,11 @@ class DistillationTrainer(Trainer):
         check_given_optimizer(self.optimizer, self.distiller)
         if asks_for_best(args) and eval_dataset is not None:
             check_best_metric(args.metric_for_best_model, eval_dataset, self._metric_names())
+
+    @property
+    def has_classifier(self) -> bool:
+        """False for a student that is a backbone, which has no top-1."""
+        return not is_headless(self.model)
 
     # ---- One run: the only one, or a trial of a search -------------------------------------------------------------
 
@@ -584,7 +590,13 @@ class DistillationTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Evaluate as Trainer does; `results.json` gets a row for `eval_dataset` of the constructor, not for others."""
+        """Evaluate as Trainer does; `results.json` gets a row for `eval_dataset` of the constructor, not for others.
+
+        Raises:
+            HfkdError: for a student without a classifier, if there are no losses either.
+        """
+        if not self.has_classifier and not self.distiller.losses:
+            raise HfkdError("The student has no classifier, and so no top-1 that could be evaluated.")
         self.results.recording = self.eval_dataset is None or self._is_own(eval_dataset)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 

@@ -85,7 +85,7 @@ class TermMetrics:
         if agreeing is not None:
             counts = labels != self.uncounted if len(agreeing) < len(labels) else torch.ones_like(labels, dtype=bool)
             columns.append(torch.zeros(len(labels), device=labels.device).masked_scatter(counts, 100.0 * agreeing))
-        return torch.stack(columns, dim=1)
+        return torch.stack(columns, dim=1) if columns else torch.zeros(len(labels), 0, device=labels.device)
 
     def __call__(self, prediction: EvalPrediction, compute_result: bool | None = None) -> dict[str, float]:
         """Return the mean figures over all images; see `EvaluationMetrics.__call__`."""

@@ -77,7 +77,10 @@ def test_a_folder_of_photographs_is_distilled_and_then_fine_tuned(capsys):
     shown = capsys.readouterr().out
     assert "data      flat: 23 training images, 1 evaluation images without labels, 4 classes" in shown
     assert "labels    none in training: ce_weight is 0" in shown and "Top-1" not in shown
-    assert re.search(r"Loss without labels: [\d.]+ at its best", shown) and "fine-tunes it on labels" in shown
+    assert (
+        re.search(r"Loss of the evaluation images: [\d.]+ at its best", shown)
+        and "train-teacher --dataset_name LABELLED --student run/student" in shown
+    )
     found = results()
     assert found["ce_weight"] == 0 and found["best_by"] == {"metric": "loss", "greater_is_better": False}
     assert found["dataset"]["unlabelled_images"] == 23 and "train_images" not in found["dataset"]
