@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 DIGITS = "digits"  # scikit-learn's data set, even if a folder has the same name
+NO_LABELS = "none"  # as the name of a label column: images are read without labels
 RESULTS_NAME = "results.json"  # in a run's folder
 ROLES = ("student", "teacher")  # folders of the trained models in it
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -14,6 +15,7 @@ from ..data import (
     ImageSource,
     ImageSplit,
     LazyImageDataset,
+    MixedImageDataset,
     NoAugmentation,
     RandomResizedCrop,
     StreamingImageDataset,
@@ -23,7 +25,9 @@ from ..data import (
     open_streams,
 )
 from ..errors import HfkdError
+from ..names import NO_LABELS
 from ..networks.backbones import lacks_classifier
+from ..networks.class_matching import check_class_indices, class_names_of, match_classes
 from ..networks.features import InputSpec
 from ..networks.loading import check_model, load_student, load_teacher
 from ..networks.origins import student_weights, teacher_weights
@@ -143,6 +147,55 @@ def load_splits(
     )
 
 
+def with_teacher_classes(
+    splits: tuple[ImageSplit | StreamSplit, ImageSplit | StreamSplit], teacher: list[Teacher] | CachedTeacher
+) -> tuple[ImageSplit | StreamSplit, ImageSplit | StreamSplit]:
+    """Return splits, of which the training split has no labels, with the classes of a teacher.
+
+    With class indices the classes are those of the evaluation split, if it has labels.
+
+    Raises:
+        HfkdError: if the evaluation split has classes that the teacher lacks, or a class index is out of range.
+    """
+    train_split, eval_split = splits
+    if isinstance(teacher, CachedTeacher):
+        names = teacher.facts["evaluation"]["class_names"]
+        if eval_split.has_labels and eval_split.class_names != names:
+            eval_split = eval_split.renumbered(names, [names.index(name) for name in eval_split.class_names])
+    elif not teacher[0].has_classifier:
+        return splits
+    else:
+        names, indices = class_names_of(teacher[0].model), teacher[0].class_indices
+        if indices is not None:
+            check_class_indices(indices, len(eval_split.class_names) or len(indices), len(names))
+            names = eval_split.class_names or [names[index] for index in indices]
+        elif eval_split.has_labels:
+            eval_split = with_classes_of(teacher[0].model, eval_split)
+    named = [split if split.has_labels else replace(split, class_names=names) for split in (train_split, eval_split)]
+    return named[0], named[1]
+
+
+def with_classes_of(model: nn.Module, split: ImageSplit | StreamSplit) -> ImageSplit | StreamSplit:
+    """Return the split with the model's classes, matched by name.
+
+    Raises:
+        HfkdError: the names do not tell the model's class for each of the split's.
+    """
+    names, given = class_names_of(model), split.class_names
+    if given == names:
+        return split
+    try:
+        indices = match_classes(given, model, len(names))
+    except HfkdError as error:
+        unknown = [name for name in given if name not in names]
+        raise HfkdError(
+            f"{split.name} has {len(given)} classes and the model {len(names)}, and their names do not say which is "
+            f"which. Not among the model's: {', '.join(map(repr, unknown[:3]))}{', ...' if len(unknown) > 3 else ''}. "
+            f"The model's: {', '.join(map(repr, names[:3]))}{', ...' if len(names) > 3 else ''}."
+        ) from error
+    return split.renumbered(names, range(len(names)) if indices is None else indices)
+
+
 def image_sets(
     splits: tuple[ImageSplit | StreamSplit, ImageSplit | StreamSplit],
     spec: InputSpec,
@@ -151,7 +204,24 @@ def image_sets(
 ) -> tuple[ImageSource, ImageSource]:
     """Build the training and evaluation data sets."""
     seed = config.seed if config.data_seed is None else config.data_seed
-    return training_set(splits[0], spec, data_args, seed), evaluation_set(splits[1], spec, data_args)
+    train_set = training_set(splits[0], spec, data_args, seed)
+    if data_args.unlabelled_dataset_name is not None:
+        train_set = _with_unlabelled(train_set, spec, data_args, config.per_device_train_batch_size, seed)
+    return train_set, evaluation_set(splits[1], spec, data_args)
+
+
+def _with_unlabelled(train_set, spec, data_args, batch_size, seed) -> MixedImageDataset:
+    """Add the images of `unlabelled_dataset_name` to the batches of a training set."""
+    name = data_args.unlabelled_dataset_name
+    if not train_set.has_labels:
+        raise HfkdError(
+            f"unlabelled_dataset_name goes with images that have labels, and those of {data_args.dataset_name} have "
+            "none: give one data set without labels, or name the label_column."
+        )
+    _, split = load_image_splits(name, train_split=None, eval_split=data_args.unlabelled_split, label_column=NO_LABELS)
+    unlabelled = training_set(split, spec, data_args, seed)
+    number = round(data_args.unlabelled_share * batch_size)
+    return MixedImageDataset(train_set, unlabelled, unlabelled_images=number, batch_size=batch_size)
 
 
 def training_set(split: ImageSplit | StreamSplit, spec: InputSpec, data_args: DataArguments, seed: int) -> ImageSource:

@@ -21,7 +21,15 @@ from ..teacher_cache.rows import RowFormat
 from ..teacher_cache.teacher import check_supported
 from ..teacher_cache.writing import write_cache
 from .arguments import parse_known, split_subject
-from .build import build_student, check_teachers, given_by, image_sets, load_splits, load_teachers
+from .build import (
+    build_student,
+    check_teachers,
+    given_by,
+    image_sets,
+    load_splits,
+    load_teachers,
+    with_teacher_classes,
+)
 from .train import train_first
 from .without_recipe import with_recipe
 
@@ -85,7 +93,7 @@ def cache_teacher(argv: list[str] | None = None) -> Path:
     cache_args, rest = parse_known(rest, ArgumentParser((CacheArguments,), USAGE))
     settings = parse_recipe([path, *rest], command="hfkd cache-teacher")
     model_args, data_args, config, _ = settings
-    if any(token.partition("=")[0] == "--output_dir" for token in given):  # not by `with_recipe`
+    if any(token.partition("=")[0] == "--output_dir" for token in given):
         raise HfkdError("--output_dir is the folder of a run. --cache_dir says where the cache is written.")
     folder = Path(cache_args.cache_dir or Path("runs", "cache", find_recipe(path).name))
     if not model_args.teacher_name_or_path:
@@ -94,6 +102,8 @@ def cache_teacher(argv: list[str] | None = None) -> Path:
         raise HfkdError("Each process loads the whole teacher and caches some of the images: leave shard_teacher out.")
     if data_args.streaming:
         raise HfkdError("A teacher cache finds images by their row, and a stream has no rows: set streaming: false.")
+    if data_args.unlabelled_dataset_name is not None:
+        raise HfkdError("A teacher cache holds the rows of one data set: leave unlabelled_dataset_name out.")
     check_writable(folder, "cache_dir")
     teacher = missing_teacher(path, model_args, settings[3])
     if teacher is not None:
@@ -113,10 +123,13 @@ def _write_from_arguments(folder, cache_args, model_args, data_args, config) -> 
     check_teachers(model_args, losses)
     temperatures = temperatures_of(losses, cache_args)
     splits = load_splits(data_args)
+    teachers = load_teachers(model_args, splits[1].class_names)
+    if not splits[0].has_labels:
+        splits = with_teacher_classes(splits, teachers)
     classes, views = len(splits[0].class_names), max([loss.views for loss in losses.values()], default=1)
     if cache_args.top_k is not None and not 1 <= cache_args.top_k <= classes:
         raise HfkdError(f"top_k must be 1 ... {classes}, the number of classes, got {cache_args.top_k}.")
-    teacher = as_teacher(load_teachers(model_args, splits[1].class_names), config.logit_standardization)
+    teacher = as_teacher(teachers, config.logit_standardization)
     # The student's input, because the teacher sees the student's images.
     spec = input_spec(build_student(model_args, data_args, splits[0].class_names))
     return write_cache(

@@ -12,9 +12,9 @@ from pathlib import Path
 import timm
 from transformers import PreTrainedModel
 
-from ..data import ImageSource, ImageSplit, StreamSplit
+from ..data import ImageSource
 from ..errors import HfkdError, RunError
-from ..networks.class_matching import class_names_of, match_classes
+from ..networks.class_matching import class_names_of
 from ..networks.loading import input_spec, load_pretrained
 from ..networks.sources import resolve_name
 from ..recipe.arguments import DataArguments, DistillationConfig
@@ -25,7 +25,7 @@ from ..runs.finished import read_run
 from ..runs.folder import RECIPE_NAME, RESULTS_NAME
 from ..training.trainer import DistillationTrainer
 from .arguments import check_trained, split_subject
-from .build import evaluation_set, load_splits
+from .build import evaluation_set, load_splits, with_classes_of
 from .features import FeatureArguments, measure_features
 
 # Keys of DataArguments that only a training reads, and a probe the first.
@@ -117,32 +117,15 @@ def load_evaluation(name: str, data_args: DataArguments) -> tuple[PreTrainedMode
     """Load a saved model and the split that it is evaluated on, with the model's classes.
 
     Raises:
-        HfkdError: the split has classes that the model lacks.
+        HfkdError: the split has no labels, or classes that the model lacks.
     """
     model = load_pretrained(name)
     _, split = load_splits(dataclasses.replace(data_args, train_split=None), class_names_of(model))
-    return model, evaluation_set(with_classes_of(model, split), input_spec(model), data_args)
-
-
-def with_classes_of(model: PreTrainedModel, split: ImageSplit | StreamSplit) -> ImageSplit | StreamSplit:
-    """Return the split with the model's classes, matched by name.
-
-    Raises:
-        HfkdError: the names do not tell the model's class for each of the split's.
-    """
-    names, given = class_names_of(model), split.class_names
-    if given == names:
-        return split
-    try:
-        indices = match_classes(given, model, len(names))
-    except HfkdError as error:
-        unknown = [name for name in given if name not in names]
+    if not split.has_labels:
         raise HfkdError(
-            f"{split.name} has {len(given)} classes and the model {len(names)}, and their names do not say which is "
-            f"which. Not among the model's: {', '.join(map(repr, unknown[:3]))}{', ...' if len(unknown) > 3 else ''}. "
-            f"The model's: {', '.join(map(repr, names[:3]))}{', ...' if len(names) > 3 else ''}."
-        ) from error
-    return split.renumbered(names, range(len(names)) if indices is None else indices)
+            f"{split.name} has no labels, and an accuracy needs them: name the label_column, or another data set."
+        )
+    return model, evaluation_set(with_classes_of(model, split), input_spec(model), data_args)
 
 
 def evaluating_trainer(

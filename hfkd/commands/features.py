@@ -61,13 +61,20 @@ def measure_features(name: str, data_args: DataArguments, args, wanted: FeatureA
     """
     # The images first: without labels there is no probe, and a network may take minutes to load.
     splits = load_splits(data_args if wanted.probe else dataclasses.replace(data_args, train_split=None))
+    for split in splits if wanted.probe else ():
+        if not split.has_labels:
+            raise HfkdError(
+                f"A probe tells classes apart, and {split.name} has no labels: name a data set with labels, or its "
+                "label_column."
+            )
     network = load_teacher(name)
     teachers = [load_teacher(wanted.teacher, wanted.teacher_checkpoint)] if wanted.teacher else []
     device = _prepare([network, *teachers], args.bf16)
 
     def embed(split, networks: list[Teacher]) -> tuple[list[Tensor], Tensor]:
         images: ImageSource = evaluation_set(split, network.input_spec, data_args)
-        return collect_embeddings(networks, plain_loader(images, args.batch_size, args.num_workers), device)
+        batches = plain_loader(images, args.batch_size, args.num_workers)
+        return collect_embeddings(networks, batches, images.uncounted, device)
 
     (features, *others), labels = embed(splits[1], [network, *teachers])
     metrics = {}

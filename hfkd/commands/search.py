@@ -222,11 +222,17 @@ def build_search_trainer(
             evaluation split.
     """
     logging.disable_progress_bar()  # every trial loads weights
+    if data_args.unlabelled_dataset_name is not None:
+        raise HfkdError("A search trains on one data set: leave unlabelled_dataset_name out, and set it in the runs.")
     check_model(model_args.student_name_or_path, model_args.trust_remote_code)
     if not model_args.teacher_cache:
         check_teachers(model_args, build_losses(config.losses, config.logit_standardization))  # type: ignore[arg-type]
     cached = open_cache(model_args) if model_args.teacher_cache else None
     splits = load_splits(data_args)
+    if not splits[0 if held_out else 1].has_labels:
+        raise HfkdError(
+            f"A search looks for the highest top-1, and {splits[1].name} has no labels: give a data set with labels."
+        )
     teacher = cached or load_teachers(model_args, splits[1].class_names) or None
 
     def make_student():

@@ -77,6 +77,9 @@ class DistillationLoss(nn.Module):
 
     else:
         teacher_temperature = None
+    # True: it reads `labels`. Of a batch in which some images have no label it then gets the others, and a training
+    # without labels is refused.
+    reads_labels = False
     takes_mixed_labels = True  # False: `labels` must be classes, so mixup and CutMix are refused
     # The layers that `features` must hold: stage indices, module paths (with ":input" behind it the module's input),
     # "embedding" or "averaged_map". None: every stage except the first, and `beside_stages`; the trainer replaces None.
@@ -142,7 +145,8 @@ class DistillationLoss(nn.Module):
         Args:
             teacher: None in a run without a teacher, for a loss that needs none.
             batch: holds `labels`, (B,) int64, or after mixup (B, C), the share of each class; `progress`, 0-d, the
-                epochs done: 2.5 half way through the third epoch; and `step`, 0-d int64, the steps done.
+                epochs done: 2.5 half way through the third epoch; and `step`, 0-d int64, the steps done. Without
+                `reads_labels` the labels may be -100: an image without one.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define forward")
 

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..data import ImageSource
 from ..errors import RunError
 from ..losses.standardize import at_least_float32
 from .features import as_embedding, find_classifier
@@ -34,15 +33,13 @@ def recording_embeddings(model: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def collect_embeddings(
-    networks: Sequence[Teacher], batches: Iterable[dict[str, Tensor]], device: torch.device
-) -> tuple[list[Tensor], Tensor | None]:
+    networks: Sequence[Teacher], batches: Iterable[dict[str, Tensor]], uncounted: int, device: torch.device
+) -> tuple[list[Tensor], Tensor]:
     """Return the embeddings (N, D) of each network for all images that count, and the labels (N,), on the CPU.
 
     Args:
         networks: prepared to record EMBEDDING.
-
-    Returns:
-        No labels for batches without them.
+        uncounted: label of rows that do not count.
 
     Raises:
         RunError: for an embedding that is not finite.
@@ -51,14 +48,13 @@ def collect_embeddings(
     labels = []
     for batch in batches:
         batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-        if "labels" in batch:
-            counts = batch["labels"] != ImageSource.IGNORED
-            batch = {key: value[counts] for key, value in batch.items()}
-            labels.append(batch["labels"].cpu())
+        counts = batch["labels"] != uncounted
+        batch = {key: value[counts] for key, value in batch.items()}
+        labels.append(batch["labels"].cpu())
         for network, parts in zip(networks, embeddings, strict=True):
             parts.append(network(batch).embedding.cpu())
     whole = [torch.cat(parts) for parts in embeddings]
     for network, values in zip(networks, whole, strict=True):
         if not values.isfinite().all():
             raise RunError(f"{network.name} gives features that are not finite. Its training may have diverged.")
-    return whole, torch.cat(labels) if labels else None
+    return whole, torch.cat(labels)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from weakref import WeakKeyDictionary
 
 import torch
@@ -76,9 +76,24 @@ class Outputs:
         """(B, D, H, W), input of the global pooling. Only recorded for losses that name AVERAGED_MAP."""
         return self.features[AVERAGED_MAP]
 
+    def first(self, number: int) -> Outputs:
+        """Return the outputs of the first images of the batch."""
+        return replace(
+            self,
+            logits=self.logits[:number],
+            class_logits=self.class_logits[:number],
+            features={layer: value if _is_norm(layer) else value[:number] for layer, value in self.features.items()},
+            members=[member.first(number) for member in self.members],
+            strong=self.strong and self.strong.first(number),
+        )
+
     def views(self) -> list[Outputs]:
         """Return the outputs of each view: the weak one and, if there is one, the strong one."""
         return [self] if self.strong is None else [self, self.strong]
+
+
+def _is_norm(layer: Layer) -> bool:
+    return isinstance(layer, str) and layer.endswith(AFFINE)
 
 
 # Hooks of the latest taps of each model. They are kept outside the model, since a model may outlive its taps: a second

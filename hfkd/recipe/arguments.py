@@ -16,7 +16,7 @@ from torch.distributed import DistNetworkError, DistStoreError
 from transformers import TrainingArguments
 
 from ..errors import HfkdError, RendezvousError, did_you_mean
-from .checks import check_names, check_prompts, check_ranges, check_training
+from .checks import check_names, check_prompts, check_ranges, check_training, check_unlabelled
 from .keys import PATH_KEYS, RECIPE_KEYS
 from .yaml_file import parse_yaml
 
@@ -180,7 +180,21 @@ class DataArguments:
         default=None, metadata={"help": "Column of the images; by default inferred from the features."}
     )
     label_column: str | None = field(
-        default=None, metadata={"help": "Column of the labels; by default inferred from the features."}
+        default=None,
+        metadata={
+            "help": "Column of the labels; by default inferred from the features. 'none' reads the images without "
+            "labels, and of a folder all images below it."
+        },
+    )
+    unlabelled_dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Further training images, like dataset_name, whose labels, if any, are not read."},
+    )
+    unlabelled_split: str = field(
+        default="train", metadata={"help": "Split of unlabelled_dataset_name, or a slice of one."}
+    )
+    unlabelled_share: float = field(
+        default=0.5, metadata={"help": "Share of unlabelled_dataset_name in every training batch."}
     )
     image_size: int | None = field(
         default=None, metadata={"help": "Side of the square input in pixels; by default the student's own."}
@@ -237,6 +251,7 @@ class DataArguments:
             needed = RECIPE_KEYS[each.name].augmentation
             if needed not in (None, self.augmentation) and getattr(self, each.name) != each.default:
                 raise HfkdError(f"{each.name} needs augmentation: {needed}; this recipe's is {self.augmentation}.")
+        check_unlabelled(self)
 
 
 @dataclass
@@ -267,7 +282,9 @@ class DistillationConfig(TrainingArguments):
         default=False,
         metadata={"help": "Z-score the logits of teacher and student before every logit loss."},
     )
-    ce_weight: float = field(default=1.0, metadata={"help": "Weight of the cross-entropy with the labels."})
+    ce_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the cross-entropy with the labels; 0 without any."}
+    )
     decay_all_parameters: bool = field(
         default=False,
         metadata={
@@ -343,10 +360,16 @@ class DistillationConfig(TrainingArguments):
         default=False, metadata={"help": "Passed to DistributedDataParallel."}
     )
     metric_for_best_model: str | None = field(
-        default="top1", metadata={"help": "Evaluation metric that decides which checkpoint is the best."}
+        default="top1",
+        metadata={
+            "help": "Evaluation metric that decides which checkpoint is the best; where the evaluation images have no "
+            "labels, the loss."
+        },
     )
 
     def __post_init__(self):
+        # Keys that the recipe gives, for defaults that depend on the data; None for a config made from code.
+        self.written: frozenset[str] | None = None
         check_training(self)
         if not torch.accelerator.is_available():
             self.use_cpu = True  # otherwise TrainingArguments refuses bf16, which CPUs support

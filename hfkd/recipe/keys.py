@@ -147,11 +147,11 @@ _MODEL = {
     "trust_remote_code": Key(OUTPUT, private=True),
 }
 _DATA = {
-    "dataset_name": Key(RESULT, path=True),
+    **dict.fromkeys(("dataset_name", "unlabelled_dataset_name"), Key(RESULT, path=True)),
     **dict.fromkeys(
         (
             *("train_split", "eval_split", "image_column", "label_column", "image_size", "random_flip"),
-            *("augmentation", "shuffle_buffer_size", "skip_bad_images"),
+            *("augmentation", "shuffle_buffer_size", "skip_bad_images", "unlabelled_split", "unlabelled_share"),
         ),
         Key(RESULT),
     ),

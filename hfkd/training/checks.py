@@ -9,13 +9,15 @@ from typing import Any
 from torch import nn
 from torch.utils.data import IterableDataset
 
-from ..data import StreamingImageDataset
+from ..data import MixedImageDataset, StreamingImageDataset
+from ..data.subsets import image_source
 from ..errors import HfkdError, did_you_mean
 from ..losses import DistillationLoss
 from ..networks.frozen import trainable_weights_in_common
 from ..networks.headless import is_headless
 from ..networks.teacher import Teacher, TeacherEnsemble
 from ..recipe.arguments import DistillationConfig
+from ..teacher_cache.teacher import CachedTeacher
 from .distiller import Distiller
 from .loaders import data_sets
 from .metrics import TIMES
@@ -114,11 +116,6 @@ def check_trains_backbone(losses: nn.ModuleDict, args: DistillationConfig) -> No
             f"The student has no classifier, and {what}: give it the classes of the data set, or set ce_weight to 0 "
             "and take only losses that read features."
         )
-    if args.eval_strategy != "no":
-        raise HfkdError(
-            f"eval_strategy is {args.eval_strategy.value}, and the student has no classifier, and so no top-1 that "
-            "could be evaluated: set it to no."
-        )
 
 
 def smallest_batch(train_dataset: Any, losses: nn.ModuleDict, args: DistillationConfig) -> int | None:
@@ -127,7 +124,8 @@ def smallest_batch(train_dataset: Any, losses: nn.ModuleDict, args: Distillation
     Raises:
         HfkdError: if all images would be dropped, or the smallest batch is too small for a loss.
     """
-    images = args.per_device_train_batch_size
+    added = unlabelled_images(train_dataset)
+    images = args.per_device_train_batch_size - added
     streamed = isinstance(train_dataset, StreamingImageDataset)
     if not isinstance(train_dataset, Sized) or (isinstance(train_dataset, IterableDataset) and not streamed):
         return None
@@ -140,15 +138,41 @@ def smallest_batch(train_dataset: Any, losses: nn.ModuleDict, args: Distillation
     settings: Any = args.accelerator_config  # an object once args is built
     filled_up = not streamed and args.world_size > 1 and settings.even_batches
     if filled_up or args.dataloader_drop_last or rows % images == 0:
-        return images
+        return images + added
     for name, loss in losses.items():
-        if rows % images < loss.least_images:
+        if rows % images + (0 if loss.reads_labels else added) < loss.least_images:
             raise HfkdError(
                 f"The loss '{name}' needs {loss.least_images} images in every batch, and the last of {rows:,} in "
                 f"batches of {images} has {rows % images}: set dataloader_drop_last: true, or another "
                 "per_device_train_batch_size."
             )
-    return rows % images
+    return rows % images + added
+
+
+def unlabelled_images(train_dataset: Any) -> int:
+    """Return the number of images without labels that are added to each batch of images with labels."""
+    source = image_source(train_dataset)
+    return source.unlabelled_images if isinstance(source, MixedImageDataset) else 0
+
+
+def check_mixed(train_dataset: Any, teacher: Any, args: DistillationConfig) -> None:
+    """Check that the settings suit batches of images with and without labels.
+
+    Raises:
+        HfkdError: for mixup, CutMix or a teacher cache.
+    """
+    if not unlabelled_images(train_dataset):
+        return
+    if args.mixes:
+        raise HfkdError(
+            "mixup and cutmix would mix images with labels and images without: leave them at 0, or train on images "
+            "without labels alone, with label_column none and ce_weight 0."
+        )
+    if isinstance(teacher, CachedTeacher):
+        raise HfkdError(
+            "A teacher cache holds the rows of one data set, and each batch holds images of unlabelled_dataset_name as "
+            "well: train with the teacher itself, or on one data set."
+        )
 
 
 def check_types(model: Any, args: Any) -> None:

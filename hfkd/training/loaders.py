@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from ..data import ImageDataset, ImageSource, StreamingImageDataset, collate_batch
+from ..data import ImageDataset, ImageSource, MixedImageDataset, StreamingImageDataset, collate_batch
 from ..data.source import RowCache
 from ..data.subsets import image_source
 from ..errors import HfkdError
@@ -46,13 +46,15 @@ def place_images(
     Returns:
         The hfkd data set that is trained on, None for another one.
     """
-    for dataset in map(image_source, (train_dataset, *eval_sets)):
+    train_images = image_source(train_dataset)
+    parts = train_images.parts if isinstance(train_images, MixedImageDataset) else (train_images,)
+    for dataset in (*parts, *map(image_source, eval_sets)):
         if isinstance(dataset, ImageDataset) and args.dataloader_num_workers == 0:
             dataset.to(args.device)
             args.dataloader_pin_memory = False  # the batches are on the device already
-    train_images = image_source(train_dataset)
-    if train_images is not None:
-        train_images.views, train_images.cache = views, cache
+    for dataset in parts:
+        if dataset is not None:
+            dataset.views, dataset.cache = views, cache
     return train_images
 
 

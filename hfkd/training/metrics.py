@@ -16,14 +16,12 @@ from transformers.utils import logging
 
 from ..data import ImageSource
 from ..errors import HfkdError
-from ..networks.probes import knn_classes, top1
 
 logger = logging.get_logger(__name__)
 
-# Names of hfkd's own figures, those with a teacher or with `probe_every`, and those that Trainer adds.
+# Names of hfkd's own figures, those with a teacher, and those that Trainer adds to every evaluation.
 OWN = ("loss", "top1", "top5")
 WITH_TEACHER = ("agreement", "teacher_top1")
-KNN = "knn"
 TIMES = ("runtime", "samples_per_second", "steps_per_second")
 
 
@@ -68,28 +66,21 @@ class EvaluationMetrics:
     """Figures of one evaluation: hfkd's own, and those of a user's `compute_metrics`.
 
     In place of the user's two functions, Trainer's loop gets this object and its `preprocess`. What it gathers of a
-    batch is a tuple: ranked classes (B, K) and cross-entropy (B,), the teacher's classes (B,) where there are some, the
-    embedding (B, D) where it is probed, and at the end the logits (B, C), but only where somebody reads them: of
-    ImageNet they would be gigabytes.
+    batch is a tuple: ranked classes (B, K) and cross-entropy (B,), the teacher's classes (B,) where there are some, and
+    at the end the logits (B, C), but only where somebody reads them: of ImageNet they would be gigabytes.
 
     Args:
         compute: the user's `compute_metrics`, or None.
         preprocess: the user's `preprocess_logits_for_metrics`, or None.
         keeps_logits: the tuples end in logits.
         with_losses: the user's function gets the cross-entropies (`include_for_metrics`).
-        probing: the tuples hold embeddings.
     """
 
     def __init__(
-        self,
-        compute: Callable | None,
-        preprocess: Callable | None,
-        keeps_logits: bool,
-        with_losses: bool = False,
-        probing: bool = False,
+        self, compute: Callable | None, preprocess: Callable | None, keeps_logits: bool, with_losses: bool = False
     ):
         self.compute, self._preprocess = compute, preprocess
-        self.keeps_logits, self.with_losses, self.probing = keeps_logits, with_losses, probing
+        self.keeps_logits, self.with_losses = keeps_logits, with_losses
         self._batches: list[tuple[np.ndarray, ...]] = []  # hfkd's own outputs, and the labels
 
     def preprocess(self, outputs: Any, labels: Any) -> Any:
@@ -121,7 +112,7 @@ class EvaluationMetrics:
         users = {} if self.compute is None else self._users(prediction, compute_result)
         if compute_result is False:
             return {}
-        own, self._batches = _own_metrics(self._batches, self.probing), []
+        own, self._batches = _own_metrics(self._batches), []
         replaced = sorted(own.keys() & users.keys())
         if replaced:
             logger.warning_once(f"compute_metrics returns {', '.join(replaced)}, in place of hfkd's own, in percent.")
@@ -158,27 +149,20 @@ def _rows(value: Any, counts: Any) -> Any:
     return type(value)(_rows(each, counts) for each in value) if isinstance(value, (tuple, list)) else value[counts]
 
 
-def _own_metrics(batches: list[tuple[np.ndarray, ...]], probing: bool) -> dict[str, float]:
+def _own_metrics(batches: list[tuple[np.ndarray, ...]]) -> dict[str, float]:
     """Return hfkd's own figures from its outputs and the labels, batch by batch."""
     arrays = [np.concatenate(parts) for parts in zip(*batches, strict=True)]
     counts = arrays[-1] != ImageSource.IGNORED
-    ranked, losses, *others, labels = (array[counts] for array in arrays)
-    metrics = {KNN: _neighbours_top1(others.pop(), labels)} if probing else {}
-    metrics |= ImageClassificationMetrics().compute(
-        predictions=ranked, references=labels, teacher=others[0] if others else None
+    ranked, losses, *teacher, labels = (array[counts] for array in arrays)
+    metrics = ImageClassificationMetrics().compute(
+        predictions=ranked, references=labels, teacher=teacher[0] if teacher else None
     )
     return metrics | {"loss": losses.mean().item()}
 
 
-def _neighbours_top1(embeddings: np.ndarray, labels: np.ndarray) -> float:
-    """Return the top-1 in percent of a vote of each image's nearest others."""
-    features, classes = torch.from_numpy(embeddings), torch.from_numpy(labels)
-    return top1(knn_classes(features, features, classes, same_images=True), classes)
-
-
-def own_names(with_teacher: bool, with_knn: bool) -> list[str]:
+def own_names(with_teacher: bool) -> list[str]:
     """Return the names of hfkd's own figures."""
-    return [*OWN, *(WITH_TEACHER if with_teacher else ()), *([KNN] if with_knn else [])]
+    return [*OWN, *(WITH_TEACHER if with_teacher else ())]
 
 
 def names_of_users(metrics: EvaluationMetrics, labels: Tensor, by_batch: bool) -> list[str] | None:

@@ -1,6 +1,7 @@
 """`hfkd evaluate`: the classes of a data set are those of the model with the same names."""
 
 import math
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -112,3 +113,13 @@ def test_a_probe_that_cannot_be_made():
         evaluate(["resnet18", *DIGITS, "--probe", "svm"])
     with pytest.raises(HfkdError, match="resnet18 is an architecture, not a trained model"):
         evaluate(["resnet18", *DIGITS])
+    for number in range(3):
+        path = Path("photos", "train", "any", f"{number}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (50 * number, 0, 9)).save(path)
+    load_student("cifar_resnet8", num_classes=7).save_pretrained("student")
+    unlabelled = ["student", "--dataset_name", "photos", "--label_column", "none"]
+    with pytest.raises(HfkdError, match="A probe tells classes apart, and photos, split 'train.* has no labels"):
+        evaluate([*unlabelled, "--probe", "knn"])
+    metrics = evaluate([*unlabelled, "--eval_split", "train", "--teacher", "student"])
+    assert metrics["eval_cka"] == pytest.approx(1) and metrics["eval_cosine"] == pytest.approx(1)

@@ -108,6 +108,12 @@ def test_evaluation_sees_every_image_once(runs):
         assert first["metrics"][key] == second["metrics"][key] == pytest.approx(one["metrics"][key])
 
 
+def test_an_evaluation_without_labels_is_that_of_one_process(runs):
+    one, first, second = (run["unlabelled"]["metrics"] for run in runs[:3])
+    for key in ("eval_loss", "eval_loss_kd", "eval_loss_token_mse", "eval_agreement"):
+        assert first[key] == second[key] == pytest.approx(one[key], rel=1e-5)
+
+
 def test_all_processes_hold_the_same_memories(runs):
     """CRD: every row has moved in both, each of which has seen half of the images of an epoch."""
     _, first, second, _ = (run["memories"] if isinstance(run, dict) else run for run in runs)

@@ -83,3 +83,30 @@ def test_mistakes():
         build("run", probe_every=None, metric_for_best_model="knn", load_best_model_at_end=True)
     with pytest.raises(HfkdError, match="no linear layer"):
         build("run", student=nn.Sequential(nn.Conv2d(3, 10, 32), nn.Flatten()))
+
+
+def test_a_backbone_of_images_without_labels():
+    """The best by neighbours; the other figures of its evaluations are the losses."""
+    train_set, eval_set = images(24), images(40, seed=1, augment=False)
+    train_set.has_labels = False
+    args = config("run", **SETTINGS, losses={"pkt": {}}, ce_weight=0, metric_for_best_model="knn")
+    args.load_best_model_at_end = True
+    trainer = DistillationTrainer(
+        load_student("cifar_resnet8", []),
+        load_student("cifar_resnet8x4", num_classes=10),
+        args,
+        train_dataset=train_set,
+        eval_dataset=eval_set,
+    )
+    trainer.train()
+    found = measured()
+    best = max(found, key=found.get)
+    assert list(found) == [2, 4, 5] and trainer.state.best_model_checkpoint == f"run/checkpoint-{3 * best:g}"
+    batch = eval_set.__getitems__(range(40))
+    with torch.no_grad():
+        features = trainer.model.timm_model.eval()(batch["pixel_values"])
+    expected = top1(knn_classes(features, features, batch["labels"], same_images=True), batch["labels"])
+    assert found[best] == pytest.approx(expected) and trainer.results.rows[-1]["eval_loss_pkt"] > 0
+    eval_set.has_labels = False
+    with pytest.raises(HfkdError, match="probe_every .* the evaluation images have no labels"):
+        build("again", eval_dataset=eval_set)
