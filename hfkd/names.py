@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 DIGITS = "digits"  # scikit-learn's data set, even if a folder has the same name
+NO_LABELS = "none"  # as the name of a label column: images are read without labels
 RESULTS_NAME = "results.json"  # in a run's folder
 ROLES = ("student", "teacher")  # folders of the trained models in it
 
@@ -34,9 +35,9 @@ def architecture_of(model: nn.Module) -> str:
     """Return timm's name of the architecture, the model type of transformers, or the name of the class."""
     # Here and not above: most users of this module have names and no models, and these take seconds to import.
     from transformers import PreTrainedModel
-    from transformers.models.timm_wrapper import TimmWrapperForImageClassification
+    from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperPreTrainedModel
 
-    if isinstance(model, TimmWrapperForImageClassification):
+    if isinstance(model, TimmWrapperPreTrainedModel):
         return model.config.architecture
     if isinstance(model, PreTrainedModel):
         return model.config.model_type

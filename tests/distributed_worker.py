@@ -5,7 +5,7 @@ from helpers import Plain, config, images, train_logs
 from torch import nn
 
 from hfkd import DistillationTrainer, load_student
-from hfkd.data import CenterCrop, RandomResizedCrop, StreamingImageDataset, open_streams
+from hfkd.data import CenterCrop, MixedImageDataset, RandomResizedCrop, StreamingImageDataset, open_streams
 from hfkd.losses import CRDLoss
 from hfkd.models.base import CIFAR_MEAN, CIFAR_STD
 
@@ -59,6 +59,8 @@ MEANS = {  # losses that are means over the batch: splitting the batch over proc
     "ofa": {"ofa": {"student_layers": ["conv", "deep"]}},
     "regions": {"kd": {"regions": [1, 2, 4]}},
     "mgd": {"mgd": MAPS | {"dropped": 0.5, "weight": 1e-3}},
+    "mixed": {"kd": {}, "dkd": {"warmup_epochs": 0}},  # half of each process's images have no labels
+    "unlabelled": {"kd": {}, "token_mse": MAPS},
 }
 # So that logit_standardization makes others of them.
 READ_LOGITS = ("kd", "dkd", "ctkd", "ctkd_instance", "mlkd", "dist", "ttm", "wttm", "nkd", "abkd", "wsld", "hard")
@@ -134,9 +136,22 @@ class Exact(DistillationTrainer):
 def trainer_of(kind, losses, world_size, student, teacher, output_dir, **changes):
     """With batches of eight images, over all processes and accumulated steps."""
     accumulated = changes.get("gradient_accumulation_steps", 1)
-    args = config(output_dir, per_device_train_batch_size=8 // world_size // accumulated, num_train_epochs=2, **changes)
-    data = {"train_dataset": images(32), "eval_dataset": images(26, seed=1, augment=False)}
+    data = {"train_dataset": images(32), "eval_dataset": images(26, seed=1, augment=False)} | changes.pop("data", {})
+    batch_size = 8 // world_size // accumulated
+    args = config(output_dir, per_device_train_batch_size=batch_size, num_train_epochs=2, probe_every=1, **changes)
     return kind(student, teacher, args, losses=losses, **data)
+
+
+def data_of(name, world_size):
+    """Settings of a run without labels, or with some."""
+    others = images(24, seed=2), images(32, seed=3, augment=False)
+    for dataset in others:
+        dataset.labels[:], dataset.has_labels = -100, False
+    if name == "mixed":
+        sizes = {"unlabelled_images": 4 // world_size, "batch_size": 8 // world_size}
+        return {"data": {"train_dataset": MixedImageDataset(images(32), others[0], **sizes)}}
+    without = {"train_dataset": others[0], "eval_dataset": others[1]}
+    return {"data": without, "ce_weight": 0.0} if name == "unlabelled" else {}
 
 
 def result_of(trainer):
@@ -153,6 +168,7 @@ def train(losses, world_size, student, teacher, output_dir, **changes):
 def train_in_float64(name, losses, world_size, output_dir, **changes):
     torch.set_default_dtype(torch.float64)  # of projectors and memories
     try:
+        changes |= data_of(name, world_size)
         trainer = trainer_of(Exact, losses, world_size, *networks_in_float64(name), output_dir, **changes)
         trainer.normalizes_by_batch = name == "batch_norm"
         return result_of(trainer)

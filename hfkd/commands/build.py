@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
 import torch
+from torch import nn
 from torch.utils.data import Subset
 from transformers import PreTrainedModel
 
@@ -12,6 +17,7 @@ from ..data import (
     ImageSource,
     ImageSplit,
     LazyImageDataset,
+    MixedImageDataset,
     NoAugmentation,
     RandomResizedCrop,
     StreamingImageDataset,
@@ -21,16 +27,22 @@ from ..data import (
     open_streams,
 )
 from ..errors import HfkdError
+from ..names import NO_LABELS
+from ..networks.backbones import lacks_classifier
+from ..networks.class_matching import check_class_indices, class_names_of, match_classes
 from ..networks.features import InputSpec
-from ..networks.loading import load_student, load_teacher
+from ..networks.loading import check_model, load_student, load_teacher
 from ..networks.origins import student_weights, teacher_weights
-from ..networks.teacher import Teacher
+from ..networks.teacher import Teacher, check_ensemble_members
+from ..networks.zero_shot import check_has_texts
 from ..recipe.arguments import DataArguments, DistillationConfig, ModelArguments
+from ..teacher_cache.identity import given_teachers
 from ..teacher_cache.teacher import CachedTeacher
+from ..training.checks import check_reads_features
 
 
 def build_student(model_args: ModelArguments, data_args: DataArguments, class_names: list[str]) -> PreTrainedModel:
-    """Load the student that the arguments name; see `load_student`."""
+    """Load the student that the arguments name, without classes as a backbone; see `load_student`."""
     return load_student(
         model_args.student_name_or_path,
         class_names,
@@ -44,6 +56,27 @@ def build_student(model_args: ModelArguments, data_args: DataArguments, class_na
     )
 
 
+def check_teachers(model_args: ModelArguments, losses: nn.ModuleDict) -> None:
+    """Check the names of the teachers, and that the losses read only what they have, before any network is loaded.
+
+    Raises:
+        HfkdError: if a name is that of no model; if a loss reads logits or a classifier of a teacher that has none; if
+            an ensemble has such a member; or if there are prompts for a teacher that reads no texts.
+    """
+    names = model_args.teacher_name_or_path or []
+    checkpoints = model_args.teacher_checkpoint or [None] * len(names)
+    trusted = model_args.trust_remote_code
+    for name in names:
+        check_model(name, trusted)
+    if model_args.teacher_prompts:
+        return check_has_texts(names[0])
+    headless = [name for name, file in zip(names, checkpoints, strict=True) if lacks_classifier(name, file, trusted)]
+    if len(names) > 1:
+        check_ensemble_members(headless)
+    for name in headless:
+        check_reads_features(losses, name)
+
+
 def open_cache(model_args: ModelArguments) -> CachedTeacher:
     """Open the teacher cache that the arguments name, without loading the teacher.
 
@@ -53,13 +86,22 @@ def open_cache(model_args: ModelArguments) -> CachedTeacher:
     teacher = CachedTeacher(model_args.teacher_cache)
     names = model_args.teacher_name_or_path
     if names:
-        given = model_args.teacher_checkpoint, model_args.teacher_class_indices, model_args.teacher_image
-        teacher.check_given(names, *given)
+        teacher.check_given(given_by(model_args))
     return teacher
 
 
-def load_teachers(model_args: ModelArguments) -> list[Teacher]:
+def given_by(model_args: ModelArguments) -> list[dict[str, Any]]:
+    """Return the teachers that the arguments name, for comparison with those of a cache."""
+    names, prompts = model_args.teacher_name_or_path or [], model_args.teacher_prompts
+    more = model_args.teacher_checkpoint, model_args.teacher_class_indices, model_args.teacher_image
+    return given_teachers(names, *more, prompts)
+
+
+def load_teachers(model_args: ModelArguments, class_names: Sequence[str] = ()) -> list[Teacher]:
     """Load the teachers that the arguments name; several form an ensemble.
+
+    Args:
+        class_names: names of the data set's classes, for teacher_prompts.
 
     Raises:
         HfkdError: if a teacher cannot be loaded (see `load_teacher`), or if teacher_class_indices is set for no teacher
@@ -70,9 +112,10 @@ def load_teachers(model_args: ModelArguments) -> list[Teacher]:
     if indices is not None and len(names) != 1:
         raise HfkdError(f"teacher_class_indices needs one teacher, and teacher_name_or_path names {len(names)}.")
     checkpoints = model_args.teacher_checkpoint or [None] * len(names)
-    device_map, trusted = model_args.teacher_device_map, model_args.trust_remote_code
+    settings = {"trust_remote_code": model_args.trust_remote_code, "prompts": model_args.teacher_prompts}
+    settings |= {"class_names": class_names, **model_args.teacher_image}
     return [
-        load_teacher(name, checkpoint, indices, device_map, **model_args.teacher_image, trust_remote_code=trusted)
+        load_teacher(name, checkpoint, indices, model_args.teacher_device_map, **settings)
         for name, checkpoint in zip(names, checkpoints, strict=True)
     ]
 
@@ -83,6 +126,9 @@ def weights_in_words(model_args: ModelArguments) -> dict[str, str]:
     names = model_args.teacher_name_or_path or []
     checkpoints = model_args.teacher_checkpoint or [None] * len(names)
     teachers = " + ".join(map(teacher_weights, names, checkpoints))
+    if model_args.teacher_prompts:
+        number = len(model_args.teacher_prompts)
+        teachers += f", zero-shot, {number} template{'s' if number > 1 else ''}"
     if model_args.teacher_cache:
         teachers = f"logits from the cache {model_args.teacher_cache}"
     return words | ({"teacher": teachers} if teachers else {})
@@ -103,6 +149,55 @@ def load_splits(
     )
 
 
+def with_teacher_classes(
+    splits: tuple[ImageSplit | StreamSplit, ImageSplit | StreamSplit], teacher: list[Teacher] | CachedTeacher
+) -> tuple[ImageSplit | StreamSplit, ImageSplit | StreamSplit]:
+    """Return splits, of which the training split has no labels, with the classes of a teacher.
+
+    With class indices the classes are those of the evaluation split, if it has labels.
+
+    Raises:
+        HfkdError: if the evaluation split has classes that the teacher lacks, or a class index is out of range.
+    """
+    train_split, eval_split = splits
+    if isinstance(teacher, CachedTeacher):
+        names = teacher.facts["evaluation"]["class_names"]
+        if eval_split.has_labels and eval_split.class_names != names:
+            eval_split = eval_split.renumbered(names, [names.index(name) for name in eval_split.class_names])
+    elif not teacher[0].has_classifier:
+        return splits
+    else:
+        names, indices = class_names_of(teacher[0].model), teacher[0].class_indices
+        if indices is not None:
+            check_class_indices(indices, len(eval_split.class_names) or len(indices), len(names))
+            names = eval_split.class_names or [names[index] for index in indices]
+        elif eval_split.has_labels:
+            eval_split = with_classes_of(teacher[0].model, eval_split)
+    named = [split if split.has_labels else replace(split, class_names=names) for split in (train_split, eval_split)]
+    return named[0], named[1]
+
+
+def with_classes_of(model: nn.Module, split: ImageSplit | StreamSplit) -> ImageSplit | StreamSplit:
+    """Return the split with the model's classes, matched by name.
+
+    Raises:
+        HfkdError: the names do not tell the model's class for each of the split's.
+    """
+    names, given = class_names_of(model), split.class_names
+    if given == names:
+        return split
+    try:
+        indices = match_classes(given, model, len(names))
+    except HfkdError as error:
+        unknown = [name for name in given if name not in names]
+        raise HfkdError(
+            f"{split.name} has {len(given)} classes and the model {len(names)}, and their names do not say which is "
+            f"which. Not among the model's: {', '.join(map(repr, unknown[:3]))}{', ...' if len(unknown) > 3 else ''}. "
+            f"The model's: {', '.join(map(repr, names[:3]))}{', ...' if len(names) > 3 else ''}."
+        ) from error
+    return split.renumbered(names, range(len(names)) if indices is None else indices)
+
+
 def image_sets(
     splits: tuple[ImageSplit | StreamSplit, ImageSplit | StreamSplit],
     spec: InputSpec,
@@ -111,7 +206,24 @@ def image_sets(
 ) -> tuple[ImageSource, ImageSource]:
     """Build the training and evaluation data sets."""
     seed = config.seed if config.data_seed is None else config.data_seed
-    return training_set(splits[0], spec, data_args, seed), evaluation_set(splits[1], spec, data_args)
+    train_set = training_set(splits[0], spec, data_args, seed)
+    if data_args.unlabelled_dataset_name is not None:
+        train_set = _with_unlabelled(train_set, spec, data_args, config.per_device_train_batch_size, seed)
+    return train_set, evaluation_set(splits[1], spec, data_args)
+
+
+def _with_unlabelled(train_set, spec, data_args, batch_size, seed) -> MixedImageDataset:
+    """Add the images of `unlabelled_dataset_name` to the batches of a training set."""
+    name = data_args.unlabelled_dataset_name
+    if not train_set.has_labels:
+        raise HfkdError(
+            f"unlabelled_dataset_name goes with images that have labels, and those of {data_args.dataset_name} have "
+            "none: give one data set without labels, or name the label_column."
+        )
+    _, split = load_image_splits(name, train_split=None, eval_split=data_args.unlabelled_split, label_column=NO_LABELS)
+    unlabelled = training_set(split, spec, data_args, seed)
+    number = round(data_args.unlabelled_share * batch_size)
+    return MixedImageDataset(train_set, unlabelled, unlabelled_images=number, batch_size=batch_size)
 
 
 def held_out_sets(

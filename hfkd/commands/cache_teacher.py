@@ -17,12 +17,19 @@ from ..recipe.reading import ARGUMENT_CLASSES, parse_recipe
 from ..runs.folder import check_writable
 from ..runs.planned import missing_teacher
 from ..teacher_cache.files import CacheFiles
-from ..teacher_cache.identity import given_teachers
 from ..teacher_cache.rows import RowFormat
 from ..teacher_cache.teacher import check_supported
 from ..teacher_cache.writing import write_cache
 from .arguments import parse_known, split_subject
-from .build import build_student, image_sets, load_splits, load_teachers
+from .build import (
+    build_student,
+    check_teachers,
+    given_by,
+    image_sets,
+    load_splits,
+    load_teachers,
+    with_teacher_classes,
+)
 from .train import train_first
 from .without_recipe import with_recipe
 
@@ -78,14 +85,15 @@ def cache_teacher(argv: list[str] | None = None) -> Path:
         HfkdError: if the recipe has no teacher or a setting that cannot be cached, or the folder holds another cache.
         RunError: if writing fails, as on a full disk.
     """
-    argv = with_recipe(sys.argv[1:] if argv is None else argv)
+    given = sys.argv[1:] if argv is None else argv
+    argv = with_recipe(given)
     parser = ArgumentParser((CacheArguments, *ARGUMENT_CLASSES), USAGE)
     path, rest = split_subject(argv, parser, "a recipe")
     parser.check_keys(rest)
     cache_args, rest = parse_known(rest, ArgumentParser((CacheArguments,), USAGE))
     settings = parse_recipe([path, *rest], command="hfkd cache-teacher")
     model_args, data_args, config, _ = settings
-    if any(token.partition("=")[0] == "--output_dir" for token in rest):
+    if any(token.partition("=")[0] == "--output_dir" for token in given):
         raise HfkdError("--output_dir is the folder of a run. --cache_dir says where the cache is written.")
     folder = Path(cache_args.cache_dir or Path("runs", "cache", find_recipe(path).name))
     if not model_args.teacher_name_or_path:
@@ -94,6 +102,8 @@ def cache_teacher(argv: list[str] | None = None) -> Path:
         raise HfkdError("Each process loads the whole teacher and caches some of the images: leave shard_teacher out.")
     if data_args.streaming:
         raise HfkdError("A teacher cache finds images by their row, and a stream has no rows: set streaming: false.")
+    if data_args.unlabelled_dataset_name is not None:
+        raise HfkdError("A teacher cache holds the rows of one data set: leave unlabelled_dataset_name out.")
     check_writable(folder, "cache_dir")
     teacher = missing_teacher(path, model_args, settings[3])
     if teacher is not None:
@@ -110,13 +120,16 @@ def _write_from_arguments(folder, cache_args, model_args, data_args, config) -> 
     """Build what a recipe names, and write its cache."""
     losses = build_losses(config.losses, config.logit_standardization)
     check_supported(losses, config)
+    check_teachers(model_args, losses)
     temperatures = temperatures_of(losses, cache_args)
     splits = load_splits(data_args)
+    teachers = load_teachers(model_args, splits[1].class_names)
+    if not splits[0].has_labels:
+        splits = with_teacher_classes(splits, teachers)
     classes, views = len(splits[0].class_names), max([loss.views for loss in losses.values()], default=1)
     if cache_args.top_k is not None and not 1 <= cache_args.top_k <= classes:
         raise HfkdError(f"top_k must be 1 ... {classes}, the number of classes, got {cache_args.top_k}.")
-    names, checkpoints = model_args.teacher_name_or_path, model_args.teacher_checkpoint
-    teacher = as_teacher(load_teachers(model_args), config.logit_standardization)
+    teacher = as_teacher(teachers, config.logit_standardization)
     # The student's input, because the teacher sees the student's images.
     spec = input_spec(build_student(model_args, data_args, splits[0].class_names))
     return write_cache(
@@ -126,7 +139,7 @@ def _write_from_arguments(folder, cache_args, model_args, data_args, config) -> 
         config,
         RowFormat(classes, views, cache_args.top_k, temperatures),
         epochs=cache_args.epochs or math.ceil(config.num_train_epochs),
-        given=given_teachers(names, checkpoints, model_args.teacher_class_indices, model_args.teacher_image),
+        given=given_by(model_args),
     )
 
 

@@ -92,5 +92,9 @@ def report(rows: Sequence[Row], left_out: Sequence[str], teacher: str | None, fo
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / NAMES[0], "\n\n".join(parts) + "\n")
     write_whole(folder / NAMES[1], csv_text(rows))
+    if not any("eval_top1" in row for each in rows for run in each.runs for row in run.results["epochs"]):
+        (folder / NAMES[2]).unlink(missing_ok=True)
+        print(f"\n{folder} holds compare.md and compare.csv. No run was evaluated with labels, so there is no figure.")
+        return
     save_comparison(rows, folder / NAMES[2])
     print(f"\n{folder} holds compare.md, compare.csv and compare.png.")

@@ -1,4 +1,4 @@
-"""`hfkd evaluate`: accuracy of a trained model."""
+"""`hfkd evaluate`: accuracy of a trained model, or what its features are worth."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import timm
 from transformers import PreTrainedModel
 
-from ..data import ImageSource, ImageSplit, StreamSplit
+from ..data import ImageSource
 from ..errors import HfkdError, RunError
-from ..networks.class_matching import class_names_of, match_classes
+from ..networks.class_matching import class_names_of
 from ..networks.loading import input_spec, load_pretrained
 from ..networks.sources import resolve_name
 from ..recipe.arguments import DataArguments, DistillationConfig
@@ -24,9 +25,10 @@ from ..runs.finished import read_run
 from ..runs.folder import RECIPE_NAME, RESULTS_NAME
 from ..training.trainer import DistillationTrainer
 from .arguments import check_trained, split_subject
-from .build import evaluation_set, load_splits
+from .build import evaluation_set, load_splits, with_classes_of
+from .features import FeatureArguments, measure_features
 
-# Keys of DataArguments that only a training reads.
+# Keys of DataArguments that only a training reads, and a probe the first.
 OF_TRAINING = ("train_split", "random_flip", "auto_augment", "color_jitter", "random_erasing", "shuffle_buffer_size")
 USAGE = "hfkd evaluate MODEL [--key value ...]"
 
@@ -48,29 +50,46 @@ class EvaluationArguments:
 def evaluate(argv: list[str] | None = None) -> dict[str, float]:
     """Evaluate a saved model, print and return its metrics: `MODEL [--dataset_name ... --batch_size 500]`.
 
-    MODEL is a folder or a Hub id. Data settings that are not given come from the recipe of MODEL's run.
+    MODEL is a folder or a Hub id. Data settings that are not given come from the recipe of MODEL's run. With `--probe`
+    or `--teacher` the features are measured in place of the classifier, and MODEL may also be a timm architecture with
+    weights.
 
     Raises:
         ValueError: without a data set, or for an unknown key.
-        RunError: if the model's logits are not finite.
+        RunError: if the model's logits or features are not finite.
     """
     argv = sys.argv[1:] if argv is None else argv
-    name, data_args, args = parse_model(argv, USAGE)
+    name, data_args, args, features = parse_model(argv, USAGE, FeatureArguments, probing=True)
+    if features.probe or features.teacher:
+        metrics = measure_features(name, data_args, args, features)
+        shown = list(metrics)
+    else:
+        check_trained(name)
+        metrics = _accuracy(name, data_args, args)
+        shown = ["eval_top1", "eval_top5", "eval_loss"]
+    for key in shown:
+        print(f"{key.removeprefix('eval_')}: {metrics[key]:.4f}")
+    return metrics
+
+
+def _accuracy(name: str, data_args: DataArguments, args: EvaluationArguments) -> dict[str, float]:
+    """Return the metrics of a classifier on the evaluation split."""
     model, eval_set = load_evaluation(name, data_args)
     with tempfile.TemporaryDirectory() as folder:
         metrics = evaluating_trainer(model, eval_set, args, folder).evaluate()
     if not math.isfinite(metrics["eval_top1"]):
         raise RunError(f"{name} gives logits that are not finite: it has no accuracy. Its training may have diverged.")
-    for key in ("eval_top1", "eval_top5", "eval_loss"):
-        print(f"{key.removeprefix('eval_')}: {metrics[key]:.4f}")
     return metrics
 
 
-def parse_model(argv: list[str], usage: str, *argument_classes: type) -> tuple:
+def parse_model(argv: list[str], usage: str, *argument_classes: type, probing: bool = False) -> tuple:
     """Parse `MODEL [--key value ...]`.
 
     MODEL is a folder or a Hub id; a run's folder stands for the model in it. Data settings that are not given come from
     the recipe of MODEL's run.
+
+    Args:
+        probing: MODEL may also be a timm architecture, and the training split is read.
 
     Returns:
         The model's name, its DataArguments, the EvaluationArguments, and one object for each of `argument_classes`.
@@ -79,13 +98,14 @@ def parse_model(argv: list[str], usage: str, *argument_classes: type) -> tuple:
         ValueError: without a model or a data set, or for an unknown key.
     """
     parser = ArgumentParser((DataArguments, EvaluationArguments, *argument_classes), usage=usage)
-    parser.without_help(*OF_TRAINING)
+    parser.without_help(*OF_TRAINING[probing:])
     parser.not_required("dataset_name", "that of the model's run")
     name, overrides = split_subject(argv, parser)
     if (Path(name) / RESULTS_NAME).is_file():
         name = str(read_run(name).export or name)
     name = resolve_name(name)
-    check_trained(name)
+    if not (probing and timm.is_model(name)):
+        check_trained(name)
     recipe_path = Path(name).parent / RECIPE_NAME
     keys = [field.name for field in dataclasses.fields(DataArguments)]
     recipe = load_recipe(recipe_path) if recipe_path.is_file() else {}
@@ -97,32 +117,15 @@ def load_evaluation(name: str, data_args: DataArguments) -> tuple[PreTrainedMode
     """Load a saved model and the split that it is evaluated on, with the model's classes.
 
     Raises:
-        HfkdError: the split has classes that the model lacks.
+        HfkdError: the split has no labels, or classes that the model lacks.
     """
     model = load_pretrained(name)
     _, split = load_splits(dataclasses.replace(data_args, train_split=None), class_names_of(model))
-    return model, evaluation_set(with_classes_of(model, split), input_spec(model), data_args)
-
-
-def with_classes_of(model: PreTrainedModel, split: ImageSplit | StreamSplit) -> ImageSplit | StreamSplit:
-    """Return the split with the model's classes, matched by name.
-
-    Raises:
-        HfkdError: the names do not tell the model's class for each of the split's.
-    """
-    names, given = class_names_of(model), split.class_names
-    if given == names:
-        return split
-    try:
-        indices = match_classes(given, model, len(names))
-    except HfkdError as error:
-        unknown = [name for name in given if name not in names]
+    if not split.has_labels:
         raise HfkdError(
-            f"{split.name} has {len(given)} classes and the model {len(names)}, and their names do not say which is "
-            f"which. Not among the model's: {', '.join(map(repr, unknown[:3]))}{', ...' if len(unknown) > 3 else ''}. "
-            f"The model's: {', '.join(map(repr, names[:3]))}{', ...' if len(names) > 3 else ''}."
-        ) from error
-    return split.renumbered(names, range(len(names)) if indices is None else indices)
+            f"{split.name} has no labels, and an accuracy needs them: name the label_column, or another data set."
+        )
+    return model, evaluation_set(with_classes_of(model, split), input_spec(model), data_args)
 
 
 def evaluating_trainer(

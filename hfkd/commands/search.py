@@ -13,6 +13,8 @@ from transformers import set_seed
 from transformers.utils import logging
 
 from ..errors import HfkdError, require
+from ..losses import build_losses
+from ..losses.base import trains_classifier
 from ..networks.loading import check_model, input_spec
 from ..recipe.arguments import DataArguments, DistillationConfig, ModelArguments
 from ..recipe.differences import recipe_differences
@@ -38,7 +40,15 @@ from ..search.space import TRIAL_SETTINGS, Parameter, search_space
 from ..teacher_cache.files import read_facts
 from ..training.trainer import DistillationTrainer
 from .arguments import parse_known, split_subject
-from .build import build_student, held_out_sets, image_sets, load_splits, load_teachers, open_cache
+from .build import (
+    build_student,
+    check_teachers,
+    held_out_sets,
+    image_sets,
+    load_splits,
+    load_teachers,
+    open_cache,
+)
 from .messages import hide_token
 from .train import check_teacher_is_used, train_first
 from .without_recipe import with_recipe
@@ -162,6 +172,13 @@ def _check(
             f"A trial is trained by one process, and {config.world_size} were started. Start one command for each GPU "
             "(CUDA_VISIBLE_DEVICES=0 hfkd search ...); they share the trials."
         )
+    losses = build_losses(config.losses, config.logit_standardization)  # type: ignore[arg-type]  # a mapping by now
+    searched = {parameter.key for parameter in space}
+    if not trains_classifier(losses.values(), config.ce_weight) and "ce_weight" not in searched:
+        raise HfkdError(
+            "A search compares the top-1 of its trials, and no loss reads logits, so that nothing trains a classifier: "
+            "set ce_weight above 0."
+        )
     if data_args.streaming and search_args.held_out:
         raise HfkdError("No images of a stream can be held out: set streaming: false, or --held_out 0.")
     if model_args.teacher_cache is None:
@@ -211,9 +228,18 @@ def build_search_trainer(
             evaluation split.
     """
     logging.disable_progress_bar()  # every trial loads weights
+    if data_args.unlabelled_dataset_name is not None:
+        raise HfkdError("A search trains on one data set: leave unlabelled_dataset_name out, and set it in the runs.")
     check_model(model_args.student_name_or_path, model_args.trust_remote_code)
-    teacher = open_cache(model_args) if model_args.teacher_cache else load_teachers(model_args) or None
+    if not model_args.teacher_cache:
+        check_teachers(model_args, build_losses(config.losses, config.logit_standardization))  # type: ignore[arg-type]
+    cached = open_cache(model_args) if model_args.teacher_cache else None
     splits = load_splits(data_args)
+    if not splits[0 if held_out else 1].has_labels:
+        raise HfkdError(
+            f"A search looks for the highest top-1, and {splits[1].name} has no labels: give a data set with labels."
+        )
+    teacher = cached or load_teachers(model_args, splits[1].class_names) or None
 
     def make_student():
         return build_student(model_args, data_args, splits[0].class_names)

@@ -15,8 +15,10 @@ from transformers.utils import logging
 
 from ..errors import HfkdError
 from ..losses import build_losses
-from ..names import hub_id, last_part
+from ..losses.base import trains_classifier
+from ..names import NO_LABELS, hub_id, last_part
 from ..recipe.arguments import DataArguments, DistillationConfig, ModelArguments
+from ..recipe.checks import check_probe, check_without_labels
 from ..recipe.differences import recipe_differences
 from ..recipe.finding import find_recipe
 from ..recipe.reading import parse_recipe
@@ -29,6 +31,7 @@ from ..runs.writing import write_whole
 from .without_recipe import with_recipe
 
 if TYPE_CHECKING:
+    from ..data import ImageSource
     from ..training.trainer import DistillationTrainer
 
 logger = logging.get_logger(__name__)
@@ -38,8 +41,9 @@ def distill(argv: list[str] | None = None) -> DistillationTrainer:
     """Train the student of a recipe, after its teacher if that is missing, and export it to `<output_dir>/student`."""
     argv = with_recipe(sys.argv[1:] if argv is None else argv)
     settings = parse_recipe(argv)
-    model_args, _, config, recipe = settings
+    model_args, data_args, config, recipe = settings
     check_teacher_is_used(model_args, config)
+    check_declared_labels(data_args, config)
     teacher = missing_teacher(argv[0], model_args, recipe)
     if teacher is not None:
         check_writable(Path(config.output_dir), "output_dir")
@@ -58,6 +62,7 @@ def train_teacher(argv: list[str] | None = None) -> DistillationTrainer:
     argv = with_recipe(sys.argv[1:] if argv is None else argv, role="teacher")
     settings = parse_recipe(argv, command="hfkd train-teacher")
     check_learns_from_labels(settings)
+    check_declared_labels(settings[1], settings[2])
     return train(*settings, role="teacher", name=find_recipe(argv[0]).name)
 
 
@@ -103,6 +108,17 @@ def check_teacher_is_used(model_args: ModelArguments, config: DistillationConfig
         )
 
 
+def check_declared_labels(data_args: DataArguments, config: DistillationConfig) -> None:
+    """Check that nothing learns from labels where `label_column` declares that there are none.
+
+    Raises:
+        HfkdError: if something does.
+    """
+    if data_args.label_column == NO_LABELS:
+        losses = build_losses(config.losses, config.logit_standardization)  # type: ignore[arg-type]  # a mapping
+        check_without_labels(losses, config, "with label_column none the training images")
+
+
 def train(
     model_args: ModelArguments,
     data_args: DataArguments,
@@ -133,6 +149,8 @@ def train(
 
 def _train(model_args, data_args, config, recipe, role, name, time_is_up) -> DistillationTrainer:
     """Train as `train` does, in a folder that is claimed."""
+    from ..training.unlabelled import has_labels  # takes seconds to import, see build_trainer
+
     checkpoint = claim_output_dir(config, recipe)
     logging.disable_progress_bar()  # loading and saving weights would break the bar of the training
     trainer = build_trainer(model_args, data_args, config)
@@ -144,6 +162,8 @@ def _train(model_args, data_args, config, recipe, role, name, time_is_up) -> Dis
     trainer.train(resume_from_checkpoint=checkpoint)
     if not trainer.results.rows:  # eval_strategy: no
         trainer.evaluate()
+    if not trainer.results.rows:  # no loss of a backbone can be measured on evaluation images
+        trainer.results.write_for(trainer.args)
     if config.should_save:
         state = dataclasses.asdict(trainer.state)
         write_whole(Path(config.output_dir, STATE_NAME), json.dumps(state, indent=2, sort_keys=True) + "\n")
@@ -153,13 +173,17 @@ def _train(model_args, data_args, config, recipe, role, name, time_is_up) -> Dis
         trainer.export()
     if trainer.is_world_process_zero():
         weights = "best" if config.load_best_model_at_end else "last"
-        print(f"{trainer.results.text()} {trainer.export_folder} holds the {weights}.")
-        print(f"Next: {next_command(role, trainer.export_folder)}")
+        measured = f"{trainer.results.text()} " if trainer.results.rows else ""
+        print(f"{measured}{trainer.export_folder} holds the {weights}.")
+        ready = trainer.has_classifier and has_labels(trainer.train_dataset)
+        print(f"Next: {next_command(role, trainer.export_folder, ready)}")
     return trainer
 
 
-def next_command(role: str, export: Path) -> str:
+def next_command(role: str, export: Path, knows_labels: bool = True) -> str:
     """Return the command that a person is likely to want after a training."""
+    if not knows_labels:
+        return f"hfkd train-teacher --dataset_name LABELLED --student {export}, or hfkd distill with a teacher as well"
     if role == "teacher":
         return f"hfkd distill RECIPE --teacher_name_or_path {export}"
     return f"hfkd visualize {export.parent}, or hfkd export {export} for one ONNX file"
@@ -176,23 +200,42 @@ def build_trainer(
     # Imported here, because these import timm, datasets and transformers' models, which takes seconds. `--help` and
     # mistakes in a recipe are answered without them.
     from transformers import set_seed
-    from transformers.models.timm_wrapper import TimmWrapperForImageClassification
+    from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperPreTrainedModel
 
     from ..networks.loading import check_model, input_spec, load_processor
     from ..training.label_loss import check_weight_count
     from ..training.student import check_layer_names
     from ..training.trainer import DistillationTrainer
-    from .build import build_student, image_sets, load_splits, load_teachers, open_cache, weights_in_words
+    from .build import (
+        build_student,
+        check_teachers,
+        image_sets,
+        load_splits,
+        load_teachers,
+        open_cache,
+        weights_in_words,
+        with_teacher_classes,
+    )
 
     check_model(model_args.student_name_or_path, model_args.trust_remote_code)
-    teacher = open_cache(model_args) if model_args.teacher_cache else load_teachers(model_args) or None
-    set_seed(config.seed)  # the student's initial weights are part of the recipe
+    losses = build_losses(config.losses, config.logit_standardization)  # type: ignore[arg-type]  # a mapping by now
+    if not model_args.teacher_cache:
+        check_teachers(model_args, losses)
+    cached = open_cache(model_args) if model_args.teacher_cache else None
     splits = load_splits(data_args)
+    check_probe(config, splits[1].has_labels)
+    if not splits[0].has_labels:
+        check_without_labels(losses, config, f"the images of {splits[0].name}")
+    teacher = cached or load_teachers(model_args, splits[1].class_names) or None
+    set_seed(config.seed)  # the student's initial weights are part of the recipe
+    has_classifier = trains_classifier(losses.values(), config.ce_weight)
+    if has_classifier and not splits[0].has_labels:
+        splits = with_teacher_classes(splits, teacher)
     check_weight_count(config.class_weights, len(splits[0].class_names))
-    student = build_student(model_args, data_args, splits[0].class_names)
+    student = build_student(model_args, data_args, splits[0].class_names if has_classifier else [])
     check_layer_names(student, config)
     train_set, eval_set = image_sets(splits, input_spec(student), data_args, config)
-    wrapped = isinstance(student, TimmWrapperForImageClassification)  # timm's config.json holds the preprocessing
+    wrapped = isinstance(student, TimmWrapperPreTrainedModel)  # timm's config.json holds the preprocessing
     processor = None if wrapped else load_processor(student.name_or_path, model_args.trust_remote_code)
     trainer = DistillationTrainer(
         student, teacher, config, train_dataset=train_set, eval_dataset=eval_set, processing_class=processor
@@ -203,9 +246,18 @@ def build_trainer(
         "hub_id": hub_id(splits[1].source),
         "eval_split": splits[1].split,
         "classes": train_set.num_classes,
-        "train_images": train_set.num_rows,
+        **image_counts(train_set),
     }
     return trainer
+
+
+def image_counts(train_set: ImageSource) -> dict[str, int]:
+    """Return the numbers of training images with and without labels; one that is 0 is left out."""
+    from ..data import MixedImageDataset
+
+    if isinstance(train_set, MixedImageDataset):
+        return {"train_images": train_set.labelled.num_rows, "unlabelled_images": train_set.unlabelled.num_rows}
+    return {"train_images" if train_set.has_labels else "unlabelled_images": train_set.num_rows}
 
 
 def claim_output_dir(config: DistillationConfig, recipe: dict[str, Any]) -> str | None:

@@ -147,7 +147,10 @@ class Subject:
         first = next(batches)
         if len(self.networks) == 2:
             pair = {key: value[:2].to(device) for key, value in first.items()}
-            self.networks["teacher"].align_classes(eval_set.class_names, pair)
+            self.networks["teacher"].align_classes(eval_set.class_names, pair, required=self.args.teacher is not None)
+            if not self.networks["teacher"].shares_classes:
+                print(f"Without the teacher {self.networks['teacher'].name}, which has not the student's classes.")
+                del self.networks["teacher"]
         return observe(self.networks, itertools.chain([first], batches), eval_set.class_names, device, self.chosen_rows)
 
     def _load_teacher(self) -> Teacher | TeacherEnsemble | None:
@@ -156,7 +159,10 @@ class Subject:
         teacher = teacher_of(recipe)
         if args.teacher is not None:
             teacher = RecipeTeacher((args.teacher,), (args.teacher_checkpoint,), args.teacher_class_indices)
-        members = load_teachers(ModelArguments(self.name, **teacher.settings))
+        _, images = self.model_and_images
+        members = load_teachers(ModelArguments(self.name, **teacher.settings), images.class_names)
+        if args.teacher is not None and not members[0].has_classifier:
+            raise HfkdError(f"The figures compare logits, and {args.teacher} has no classifier: leave --teacher out.")
         return as_teacher(members, bool(recipe.get("logit_standardization"))) if members else None
 
 

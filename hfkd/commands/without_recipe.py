@@ -24,7 +24,8 @@ SHORT = {
 def with_recipe(argv: Sequence[str], role: str = "student") -> list[str]:
     """Return a command line with a recipe as its first word: the one given, or else `photographs/<role>`.
 
-    The defaults of the recipe are followed by what suits the student and the machine, and then by the words given.
+    The defaults of the recipe are followed by what suits the student and the machine, and then by the words given. With
+    a teacher without a classifier the recipe is `photographs/features`.
 
     Args:
         role: "student", which needs a teacher, or "teacher".
@@ -36,7 +37,8 @@ def with_recipe(argv: Sequence[str], role: str = "student") -> list[str]:
     if (words and not words[0].startswith("-")) or not set(HELP_WORDS).isdisjoint(words):
         return words
     parser = ArgumentParser(ARGUMENT_CLASSES, "")
-    given = {key: value for key in (*SHORT, "teacher_cache") if (value := _value(words, key, parser))}
+    keys = (*SHORT, "teacher_cache", "teacher_checkpoint", "teacher_prompts")
+    given = {key: value for key in keys if (value := _value(words, key, parser))}
     if given.keys().isdisjoint(SHORT):
         return words  # whose reader asks for a recipe
     needed = [key for key in SHORT if role == "student" or key != "teacher_name_or_path"]
@@ -52,7 +54,21 @@ def with_recipe(argv: Sequence[str], role: str = "student") -> list[str]:
     # As they are written: a link keeps its own name.
     folder = Path("runs", *(Path(os.path.abspath(name)).name for name in (given["dataset_name"], student)))
     suited = [f"--output_dir={folder}", *_for_machine(), *_for_student(student)]
+    teacher = None if "teacher_prompts" in given else given.get("teacher_name_or_path")
+    if role == "student" and _lacks_classifier(teacher, given.get("teacher_checkpoint")):
+        named = any(word.startswith("--losses") for word in words)
+        return ["photographs/features", *suited, *([] if named else ["--losses.token_mse.weight=1"]), *words]
     return [f"photographs/{role}", *suited, *words]
+
+
+def _lacks_classifier(teacher: str | None, checkpoint: str | None) -> bool:
+    """Return True for a teacher without a classifier; False for a name that cannot be read, which is refused later."""
+    from ..networks.backbones import lacks_classifier  # takes seconds, and a recipe does without
+
+    try:
+        return teacher is not None and lacks_classifier(teacher, checkpoint)
+    except HfkdError:
+        return False
 
 
 def _value(words: Sequence[str], key: str, parser: ArgumentParser) -> str | None:

@@ -70,7 +70,12 @@ def _draw_rows(axes: Axes, rows: Sequence[Row], last_epoch: float) -> None:
 
 
 def _draw_row(axes: Axes, row: Row, colour: str, style: str) -> None:
-    curves = [{entry["epoch"]: entry["eval_top1"] for entry in run.results["epochs"]} for run in row.runs]
+    curves = [
+        {entry["epoch"]: entry["eval_top1"] for entry in run.results["epochs"] if "eval_top1" in entry}
+        for run in row.runs
+    ]
+    if not any(curves):  # evaluated without labels; the table tells the rest
+        return
     label = _broken(row.label)
     if len(curves) > 1:
         for curve in curves:

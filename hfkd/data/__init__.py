@@ -9,6 +9,7 @@ from .columns import ImageSplit
 from .datasets import load_image_splits
 from .image_dataset import ImageDataset, collate_batch
 from .lazy import LazyImageDataset
+from .mixed import MixedImageDataset
 from .shards import StreamSplit, open_streams
 from .source import ImageSource, IndexedImageSource
 from .streaming import StreamingImageDataset
@@ -21,6 +22,7 @@ __all__ = [
     "ImageSplit",
     "IndexedImageSource",
     "LazyImageDataset",
+    "MixedImageDataset",
     "NoAugmentation",
     "RandomResizedCrop",
     "StreamSplit",

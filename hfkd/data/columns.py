@@ -12,10 +12,12 @@ import pyarrow
 import pyarrow.compute
 
 from ..errors import HfkdError, nearest
+from ..names import NO_LABELS
 from .classes import ClassValues, LabelValues, renumbered
 
 # Preferred if several columns, plain integers or text could be labels.
 LABEL_NAMES = ("label", "labels", "class", "category", "target")
+IGNORED = -100  # label of an image without one, which torch's cross-entropy ignores
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class ImageSplit:
 
     Attributes:
         dataset: the rows; `image_column` is a `datasets.Image`, `label_column` holds whole numbers or text.
+        label_column: None for rows without labels; `class_names` are then empty, or those of a model.
         source: the name of the data set, e.g. "uoft-cs/cifar100".
         split: e.g. "train" or "train[:90%]".
         class_names: the name of class i at position i.
@@ -34,7 +37,7 @@ class ImageSplit:
     source: str
     split: str
     image_column: str
-    label_column: str
+    label_column: str | None
     class_names: list[str]
     class_values: ClassValues = None
 
@@ -46,12 +49,18 @@ class ImageSplit:
         """Name of the split for messages."""
         return f"{self.source}, split '{self.split}'"
 
+    @property
+    def has_labels(self) -> bool:
+        return self.label_column is not None
+
     def labels(self) -> np.ndarray:
-        """Return the labels, (N,) int64, each in 0 ... C - 1.
+        """Return the labels, (N,) int64, each in 0 ... C - 1; IGNORED for rows without labels.
 
         Raises:
             HfkdError: a row has no label, or a label that is no class; the message names the first.
         """
+        if self.label_column is None:
+            return np.full(len(self), IGNORED, dtype=np.int64)
         values = _read_column(self.dataset, self.label_column, self.name)
         if self.class_values is None:
             labels = values.to_numpy().astype(np.int64)
@@ -106,8 +115,8 @@ def find_image_column(features: datasets.Features, requested: str | None, where:
 
 def find_label_column(
     features: datasets.Features, requested: str | None, class_names: list[str] | None, where: str
-) -> str:
-    """Return `requested`, or the only column of class labels.
+) -> str | None:
+    """Return `requested`, or the only column of class labels; None for NO_LABELS, or where no column could be one.
 
     Of several columns of class labels, it returns the one with one of LABEL_NAMES, otherwise the one with these
     `class_names`. If there are none, it returns a column of whole numbers or text with one of LABEL_NAMES.
@@ -115,6 +124,8 @@ def find_label_column(
     Raises:
         HfkdError: the requested column is missing or of another type, or the choice is not clear.
     """
+    if requested == NO_LABELS:
+        return None
     if requested is not None:
         _check_exists("label_column", requested, features, where)
         _check_one_class(requested, features, where)
@@ -137,12 +148,11 @@ def find_label_column(
         _check_one_class(name, features, where)
     candidates = _label_candidates(features)
     if candidates == "none":
-        raise HfkdError(
-            f"{where}: no column holds class labels, and labels are needed. Add a column 'label' of whole numbers, "
-            f"text or a ClassLabel. Columns: {_quoted(features)}."
-        )
+        return None
     problem = "several columns hold class labels" if labels else "no column holds class labels"
-    raise HfkdError(f"{where}: {problem}. Set label_column. Candidates: {candidates}.")
+    raise HfkdError(
+        f"{where}: {problem}. Set label_column. Candidates: {candidates}; '{NO_LABELS}' reads images without labels."
+    )
 
 
 def as_images(dataset: datasets.Dataset, column: str) -> datasets.Dataset:

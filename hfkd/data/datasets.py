@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -12,11 +13,12 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 from PIL import Image
 
 from ..errors import HfkdError
-from ..names import DIGITS
+from ..names import DIGITS, NO_LABELS
 from .classes import check_several, number_classes
 from .columns import ImageSplit, as_images, find_image_column, find_label_column, label_values, own_class_label
 from .folders import EVAL_SPLITS, VALIDATION_SPLITS, FolderSplits, check_regular_files, open_folder
 
+HELD_OUT = 20  # without labels and an evaluation split, one of so many images is held out
 _SCHEMA_THREADS = 16  # reading a schema from the Hub is mostly waiting
 
 
@@ -43,7 +45,9 @@ def load_image_splits(
             loaded, and None is returned in its place.
         eval_split: a name or a slice. By default the first of test, validation, val and valid that exists. The last
             three are one name: ImageNet's split is called validation on the Hub and val in most folders.
-        image_column, label_column: by default found from the features.
+        image_column, label_column: by default found from the features. A data set without a column of labels, and any
+            with the label_column "none", has no labels and no classes. Without an evaluation split, one image of 20 of
+            the training split is then held out.
         class_names: expected names of the classes. They select one of several columns of labels. If all classes of
             the data set are among them, its labels are numbered as they are.
         config_name, revision, cache_dir: for `datasets.load_dataset`.
@@ -52,41 +56,72 @@ def load_image_splits(
         HfkdError: the data set cannot be loaded, a split or a class folder is missing or empty, a column is missing, of
             a wrong type or not clear, or a label is no class.
     """
-    splits = _load_splits(name, config_name, revision, cache_dir)
-    requested = {"train_split": train_split, "eval_split": find_eval_split(name, splits, eval_split)}
-    wanted = {key: split for key, split in requested.items() if split is not None}
+    splits = _load_splits(name, config_name, revision, cache_dir, label_column != NO_LABELS)
+    wanted = _find_splits(name, splits, train_split, eval_split, label_column, class_names)
     rows = [_select_rows(name, splits, key, split) for key, split in wanted.items()]
     image_column = find_image_column(rows[0].features, image_column, name)
-    label_column = find_label_column(rows[0].features, label_column, class_names, name)
-    own_features = {}
-    if not isinstance(splits, FolderSplits) and name != DIGITS:
-        wholes = {split.partition("[")[0] for split in wanted.values()}
-        own_features = _own_label_features(name, wholes, rows[0], label_column, config_name, revision)
-    parts = []
-    for split in wanted.values():
-        whole = split.partition("[")[0]  # a slice may lack some classes
-        where = f"{name}, split '{whole}'"
-        parts.append(label_values(splits[whole], label_column, where, own_features.get(whole)))
-    names, values = number_classes(parts, 1, label_column, class_names)
     found = [
-        ImageSplit(as_images(part, image_column), name, split, image_column, label_column, names, of_classes)
-        for part, split, of_classes in zip(rows, wanted.values(), values, strict=True)
+        ImageSplit(as_images(part, image_column), name, split, image_column, None, [])
+        for part, split in zip(rows, wanted.values(), strict=True)
     ]
+    columns = [find_label_column(part.features, label_column, class_names, name) for part in (rows[0], rows[-1])]
+    if columns[0] is not None:
+        found = _with_labels(found, splits, columns[0], class_names, config_name, revision)
+    elif columns[1] is not None:  # a folder of class folders beside training images without labels
+        found[1:] = _with_labels(found[1:], splits, columns[1], class_names, config_name, revision)
     labels = [split.labels() for split in found]  # finds a wrong label now and not after minutes of decoding
     if train_split is None:
         return None, found[-1]
-    check_several([names[index] for index in np.unique(labels[0])] if len(labels[0]) > 1 else names, found[0].name)
+    names = found[0].class_names
+    if found[0].has_labels:
+        check_several([names[index] for index in np.unique(labels[0])] if len(labels[0]) > 1 else names, found[0].name)
     return found[0], found[-1]
 
 
-def _load_splits(name, config_name, revision, cache_dir) -> Mapping[str, datasets.Dataset]:
+def _find_splits(name, splits, train_split, eval_split, label_column, class_names) -> dict[str, str]:
+    """Return the name or slice of each split to load, by its key."""
+    if train_split is None:
+        return {"eval_split": find_eval_split(name, splits, eval_split)}
+    whole = train_split.partition("[")[0]
+    features = splits[whole].features if whole in splits else {}
+    if not features or find_label_column(features, label_column, class_names, name) is not None:
+        eval_split = find_eval_split(name, splits, eval_split)
+        if isinstance(splits, FolderSplits) and eval_split in splits.unlabelled:
+            raise missing_split_error("eval_split", name, eval_split, splits)
+        return {"train_split": train_split, "eval_split": eval_split}
+    known = [*splits, *splits.unlabelled] if isinstance(splits, FolderSplits) else splits
+    if eval_split is None and train_split == whole and not set(EVAL_SPLITS).intersection(known):
+        rows = len(splits[whole])
+        kept = rows - max(1, rows // HELD_OUT)
+        return {"train_split": f"{whole}[:{kept}]", "eval_split": f"{whole}[{kept}:]"}
+    return {"train_split": train_split, "eval_split": find_eval_split(name, known, eval_split)}
+
+
+def _with_labels(found, splits, label_column, class_names, config_name, revision) -> list[ImageSplit]:
+    """Return splits with their labels and the names of their classes."""
+    name, own_features = found[0].source, {}
+    if not isinstance(splits, FolderSplits) and name != DIGITS:
+        wholes = {each.split.partition("[")[0] for each in found}
+        own_features = _own_label_features(name, wholes, found[0].dataset, label_column, config_name, revision)
+    parts = []
+    for each in found:
+        whole = each.split.partition("[")[0]  # a slice may lack some classes
+        parts.append(label_values(splits[whole], label_column, f"{name}, split '{whole}'", own_features.get(whole)))
+    names, values = number_classes(parts, 1, label_column, class_names)
+    return [
+        replace(each, label_column=label_column, class_names=names, class_values=of_classes)
+        for each, of_classes in zip(found, values, strict=True)
+    ]
+
+
+def _load_splits(name, config_name, revision, cache_dir, labelled) -> Mapping[str, datasets.Dataset]:
     """Return all splits by name."""
     if name == DIGITS:
         return _digits()
     folder = Path(name).expanduser()
     if not folder.is_dir():
         return _load_with_datasets(name, name, config_name, revision, cache_dir)
-    splits = open_folder(folder)
+    splits = open_folder(folder, labelled)
     if splits is None:
         check_regular_files(folder)
         return _load_with_datasets(name, loadable_name(name), config_name, revision, cache_dir)
@@ -175,7 +210,7 @@ def find_eval_split(name: str, splits: Collection[str], requested: str | None) -
     if requested is not None:
         return requested
     for split in EVAL_SPLITS:
-        if split in splits:
+        if split in list(splits):  # of a folder, only those with labels
             return split
     raise HfkdError(
         f"eval_split: {name} has none of the splits {', '.join(EVAL_SPLITS)}. It has: {', '.join(splits)}. "
@@ -189,9 +224,10 @@ def missing_split_error(key: str, name: str, split: str, splits: Collection[str]
     if isinstance(splits, FolderSplits) and split in splits.unlabelled:
         return HfkdError(
             f"{key}: {splits.unlabelled[split]} holds no labels: it has neither class folders nor a table such as "
-            f"labels.csv. Splits with labels: {', '.join(splits)}."
+            f"labels.csv. Splits with labels: {', '.join(splits) or 'none'}."
         )
-    return HfkdError(f"{key}: {name} has no split '{split}'. It has: {', '.join(splits)}.")
+    known = [*splits, *splits.unlabelled] if isinstance(splits, FolderSplits) else splits
+    return HfkdError(f"{key}: {name} has no split '{split}'. It has: {', '.join(known)}.")
 
 
 def _select_rows(name, splits, key, spec):

@@ -39,20 +39,25 @@ class FolderSplits(Mapping[str, datasets.Dataset]):
     which infers the split from any folder name in the path, so that the images of a class called "train" would land in
     the training split. It also copies the list of files into its cache.
 
-    Attributes:
+    Args:
         folder: the whole folder.
-        unlabelled: folders named as a split that hold no labels, by split.
+        labelled: False: sub-folders are no classes, and every image below a split's folder belongs to it. Without
+            folders named as a split, all images are the training split.
+
+    Attributes:
+        unlabelled: folders of splits without labels, by split. They are read like others, and not listed.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, labelled: bool = True):
         self.folder = folder
+        self.labelled = labelled
         self.unlabelled: dict[str, Path] = {}
         self._paths: dict[str, Path] = {}
         for path in _subfolders(folder):
             split = SPLIT_NAMES.get(path.name.lower())
             if split is None:
                 continue
-            if not self._has_labels(path):
+            if labelled and not self._has_labels(path):
                 self.unlabelled[split] = path
             elif split in self._paths:
                 raise HfkdError(
@@ -64,8 +69,12 @@ class FolderSplits(Mapping[str, datasets.Dataset]):
         self._paths = {split: self._paths[split] for split in ("train", *EVAL_SPLITS) if split in self._paths}
         self._names: list[str] | None = None
         self._read: dict[str, datasets.Dataset] = {}
-        if not self._paths and (_table(folder) or len(_flat_class_folders(folder)) > 1):
+        if not labelled:
+            self.unlabelled, self._paths = self._paths or {"train": folder}, {}
+        elif not self._paths and (_table(folder) or len(_flat_class_folders(folder)) > 1):
             self._paths = {"train": folder}
+        elif not self._paths and not self.unlabelled and not self._has_labels(folder):
+            self.unlabelled = {"train": folder}
 
     def __contains__(self, split: object) -> bool:
         return self._path(str(split)) is not None
@@ -86,11 +95,12 @@ class FolderSplits(Mapping[str, datasets.Dataset]):
 
     def _path(self, split: str) -> Path | None:
         """Return the folder of a split; also of one with another name than the usual ones."""
-        known = self._paths.get(SPLIT_NAMES.get(split.lower(), split))
+        known = (self.unlabelled | self._paths).get(SPLIT_NAMES.get(split.lower(), split))
         if known is not None or split.lower() in SPLIT_NAMES or split.startswith(".") or Path(split).name != split:
             return known
         path = self.folder / split
-        return path if os.path.isdir(path) and self._has_labels(path) else None  # also of a name that is too long
+        is_split = os.path.isdir(path) and (not self.labelled or self._has_labels(path))  # also of a name too long
+        return path if is_split else None
 
     def _has_labels(self, path):
         if _table(path) or _annotations(path) or _table_above(self.folder, path):
@@ -118,6 +128,9 @@ class FolderSplits(Mapping[str, datasets.Dataset]):
         return {folder.name for folder in self._class_folders(path)}
 
     def _read_split(self, split, path):
+        if not self.labelled or path in self.unlabelled.values():
+            files = _images_of(path, f"The folder {path}")
+            return datasets.Dataset.from_dict({"image": files}, features=datasets.Features({"image": datasets.Image()}))
         table, above = _table(path), _table_above(self.folder, path)
         if table or above:
             return _read_table(table, path) if table else _read_table(above, self.folder, path)
@@ -128,7 +141,11 @@ class FolderSplits(Mapping[str, datasets.Dataset]):
                 (_named_file(annotations, path / "images", name), label) for name, label in _annotated(annotations)
             ]
         else:
-            found = [(file, each.name) for each in self._class_folders(path) for file in _class_images(each)]
+            found = [
+                (file, each.name)
+                for each in self._class_folders(path)
+                for file in _images_of(each, f"The class folder {each}")
+            ]
         unknown = sorted({label for _, label in found}.difference(names))
         if unknown:
             raise HfkdError(
@@ -141,14 +158,19 @@ class FolderSplits(Mapping[str, datasets.Dataset]):
         return datasets.Dataset.from_dict(columns, features=features)
 
 
-def open_folder(folder: Path) -> FolderSplits | None:
+def open_folder(folder: Path, labelled: bool = True) -> FolderSplits | None:
     """Return the splits of a folder of images, or None for a folder of Parquet or other files.
+
+    Args:
+        labelled: see `FolderSplits`.
 
     Raises:
         HfkdError: two folders stand for one split, or the folder cannot be listed.
     """
-    splits = FolderSplits(folder)
-    return splits if len(splits) else None
+    splits = FolderSplits(folder, labelled)
+    # Folders without class folders may hold Parquet files.
+    unlabelled = splits.unlabelled.values() if not labelled or "train" in splits.unlabelled else ()
+    return splits if len(splits) or any(_has_image_below(path) for path in unlabelled) else None
 
 
 def check_regular_files(folder: Path) -> None:
@@ -211,22 +233,26 @@ def _is_image(name):
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
-def _class_images(class_folder):
-    """Return the images below a class folder, sorted.
+def _has_image_below(folder):
+    return next(_images_below(str(folder), (os.path.realpath(folder),)), None) is not None
+
+
+def _images_of(folder, name):
+    """Return the images below a folder, sorted; `name` is its name in messages.
 
     Raises:
         HfkdError: there is none, one is no regular file, or a name is not UTF-8.
     """
-    files = sorted(_images_below(str(class_folder), (os.path.realpath(class_folder),)))
+    files = sorted(_images_below(str(folder), (os.path.realpath(folder),)))
     if not files:
         raise HfkdError(
-            f"The class folder {class_folder} holds no image: no file ends in one of "
-            f"{', '.join(sorted(IMAGE_SUFFIXES))}. Put the class's images there, or remove the folder."
+            f"{name} holds no image: no file ends in one of {', '.join(sorted(IMAGE_SUFFIXES))}. Put its images there, "
+            "or remove the folder."
         )
     try:
         "".join(files).encode()
     except UnicodeEncodeError as error:
-        raise HfkdError(f"The class folder {class_folder} holds a name that is not UTF-8. Rename it.") from error
+        raise HfkdError(f"{name} holds a name that is not UTF-8. Rename it.") from error
     return files
 
 

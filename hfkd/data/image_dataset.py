@@ -45,7 +45,7 @@ class ImageDataset(IndexedImageSource):
 
     Args:
         images: (N, 3, H, W) uint8.
-        labels: (N,) int64 in 0 ... C - 1.
+        labels: (N,) int64 in 0 ... C - 1, or all IGNORED for images without labels.
         class_names: the C names.
         transform: `WeakAugmentation()`, `NoAugmentation()` or a similar callable, see `hfkd.data.augment`.
         mean, std: three numbers each, of pixels scaled to 0 ... 1.
@@ -79,6 +79,7 @@ class ImageDataset(IndexedImageSource):
             seed=seed,
             views=views,
             augmented=not isinstance(transform, NoAugmentation),
+            has_labels=bool((labels != self.IGNORED).any()),
         )
         self.images = images
         self.labels = labels

@@ -52,6 +52,7 @@ class LazyImageDataset(IndexedImageSource):
             seed=seed,
             views=views,
             augmented=transform.augmented,
+            has_labels=split.has_labels,
         )
         self.name = split.name
         self.labels = torch.from_numpy(split.labels())
@@ -81,7 +82,9 @@ class LazyImageDataset(IndexedImageSource):
             batch |= self.cache.read(self.shown_epoch, rows.numpy())
         labels = self.labels[rows]
         # In training a good row replaces a bad one, so every label counts.
-        return batch | {"labels": labels if self.augmented else labels.masked_fill_(self.bad_rows[rows], self.IGNORED)}
+        return batch | {
+            "labels": labels if self.augmented else labels.masked_fill_(self.bad_rows[rows], self.uncounted)
+        }
 
     def _images(self, rows: np.ndarray) -> Iterator[tuple[int, Image.Image | None]]:
         """Yield rows and their images one at a time, since a large one may take 100 MB once decoded."""

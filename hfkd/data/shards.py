@@ -19,9 +19,9 @@ from fsspec.implementations.local import LocalFileSystem
 from pyarrow.parquet import FileMetaData, ParquetFile
 
 from ..errors import HfkdError, RunError
-from ..names import DIGITS
+from ..names import DIGITS, NO_LABELS
 from .classes import ClassValues, LabelValues, check_several, number_classes, renumbered
-from .columns import ImageSplit, find_image_column, find_label_column, own_class_label
+from .columns import IGNORED, ImageSplit, find_image_column, find_label_column, own_class_label
 from .datasets import find_eval_split, load_image_splits, loadable_name, missing_split_error
 from .folders import check_regular_files, open_folder
 
@@ -39,12 +39,14 @@ class StreamSplit:
         source: the name of the data set, e.g. "ILSVRC/imagenet-1k".
         split: e.g. "train".
         class_names: the name of class i at position i.
+        has_labels: False if no row has a label; `class_names` are then empty, or those of a model.
     """
 
     shards: ParquetShards | FileShards
     source: str
     split: str
     class_names: list[str]
+    has_labels: bool = True
 
     @property
     def name(self) -> str:
@@ -89,10 +91,10 @@ def open_streams(
             )
     folder = Path(name).expanduser()
     columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column, "class_names": class_names}
-    if folder.is_dir() and open_folder(folder) is not None:
+    if folder.is_dir() and open_folder(folder, label_column != NO_LABELS) is not None:
         splits = load_image_splits(name, train_split=train_split, eval_split=eval_split, **columns)
         streams = [
-            StreamSplit(FileShards(split), name, split.split, split.class_names)
+            StreamSplit(FileShards(split), name, split.split, split.class_names, split.has_labels)
             for split in splits
             if split is not None
         ]
@@ -104,7 +106,8 @@ def open_streams(
     found = _parquet_streams(name, builder.info.features, footers, **columns)
     if train_split is None:
         return None, found[-1]
-    check_several(found[0].class_names, found[0].name)
+    if found[0].has_labels:
+        check_several(found[0].class_names, found[0].name)
     return found[0], found[-1]
 
 
@@ -184,12 +187,13 @@ class ParquetShards:
         name: str,
         footers: Sequence[_Footer],
         image_column: str,
-        label_column: str,
-        labels: Sequence[_Labels],
+        label_column: str | None = None,
+        labels: Sequence[_Labels] = (),
     ):
         self._name = name
         self._image_column, self._label_column = image_column, label_column
-        self._labels = {footer.url: each for footer, each in zip(footers, labels, strict=True)}
+        pairs = zip(footers, labels, strict=True) if label_column else ()
+        self._labels = {footer.url: each for footer, each in pairs}
         self._classes = {url: each.by_value() for url, each in self._labels.items()}
         groups = [(footer, i) for footer in footers for i in range(footer.metadata.num_row_groups)]
         sizes = np.array([footer.metadata.row_group(i).num_rows for footer, i in groups], dtype=np.int64)
@@ -218,21 +222,28 @@ class ParquetShards:
         """
         footer, group = self._units[unit]
         table = self._read_group(footer, group, int(self.sizes[unit]))
-        images, labels = table[self._image_column], table[self._label_column]
-        classes, samples = self._classes[footer.url], []
+        images, samples = table[self._image_column], []
         for row in rows.tolist():
-            cell, label = images[row].as_py(), labels[row].as_py()
-            if label not in classes:
-                where = f"{self._name}, row {row} of row group {group} of {footer.url}"
-                raise _label_error(where, self._label_column, label, classes)
+            cell = images[row].as_py()
             if cell is not None and cell["bytes"] is not None:  # the path is for messages only
                 cell["path"] = f"{cell['path']} in {footer.url}" if cell["path"] else footer.url
-            samples.append((cell, classes[label]))
+            samples.append((cell, self._label(table, footer, group, row)))
         return samples
 
+    def _label(self, table, footer, group, row) -> int:
+        if self._label_column is None:
+            return IGNORED
+        label, classes = table[self._label_column][row].as_py(), self._classes[footer.url]
+        if label not in classes:
+            where = f"{self._name}, row {row} of row group {group} of {footer.url}"
+            raise _label_error(where, self._label_column, label, classes)
+        return classes[label]
+
     def _read_group(self, footer, group, expected):
-        """Read the two columns of a row group."""
-        columns = {self._image_column: datasets.Image(), self._label_column: self._labels[footer.url].feature}
+        """Read the columns of images and labels of a row group."""
+        columns: dict[str, Any] = {self._image_column: datasets.Image()}
+        if self._label_column is not None:
+            columns[self._label_column] = self._labels[footer.url].feature
         num_read = 0
         try:
             with _open(footer) as stream:
@@ -321,9 +332,14 @@ def _parquet_streams(name, features, splits, image_column, label_column, class_n
     label_column = find_label_column(features, label_column, class_names, name)
     footers = [footer for _, footers in splits for footer in footers]
     for footer in footers:
-        missing = {image_column, label_column}.difference(footer.schema.names)
+        missing = {image_column, label_column}.difference([*footer.schema.names, None])
         if missing:
             raise HfkdError(f"{footer.url} has no column '{missing.pop()}', unlike the other files of {name}.")
+    if label_column is None:
+        return [
+            StreamSplit(ParquetShards(f"{name}, split '{split}'", own, image_column), name, split, [], has_labels=False)
+            for split, own in splits
+        ]
     parts = [_label_values(name, footer, label_column, features[label_column]) for footer in footers]
     names, values = number_classes(parts, len(splits[0][1]), label_column, class_names)
     labels = [_Labels(part.feature, each, len(names)) for part, each in zip(parts, values, strict=True)]

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import HfkdError
+from .columns import IGNORED
 
 _SAMPLE = 64  # images whose bytes identify a data set
 
@@ -25,26 +26,28 @@ class RowCache(Protocol):
 
 
 class ImageSource:
-    """Data set of labelled images that are augmented and normalised for one network.
+    """Data set of images that are augmented and normalised for one network.
 
     A batch is a dictionary: pixel_values (B, 3, H, W) float32, normalised; with two views pixel_values_strong, of the
-    same shape; labels (B,) int64; index (B,) int64, the rows in the split. A row that does not count in an evaluation
-    has the label IGNORED. If `cache` is set, its entries for the rows are added.
+    same shape; labels (B,) int64; index (B,) int64, the rows in the split. A row without a label, or one that does not
+    count in an evaluation, has the label IGNORED. If `cache` is set, its entries for the rows are added.
 
     Args:
-        class_names: the C names.
+        class_names: the C names; of images without labels those of the teacher, or none.
         num_rows: number of rows that `index` counts.
         image_size: H and W, in pixels.
         mean, std: three numbers each, of pixels scaled to 0 ... 1.
         seed: of the augmentation.
         views: 2 adds a strong view of each image. It may be changed before the first batch is read.
         augmented: False if an image is the same every time, as evaluation needs it.
+        has_labels: False if no row has a label.
 
     Raises:
         HfkdError: mean, std or views are not as above.
     """
 
-    IGNORED = -100  # torch's cross-entropy ignores this label
+    IGNORED = IGNORED
+    UNCOUNTED = IGNORED - 1
 
     def __init__(
         self,
@@ -57,6 +60,7 @@ class ImageSource:
         seed: int,
         views: int,
         augmented: bool,
+        has_labels: bool = True,
     ):
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise HfkdError(f"mean and std must be three numbers each, std positive, but are {mean} and {std}.")
@@ -69,11 +73,17 @@ class ImageSource:
         self.seed = seed
         self.views = views
         self.augmented = augmented
+        self.has_labels = has_labels
         self.cache: RowCache | None = None
         # In shared memory, so that DataLoader workers see a new epoch: each worker holds a copy of this object, and a
         # persistent worker never gets a new copy.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self.bad_rows = torch.zeros(num_rows, dtype=torch.bool).share_memory_()
+
+    @property
+    def uncounted(self) -> int:
+        """Label of a row that does not count in an evaluation: UNCOUNTED where no row has a label."""
+        return self.IGNORED if self.has_labels else self.UNCOUNTED
 
     @property
     def num_classes(self) -> int:

@@ -82,6 +82,7 @@ class StreamingImageDataset(IterableDataset, ImageSource):
             seed=seed,
             views=views,
             augmented=transform.augmented,
+            has_labels=split.has_labels,
         )
         if shuffle_buffer_size < 1:
             raise HfkdError(f"shuffle_buffer_size must be at least 1 (no shuffling), but is {shuffle_buffer_size}.")
@@ -243,7 +244,7 @@ class StreamingImageDataset(IterableDataset, ImageSource):
     def _images(self, samples, labels) -> Iterator[tuple[int, Image.Image | None]]:
         """Yield rows and their images one at a time, since a large one may take 100 MB; append to `labels`."""
         for position, (row, sample) in enumerate(samples):
-            image, label = None, self.IGNORED
+            image, label = None, self.uncounted
             if sample is not None:
                 cell, label = sample
                 try:
@@ -251,7 +252,7 @@ class StreamingImageDataset(IterableDataset, ImageSource):
                 except BadImageError as error:
                     self._count_bad(row, error)
                     following = samples[position + 1 :] + samples[:position]
-                    row, image, label = self._first_good(following) if self.augmented else (row, None, self.IGNORED)
+                    row, image, label = self._first_good(following) if self.augmented else (row, None, self.uncounted)
             labels.append(label)
             yield row, image
 

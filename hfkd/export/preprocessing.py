@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 from transformers import AutoImageProcessor, PreTrainedModel
-from transformers.models.timm_wrapper import TimmWrapperForImageClassification
+from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperPreTrainedModel
 
 from ..errors import HfkdError
 from ..networks.loading import input_spec
@@ -67,7 +67,7 @@ def preprocessing_of(model: PreTrainedModel) -> Preprocessing:
             f"{name} has no image processor (preprocessor_config.json): save it there with processor.save_pretrained."
         ) from error
     spec = input_spec(model)
-    wrapped = isinstance(model, TimmWrapperForImageClassification)
+    wrapped = isinstance(model, TimmWrapperPreTrainedModel)
     resizing = _resizing_of_timm(processor) if wrapped else _resizing_of_processor(processor, spec.image_size)
     found = Preprocessing(**resizing, **vars(spec))
     picture = _slopes(spec.image_size)

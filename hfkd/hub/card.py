@@ -128,7 +128,7 @@ def _origin(results: dict[str, Any], finetuned_from: str | None) -> dict[str, An
 def _measured(results: dict[str, Any], title: str) -> dict[str, Any]:
     """Return the accuracy of the exported weights; empty if the accuracy or its data set is not known."""
     data, exported = results["dataset"], results.get(results["exported"])
-    if not data or not exported:
+    if not data or "top1" not in (exported or {}):
         return {}
     name = card_text.one_line(data["name"])
     entries = [

@@ -78,6 +78,7 @@ def _dataset(data: dict[str, Any]) -> str:
     name = code(data["name"])
     name = f"[{name}](https://huggingface.co/datasets/{data['hub_id']})" if is_hub_id(data["hub_id"]) else name
     counts = {"classes": data.get("classes"), "training images": data.get("train_images")}
+    counts["images without labels"] = data.get("unlabelled_images")
     known = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
     return f"{name} ({known})" if known else name
 
@@ -90,12 +91,15 @@ def results_section(results: dict[str, Any], figure: str | None) -> str | None:
     if data:
         split = data.get("eval_split")
         images = f"{f'the split {code(split)}' if split else images} of {code(data['name'])}"
-    header = ["", "epoch", "top-1", "top-5", "agreement with the teacher", "top-1 against the published"]
-    parts = [
-        "## Results",
-        f"In percent of {images}; the best epoch is the one with {best_words(results.get('best_by', BY_TOP1))} there.",
-        _table(header, _measured(results)),
-    ]
+    best = f"the best epoch is the one with {best_words(results.get('best_by', BY_TOP1))} there"
+    parts = ["## Results"]
+    if "top1" in results["last"]:
+        header = ["", "epoch", "top-1", "top-5", "agreement with the teacher", "top-1 against the published"]
+        parts += [f"In percent of {images}; {best}.", _table(header, _measured(results))]
+    else:
+        header = ["", "epoch", "loss", "agreement with the teacher, %"]
+        what = f"No accuracy was measured. The loss is the sum of the weighted terms on {images}"
+        parts += [f"{what}; {best}.", _table(header, _measured_terms(results))]
     if "diverged" in results:
         found = results["diverged"]
         parts.append(
@@ -111,20 +115,35 @@ def results_section(results: dict[str, Any], figure: str | None) -> str | None:
 
 def _measured(results: dict[str, Any]) -> list[list[str]]:
     """Return the rows of the results table; for published run and teacher, only the top-1 is known."""
-    best, last, published = results["best"], results["last"], results["published_top1"]
-    epochs = {"best epoch": best, "last epoch": last} if best["step"] != last["step"] else {"best, last epoch": last}
+    published = results["published_top1"]
     rows = [
         [
-            f"**{name}**, these weights" if results["exported"] in name else name,
+            name,
             f"{row['epoch']:g}",
             *(f"{row[key]:.2f}" if key in row else "" for key in ("top1", "top5", "agreement")),
             "" if published is None else f"{row['top1'] - published:+.2f}",
         ]
-        for name, row in epochs.items()
+        for name, row in _epochs(results).items()
     ]
     teacher = [row["eval_teacher_top1"] for row in results["epochs"] if "eval_teacher_top1" in row]
     others = {"published": published, "teacher": teacher[-1] if teacher else None}
     return rows + [[name, "", f"{top1:.2f}", "", "", ""] for name, top1 in others.items() if top1 is not None]
+
+
+def _measured_terms(results: dict[str, Any]) -> list[list[str]]:
+    """Return the rows of the results table of an evaluation without labels."""
+    return [
+        [name, f"{row['epoch']:g}", f"{row['loss']:.4g}", f"{row['agreement']:.2f}" if "agreement" in row else ""]
+        for name, row in _epochs(results).items()
+    ]
+
+
+def _epochs(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the measurements of the best and the last epoch by their names in a table."""
+    best, last = results["best"], results["last"]
+    epochs = {"best epoch": best, "last epoch": last} if best["step"] != last["step"] else {"best, last epoch": last}
+    exported = results["exported"]
+    return {f"**{name}**, these weights" if exported in name else name: row for name, row in epochs.items()}
 
 
 def usage_section(config: dict[str, Any] | None, repo_id: str | None) -> str:

@@ -25,7 +25,8 @@ def save_curves(results: dict[str, Any], path: Path) -> None:
     """Write the training curves of a run as a PNG, 1600 px wide.
 
     The upper panel shows the student's top-1 and its agreement with the teacher, in percent, with the teacher's and
-    the published top-1 as horizontal lines. The lower panel shows the weighted loss terms, if any were logged.
+    the published top-1 as horizontal lines; of a run without either, the loss of the evaluation images. The lower
+    panel shows the weighted loss terms, if any were logged.
 
     Args:
         results: content of results.json.
@@ -34,7 +35,11 @@ def save_curves(results: dict[str, Any], path: Path) -> None:
     terms = _loss_terms(rows)
     figure = new_sheet(8, 6.8 if terms else 3.6)
     panels = figure.subplots(2 if terms else 1, sharex=True, squeeze=False)[:, 0]
-    _draw_accuracy(panels[0], results)
+    if any(name in row for row in rows for name in ("eval_top1", "eval_agreement")):
+        _draw_accuracy(panels[0], results)
+    else:
+        _draw(panels[0], rows, "eval_loss", label="sum of the\nweighted terms", color=BLUE)
+        panels[0].set_ylabel("loss of the evaluation images")
     if terms:
         _draw_losses(panels[1], rows, terms)
     for axes in panels:

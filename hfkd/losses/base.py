@@ -1,6 +1,6 @@
 """Interface of a distillation loss, and the parts that all logit losses share."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -64,7 +64,10 @@ class DistillationLoss(nn.Module):
 
     views = 1  # 2: `student.strong` and `teacher.strong` are filled
     needs_teacher = True  # False: it works without a teacher, and `forward` may get None for it
-    reads_logits = True  # False: this loss does not train a student's distillation head
+    # False: it reads the logits of neither network. It then trains no classifier, distillation head included, and a
+    # teacher without a classifier, or with other classes, can teach it.
+    reads_logits = True
+    reads_classifier = False  # True: it reads the weights of the teacher's classifier
     reads_raw_logits = False  # True: it reads logits besides `self.logits()`, so also unstandardized ones
     # The one temperature at which `forward` reads the teacher's logits. None: it reads them in another way.
     if TYPE_CHECKING:  # so that a subclass may have an attribute or a property
@@ -74,6 +77,9 @@ class DistillationLoss(nn.Module):
 
     else:
         teacher_temperature = None
+    # True: it reads `labels`. Of a batch in which some images have no label it then gets the others, and a training
+    # without labels is refused.
+    reads_labels = False
     takes_mixed_labels = True  # False: `labels` must be classes, so mixup and CutMix are refused
     # The layers that `features` must hold: stage indices, module paths (with ":input" behind it the module's input),
     # "embedding" or "averaged_map". None: every stage except the first, and `beside_stages`; the trainer replaces None.
@@ -139,7 +145,8 @@ class DistillationLoss(nn.Module):
         Args:
             teacher: None in a run without a teacher, for a loss that needs none.
             batch: holds `labels`, (B,) int64, or after mixup (B, C), the share of each class; `progress`, 0-d, the
-                epochs done: 2.5 half way through the third epoch; and `step`, 0-d int64, the steps done.
+                epochs done: 2.5 half way through the third epoch; and `step`, 0-d int64, the steps done. Without
+                `reads_labels` the labels may be -100: an image without one.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define forward")
 
@@ -164,6 +171,11 @@ class DistillationLoss(nn.Module):
         if self.logit_standardization:
             return standardize(student.logits), teacher.logits if teacher.standardized else standardize(teacher.logits)
         return student.logits, teacher.logits
+
+
+def trains_classifier(losses: Iterable[DistillationLoss], ce_weight: float) -> bool:
+    """Return True if the cross-entropy or a loss reads the student's logits, or its classifier."""
+    return ce_weight > 0 or any(loss.reads_logits or loss.reads_classifier for loss in losses)
 
 
 def paired(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:

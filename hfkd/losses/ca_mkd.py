@@ -103,6 +103,7 @@ class CAMKDLoss(DistillationLoss):
         }
     """
 
+    reads_labels = True
     reads_members = True
     student_layers = teacher_layers = ["averaged_map", "embedding"]
 

@@ -86,6 +86,7 @@ class CATKDLoss(DistillationLoss):
     """
 
     reads_logits = False
+    reads_classifier = True
     student_layers = teacher_layers = ["averaged_map", "embedding"]
 
     def __init__(self, resolution: int = 2, normalize: bool = False, weight: float = 1.0):

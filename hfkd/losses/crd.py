@@ -185,6 +185,7 @@ class CRDLoss(DistillationLoss):
     """
 
     reads_logits = False
+    reads_labels = True  # the classes of the images, when it sets up its memories
     takes_mixed_labels = False
     student_layers = ["embedding"]
     teacher_layers = ["embedding"]

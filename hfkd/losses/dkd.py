@@ -101,6 +101,8 @@ class DKDLoss(PerImageLoss):
         }
     """
 
+    reads_labels = True
+
     def __init__(
         self,
         alpha: float = 1.0,

@@ -89,7 +89,8 @@ class FeatureQueueLoss(DistillationLoss):
     def forward(self, student: Outputs, teacher: Outputs, batch: Mapping[str, Tensor]) -> Tensor:
         with self.autocast(student.embedding.device):
             projected = self.projector(student.embedding)
-        self.remember(teacher.embedding)
+        if self.training:  # an evaluation changes nothing
+            self.remember(teacher.embedding)
         return feature_queue_loss(projected, teacher.embedding, self.queue, self.temperature)
 
     @torch.no_grad()

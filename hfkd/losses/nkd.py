@@ -78,6 +78,8 @@ class NKDLoss(PerImageLoss):
         }
     """
 
+    reads_labels = True
+
     def __init__(self, gamma: float = 1.5, temperature: float = 1.0, weight: float = 1.0, regions: list | None = None):
         super().__init__(weight, regions)
         self.gamma = not_negative("gamma", gamma)

@@ -80,6 +80,7 @@ class OFALoss(MapsLoss):
         }
     """
 
+    reads_labels = True
     reads_logits = True
 
     def __init__(

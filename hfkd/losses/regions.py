@@ -77,6 +77,7 @@ class PerImageLoss(DistillationLoss):
             raise HfkdError(f"regions is {regions!r}: give [1, 2], [1, 4] or [1, 2, 4], or leave it out")
         self.regions = regions
         if regions is not None:
+            self.reads_labels = True  # of the weights
             self.student_layers = self.teacher_layers = ["averaged_map", "embedding"]
 
     def setup(self, student: Outputs, teacher: Outputs) -> None:

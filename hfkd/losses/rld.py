@@ -100,6 +100,7 @@ class RLDLoss(PerImageLoss):
         }
     """
 
+    reads_labels = True
     takes_mixed_labels = False
 
     def __init__(

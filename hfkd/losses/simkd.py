@@ -61,6 +61,7 @@ class SimKDLoss(DistillationLoss):
     """
 
     reads_logits = False
+    reads_classifier = True
     student_layers = ["projector"]
     reuses_classifier: ReusedClassifier
 

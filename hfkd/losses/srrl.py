@@ -73,6 +73,7 @@ class SRRLLoss(DistillationLoss):
     """
 
     reads_logits = False
+    reads_classifier = True
     reads_raw_logits = True
     student_layers = teacher_layers = ["embedding"]
     least_images = 2

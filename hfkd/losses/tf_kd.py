@@ -67,6 +67,7 @@ class TfKDLoss(DistillationLoss):
         }
     """
 
+    reads_labels = True
     needs_teacher = False
     reads_raw_logits = True
     takes_mixed_labels = False

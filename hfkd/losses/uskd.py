@@ -106,6 +106,7 @@ class USKDLoss(DistillationLoss):
 
     citation = NKDLoss.citation
     needs_teacher = False
+    reads_labels = True
     reads_raw_logits = True
     student_layers: Sequence[int | str]
 

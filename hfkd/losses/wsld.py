@@ -92,6 +92,8 @@ class WSLDLoss(PerImageLoss):
         }
     """
 
+    reads_labels = True
+
     def __init__(
         self,
         temperature: float = 4.0,

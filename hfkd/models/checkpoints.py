@@ -46,20 +46,20 @@ def load_checkpoint(model: nn.Module, path: str | PathLike) -> nn.Module:
 
 
 def load_architecture(architecture: str, path: str | PathLike) -> nn.Module:
-    """Create a timm architecture with as many classes as the checkpoint in `path`, and load its weights.
+    """Create a timm architecture with as many classes as the checkpoint in `path`, perhaps none, and load its weights.
 
     Raises:
         NotFoundError, HfkdError: see `load_checkpoint`.
     """
     classifier = timm.get_pretrained_cfg(architecture).classifier  # a tuple of names for a model with two heads
     names = classifier if isinstance(classifier, tuple) else (classifier,)
-    models: dict[int | None, nn.Module] = {}
+    models: dict[int, nn.Module] = {}
 
     def create(state_dict):
         heads = [state_dict[f"{name}.weight"] for name in names if f"{name}.weight" in state_dict]
-        classes = len(heads[0]) if heads and heads[0].ndim else None
+        classes = len(heads[0]) if heads and heads[0].ndim else 0
         if classes not in models:
-            models[classes] = timm.create_model(architecture, **({"num_classes": classes} if classes else {}))
+            models[classes] = timm.create_model(architecture, num_classes=classes)
         return models[classes]
 
     return _load_fitting(Path(path), create)

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import HfkdError
+from .zero_shot import ZeroShotNetwork
 
 # Published label lists of one data set differ in a few names. Two lists of the same length name the same classes if
 # this share of the names agrees, position by position.
@@ -18,7 +19,9 @@ SAME_CLASSES_AGREEMENT = 0.9
 
 
 def class_names_of(model: nn.Module) -> list[str]:
-    """Return the names of a transformers classifier's classes, in order; an empty list for other models."""
+    """Return the names of a transformers or zero-shot classifier's classes, in order; none for other models."""
+    if isinstance(model, ZeroShotNetwork):
+        return model.class_names
     if not isinstance(model, PreTrainedModel):
         return []
     return [model.config.id2label[index] for index in range(model.config.num_labels)]

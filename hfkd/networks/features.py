@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from weakref import WeakKeyDictionary
 
 import torch
@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import DeiTForImageClassificationWithTeacher
+from transformers.models.timm_wrapper import TimmWrapperModel
 
 from ..errors import HfkdError, WrongTypeError
 from .gradient_checkpointing import recomputing
+from .headless import HeadlessNetwork, embed, is_headless
 from .layers import AFFINE as AFFINE
 from .layers import AVERAGED_MAP as AVERAGED_MAP
 from .layers import EMBEDDING as EMBEDDING
@@ -74,9 +76,24 @@ class Outputs:
         """(B, D, H, W), input of the global pooling. Only recorded for losses that name AVERAGED_MAP."""
         return self.features[AVERAGED_MAP]
 
+    def first(self, number: int) -> Outputs:
+        """Return the outputs of the first images of the batch."""
+        return replace(
+            self,
+            logits=self.logits[:number],
+            class_logits=self.class_logits[:number],
+            features={layer: value if _is_norm(layer) else value[:number] for layer, value in self.features.items()},
+            members=[member.first(number) for member in self.members],
+            strong=self.strong and self.strong.first(number),
+        )
+
     def views(self) -> list[Outputs]:
         """Return the outputs of each view: the weak one and, if there is one, the strong one."""
         return [self] if self.strong is None else [self, self.strong]
+
+
+def _is_norm(layer: Layer) -> bool:
+    return isinstance(layer, str) and layer.endswith(AFFINE)
 
 
 # Hooks of the latest taps of each model. They are kept outside the model, since a model may outlive its taps: a second
@@ -99,6 +116,7 @@ class Taps:
     def __init__(self, model: nn.Module, layers: Sequence[Layer]):
         self.layers = list(dict.fromkeys(layers))
         self._channels_last = getattr(timm_model_of(model), "output_fmt", None) == "NHWC"  # such as timm's Swin
+        self._headless = [model] if isinstance(model, HeadlessNetwork) else []
         self._recorded: dict[Layer, Tensor] = {}
         self.attach(model)
 
@@ -142,6 +160,8 @@ class Taps:
         output = output[0] if isinstance(output, tuple) else output  # transformers' blocks, PiT's stages
         if not isinstance(output, Tensor):
             raise HfkdError(f"The layer {layer!r} returns {type(output).__name__}, not a tensor: name another layer.")
+        for network in self._headless:
+            output = network.as_map(output)
         self._recorded[layer] = output.permute(0, 3, 1, 2) if self._channels_last and output.ndim == 4 else output
 
     def _record_input(self, layer: Layer, module: nn.Module, arguments: tuple) -> None:
@@ -150,15 +170,7 @@ class Taps:
         self._record(layer, module, (), arguments[0].clone() if overwritten else arguments[0])
 
     def _record_embedding(self, classifier: nn.Module, arguments: tuple) -> None:
-        embedding = arguments[0]
-        if embedding.ndim == 4 and embedding.shape[2:] == (1, 1):  # the classifier is a 1 x 1 convolution
-            embedding = embedding.flatten(1)
-        if embedding.ndim != 2:
-            raise HfkdError(
-                f"The input of the classifier ({type(classifier).__name__}) has shape {tuple(embedding.shape)}: "
-                "expected an embedding (B, D)."
-            )
-        self._recorded[EMBEDDING] = embedding
+        self._recorded[EMBEDDING] = as_embedding(classifier, arguments)
 
     def take(self) -> dict[Layer, Tensor]:
         """Return the outputs since the last call: maps (B, C, H, W), tokens (B, N, C) or embeddings (B, C).
@@ -171,6 +183,23 @@ class Taps:
         if missing:
             raise HfkdError(f"The forward pass does not call the layer {missing[0]!r}: name another layer.")
         return recorded
+
+
+def as_embedding(classifier: nn.Module, arguments: tuple) -> Tensor:
+    """Return the embedding (B, D) among the arguments of a classifier.
+
+    Raises:
+        HfkdError: for an input of another shape.
+    """
+    embedding = arguments[0]
+    if embedding.ndim == 4 and embedding.shape[2:] == (1, 1):  # the classifier is a 1 x 1 convolution
+        embedding = embedding.flatten(1)
+    if embedding.ndim != 2:
+        raise HfkdError(
+            f"The input of the classifier ({type(classifier).__name__}) has shape {tuple(embedding.shape)}: "
+            "expected an embedding (B, D)."
+        )
+    return embedding
 
 
 def remove_taps(model: nn.Module) -> None:
@@ -203,6 +232,11 @@ def logits_of(model: nn.Module, pixel_values: Tensor) -> Tensor:
     return _forward(model, pixel_values, two_heads=False).logits
 
 
+def prediction_of(model: nn.Module, pixel_values: Tensor) -> Tensor:
+    """Return the logits (B, C) of a classifier, or the embedding (B, D) of a network without one."""
+    return embed(model, pixel_values) if is_headless(model) else logits_of(model, pixel_values)
+
+
 def forward_views(
     model: nn.Module, batch: dict[str, Tensor], taps: Taps | None = None, two_heads: bool = False
 ) -> Outputs:
@@ -226,6 +260,8 @@ def forward_views(
 
 def _forward(model: nn.Module, pixel_values: Tensor, two_heads: bool) -> Outputs:
     output = model(pixel_values)
+    if isinstance(model, TimmWrapperModel):
+        output = output.pooler_output[:, :0]
     logits = output if isinstance(output, (Tensor, tuple)) else getattr(output, "logits", None)
     if two_heads and model.training:
         if isinstance(logits, tuple):  # timm's class and distillation head
@@ -235,7 +271,8 @@ def _forward(model: nn.Module, pixel_values: Tensor, two_heads: bool) -> Outputs
         raise WrongTypeError(
             f"{type(model).__name__} must return logits of shape (batch, classes), or an output with such `.logits`; "
             f"got {type(output).__name__}"
-            + (f" with logits {tuple(logits.shape)}." if isinstance(logits, Tensor) else ".")
+            + (f" with logits {tuple(logits.shape)}" if isinstance(logits, Tensor) else "")
+            + ". A teacher that returns features is given as Teacher(model, has_classifier=False)."
         )
     return Outputs(logits, logits)
 

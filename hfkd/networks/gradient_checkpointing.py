@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.models.timm_wrapper import TimmWrapperForImageClassification
+from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperPreTrainedModel
 
 from ..errors import HfkdError
 
@@ -31,7 +31,7 @@ def use_gradient_checkpointing(student: nn.Module, settings: Mapping[str, Any]) 
     Raises:
         HfkdError: if the student does not support checkpointing, or not with these settings.
     """
-    wrapped = isinstance(student, TimmWrapperForImageClassification)
+    wrapped = isinstance(student, TimmWrapperPreTrainedModel)
     name = type(student.timm_model if wrapped else student).__name__
     if not isinstance(student, PreTrainedModel) or not student.supports_gradient_checkpointing:
         raise HfkdError(

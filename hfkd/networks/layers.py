@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from torch import nn
-from transformers.models.timm_wrapper import TimmWrapperForImageClassification
+from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperPreTrainedModel
 
 from ..errors import HfkdError, nearest
+from .headless import HeadlessNetwork
 
 # A stage index into timm's `feature_info` (negative: from the end), a module path, with or without INPUT or AFFINE,
 # EMBEDDING or AVERAGED_MAP.
@@ -26,8 +27,9 @@ def find_layer(model: nn.Module, layer: Layer) -> nn.Module:
         HfkdError: if there is none; the message names near ones.
     """
     inner = timm_model_of(model)
-    name = type(inner).__name__
-    modules = dict(inner.named_modules())
+    headless = isinstance(inner, HeadlessNetwork)
+    name = type(inner.backbone if headless else inner).__name__
+    modules = inner.named_layers() if headless else dict(inner.named_modules())
     if isinstance(layer, str):
         if layer in modules:
             return modules[layer]
@@ -104,4 +106,4 @@ def settle_layers(losses: Iterable[nn.Module], student: nn.Module, teacher: nn.M
 
 def timm_model_of(model: nn.Module) -> nn.Module:
     """Return the timm model inside transformers' wrapper; any other model is returned as it is."""
-    return model.timm_model if isinstance(model, TimmWrapperForImageClassification) else model
+    return model.timm_model if isinstance(model, TimmWrapperPreTrainedModel) else model

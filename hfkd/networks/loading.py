@@ -12,23 +12,28 @@ from safetensors import SafetensorError
 from timm.layers import PatchEmbed, trunc_normal_
 from timm.models.pit import ConvEmbedding
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    PreTrainedModel,
-    TimmWrapperConfig,
-)
-from transformers.models.timm_wrapper import TimmWrapperForImageClassification
+from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel, TimmWrapperConfig
+from transformers.models.timm_wrapper import TimmWrapperForImageClassification, TimmWrapperModel
+from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperPreTrainedModel
 
 from ..errors import HfkdError, nearest
 from ..models.checkpoints import load_architecture
 from ..names import hub_id, public_name
+from .backbones import is_backbone, lacks_classifier, load_backbone
 from .channels import check_channels
 from .features import InputSpec, timm_model_of
 from .sharding import gathered
-from .sources import check_loaded, create_pretrained, has_tag, not_found_error, resolve_name, tagged
+from .sources import (
+    check_loaded,
+    create_pretrained,
+    has_tag,
+    not_found_error,
+    read_config,
+    resolve_name,
+    tagged,
+)
 from .teacher import Teacher, TeacherEnsemble
+from .zero_shot import load_zero_shot
 
 # Entries of timm's pretrained_cfg that a student does not keep. The first name the source of the weights, perhaps a
 # path on this machine; a saved model brings its own weights. The others describe an architecture's published weights,
@@ -54,7 +59,8 @@ def load_student(
 
     A timm architecture (`cifar_resnet20`, `deit_tiny_distilled_patch16_224`) starts from random weights, or from timm's
     default ones if `pretrained`, and one with a tag (`resnet10t.c3_in1k`) from the weights of that tag. A folder or a
-    Hub id starts from its own weights. Where the number of classes differs, or there is no classifier, it is new.
+    Hub id starts from its own weights. Where the number of classes differs, or there is no classifier, it is new. With
+    no classes at all the student is a backbone without a classifier, of a timm architecture.
 
     Args:
         name_or_path: timm architecture, folder written by `save_pretrained`, a run's folder, or Hub id.
@@ -88,8 +94,11 @@ def load_student(
             raise HfkdError(
                 f"{key}={value} is for a timm architecture, and {name_or_path} has its own value: leave {key} out."
             )
-    student = load_pretrained(name_or_path, class_names, trust_remote_code=trust_remote_code)
-    if isinstance(student, TimmWrapperForImageClassification):
+    if class_names:
+        student = load_pretrained(name_or_path, class_names, trust_remote_code=trust_remote_code)
+    else:
+        student = _load_headless_student(name_or_path, trust_remote_code)
+    if isinstance(student, TimmWrapperPreTrainedModel):
         student.config.pretrained_cfg |= preparation
     return student
 
@@ -111,6 +120,15 @@ def _new_student(architecture, class_names, image_size, patch_size, drop_path_ra
     if image_size is not None and model.pretrained_cfg.get("fixed_input_size"):
         shape["img_size"] = image_size
     return wrap_timm(model, class_names, shape)
+
+
+def _load_headless_student(name_or_path: str, trust_remote_code: bool) -> PreTrainedModel:
+    if not isinstance(read_config(name_or_path, trust_remote_code), TimmWrapperConfig):
+        raise HfkdError(
+            f"No loss reads logits of the student, and without a classifier it must be a timm architecture, such as "
+            f"resnet18, or a folder that hfkd wrote of one: {name_or_path} is neither. Or set ce_weight above 0."
+        )
+    return load_backbone(name_or_path, trust_remote_code=trust_remote_code)
 
 
 def _check_patches(architecture: str, model: nn.Module) -> None:
@@ -156,6 +174,8 @@ def load_teacher(
     image_mean: Sequence[float] | None = None,
     image_std: Sequence[float] | None = None,
     trust_remote_code: bool = False,
+    prompts: Sequence[str] | None = None,
+    class_names: Sequence[str] = (),
 ) -> Teacher:
     """Load a teacher and freeze it.
 
@@ -163,20 +183,27 @@ def load_teacher(
 
     Args:
         name_or_path: folder written by `save_pretrained`, a run's folder, Hub id, or timm architecture. An architecture
-            takes its weights from `checkpoint`, or else timm's pretrained ones.
+            takes its weights from `checkpoint`, or else timm's pretrained ones. A network without a classifier teaches
+            its features; of CLIP and SigLIP this is the vision tower.
         checkpoint: file for an architecture, see `hfkd.models.load_checkpoint`.
         class_indices: for each of the student's classes, the teacher's; by default they are matched by name.
         device_map: transformers' `device_map`, for a teacher that does not fit one device; for a folder or a Hub id.
         image_size, image_mean, image_std: input that the network in `checkpoint` was trained with, where it is not the
             architecture's own: side in pixels, mean and standard deviation (RGB, images in [0, 1]).
         trust_remote_code: run the code that comes with a folder or a Hub id.
+        prompts: templates such as "a photo of a {}", with which CLIP or SigLIP classifies: see `load_zero_shot`.
+        class_names: names of the student's classes, for prompts.
 
     Raises:
-        HfkdError: for an unknown name, for weights that do not fit, or for an architecture without weights or with a
-            device_map.
+        HfkdError: for an unknown name, for weights that do not fit, for an architecture without weights or with a
+            device_map, or for prompts that make no classifier.
     """
     name_or_path = resolve_name(name_or_path)
+    if prompts:
+        network, whole = load_zero_shot(name_or_path, class_names, prompts)
+        return Teacher(network, public_name(name_or_path, whole), input_spec(whole), hub_id=hub_id(name_or_path))
     origin: str | None = None
+    headless: bool | None = None  # the model tells
     model: nn.Module
     if device_map is not None and _is_architecture(name_or_path):
         raise HfkdError(
@@ -190,7 +217,11 @@ def load_teacher(
                 f"{name_or_path} holds its own weights. Name an architecture such as cifar_resnet56, or leave "
                 "teacher_checkpoint out."
             )
-        model = load_pretrained(name_or_path, device_map=device_map, trust_remote_code=trust_remote_code)
+        headless = lacks_classifier(name_or_path, trust_remote_code=trust_remote_code)
+        if headless:
+            model = load_backbone(name_or_path, device_map, trust_remote_code)
+        else:
+            model = load_pretrained(name_or_path, device_map=device_map, trust_remote_code=trust_remote_code)
         origin = hub_id(name_or_path)
     elif checkpoint is not None:
         model = load_architecture(name_or_path, checkpoint)
@@ -206,7 +237,8 @@ def load_teacher(
             f"The architecture {name_or_path} has no pretrained weights to teach with. Give teacher_checkpoint, or "
             "train it with `hfkd train-teacher` and give the folder that it writes."
         )
-    return Teacher(model, public_name(name_or_path, model), input_spec(model), class_indices, origin)
+    name = public_name(name_or_path, model)
+    return Teacher(model, name, input_spec(model), class_indices, origin, None if headless is None else not headless)
 
 
 def _set_input(
@@ -243,14 +275,20 @@ def load_pretrained(
         trust_remote_code: run the code that comes with the model.
 
     Raises:
-        HfkdError: there is no such model, or weights other than a new classifier's are not in its checkpoint.
+        HfkdError: there is no such model, weights other than a new classifier's are not in its checkpoint, or it has no
+            classifier and there are no `class_names`.
     """
     classes = {}
     if class_names is not None:
         label2id = {name: index for index, name in enumerate(class_names)}
         classes = {"num_labels": len(class_names), "id2label": dict(enumerate(class_names)), "label2id": label2id}
     name_or_path = resolve_name(name_or_path)
-    config = _read_config(name_or_path, trust_remote_code, **classes)
+    config = read_config(name_or_path, trust_remote_code, **classes)
+    if class_names is None and isinstance(config, TimmWrapperConfig) and is_backbone(config):
+        raise HfkdError(
+            f"{name_or_path} has no classifier. Fine-tune it on labelled images first: `hfkd train-teacher "
+            f"--dataset_name DATA --student {name_or_path}`, or `hfkd distill` with a teacher."
+        )
     if isinstance(config, TimmWrapperConfig):
         if config.model_args:
             config.model_args.pop("num_classes", None)  # timm's push_to_hf_hub writes it; transformers refuses it
@@ -277,6 +315,15 @@ def load_pretrained(
         raise HfkdError(f"teacher_device_map: {error}") from error
     check_loaded(model, info, name_or_path, new_classes=class_names is not None)
     return model
+
+
+def load_network(name_or_path: str) -> PreTrainedModel:
+    """Load a trained network from a folder or the Hub as it is, a classifier or a backbone without one.
+
+    Raises:
+        HfkdError: see `load_pretrained`.
+    """
+    return load_backbone(name_or_path) if lacks_classifier(name_or_path) else load_pretrained(name_or_path)
 
 
 @overload
@@ -325,15 +372,7 @@ def check_model(name_or_path: str, trust_remote_code: bool = False) -> None:
     if _is_architecture(name_or_path):
         has_tag(name_or_path)
     else:
-        _read_config(name_or_path, trust_remote_code)
-
-
-def _read_config(name_or_path: str, trust_remote_code: bool, **changes: Any) -> Any:
-    try:
-        # Without the last argument transformers would ask whether to run code that comes with a model.
-        return AutoConfig.from_pretrained(name_or_path, **changes, trust_remote_code=trust_remote_code)
-    except Exception as error:  # for a damaged file whatever transformers and timm meet in it
-        raise not_found_error("model", name_or_path, error) from error
+        read_config(name_or_path, trust_remote_code)
 
 
 def load_processor(name_or_path: Any, trust_remote_code: bool = False) -> Any:
@@ -368,8 +407,8 @@ def _is_architecture(name_or_path: str) -> bool:
 
 def wrap_timm(
     model: nn.Module, class_names: list[str], model_args: dict[str, Any] | None = None
-) -> TimmWrapperForImageClassification:
-    """Return the transformers model around a timm model; both share the weights.
+) -> TimmWrapperForImageClassification | TimmWrapperModel:
+    """Return the transformers model around a timm model; both share the weights. Without classes it is a backbone.
 
     Args:
         model: made by `timm.create_model`.
@@ -394,7 +433,7 @@ def wrap_timm(
         "num_features": model.num_features,  # timm's own config.json has it
     }
     config = TimmWrapperConfig(**settings)
-    wrapper = TimmWrapperForImageClassification(config)
+    wrapper = (TimmWrapperForImageClassification if class_names else TimmWrapperModel)(config)
     expected = {name: value.shape for name, value in wrapper.timm_model.state_dict().items()}
     given = {name: value.shape for name, value in model.state_dict().items()}
     if expected != given:
@@ -417,7 +456,7 @@ def input_spec(model: nn.Module) -> InputSpec:
             not supported, or a damaged configuration.
     """
     check_channels(model)
-    if isinstance(model, TimmWrapperForImageClassification):
+    if isinstance(model, TimmWrapperPreTrainedModel):
         # The timm model has a pretrained_cfg as well, but timm makes it anew when a folder is loaded.
         cfg: Any = getattr(model.config, "pretrained_cfg", None)
     elif isinstance(model, PreTrainedModel):
@@ -451,12 +490,12 @@ def _processor_input_spec(processor, name_or_path: str | None) -> InputSpec:
 
 def known_input_spec(model: nn.Module) -> InputSpec | None:
     """Return `input_spec`, or None for a model without information on its input."""
-    if isinstance(model, PreTrainedModel) and not isinstance(model, TimmWrapperForImageClassification):
+    if isinstance(model, PreTrainedModel) and not isinstance(model, TimmWrapperPreTrainedModel):
         try:
             return input_spec(model)
         except OSError:  # made from a configuration, or saved without its image processor
             return None
-    has_config = isinstance(model, TimmWrapperForImageClassification) or hasattr(model, "pretrained_cfg")
+    has_config = isinstance(model, TimmWrapperPreTrainedModel) or hasattr(model, "pretrained_cfg")
     return input_spec(model) if has_config else None
 
 

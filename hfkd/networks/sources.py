@@ -11,7 +11,7 @@ import timm
 from huggingface_hub import is_offline_mode
 from timm.models import split_model_name_tag
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.models.timm_wrapper import TimmWrapperForImageClassification
 from transformers.utils import logging
 
@@ -97,6 +97,19 @@ def create_pretrained(architecture: str, **settings: Any) -> nn.Module:
         raise not_found_error("pretrained weights", architecture, error, advice) from error
 
 
+def read_config(name_or_path: str, trust_remote_code: bool, **changes: Any) -> Any:
+    """Return the configuration of a folder's or a Hub id's model.
+
+    Raises:
+        NotFoundError: there is none.
+    """
+    try:
+        # Without the last argument transformers would ask whether to run code that comes with a model.
+        return AutoConfig.from_pretrained(name_or_path, **changes, trust_remote_code=trust_remote_code)
+    except Exception as error:  # for a damaged file whatever transformers and timm meet in it
+        raise not_found_error("model", name_or_path, error) from error
+
+
 def not_found_error(part: str, name_or_path: str, error: Exception, advice: str = "") -> NotFoundError:
     """Return the error for a part of a model, such as its weights, that a name does not provide."""
     if isinstance(error, ValueError) and "trust_remote_code" in str(error):
@@ -143,6 +156,22 @@ def check_loaded(model: PreTrainedModel, info: dict[str, Any], name_or_path: str
         logger.warning(
             f"{name_or_path}: the student starts from these weights with a new classifier for {model.num_labels} "
             f"classes; the checkpoint has {given}."
+        )
+
+
+def check_backbone_loaded(model: PreTrainedModel, absent: set[str], name_or_path: str) -> None:
+    """Check that the weights of a network without a classifier were in its checkpoint.
+
+    Args:
+        absent: names of weights that were missing or had another shape.
+
+    Raises:
+        HfkdError: if there are some.
+    """
+    if absent:
+        raise HfkdError(
+            f"{name_or_path} lacks weights of {type(model).__name__}: {_listed(absent)}. They would be random. Get the "
+            "whole checkpoint."
         )
 
 

@@ -27,13 +27,14 @@ from .features import (
     remove_taps,
 )
 from .frozen import frozen_copy
+from .headless import HeadlessNetwork, is_headless
 from .sharding import shard_frozen
 
 VIEWS = ("pixel_values", "pixel_values_strong")
 
 
 class Teacher:
-    """Frozen classifier, kept outside every module tree.
+    """Frozen classifier or backbone, kept outside every module tree.
 
     It is no `nn.Module`, so it ends up in no checkpoint, no optimizer and no DDP bucket.
 
@@ -45,6 +46,15 @@ class Teacher:
             it takes the student's images as they are.
         class_indices: for each of the student's classes, this teacher's class. None: they are matched by name.
         hub_id: repository on the Hub that its weights come from, if any.
+        has_classifier: False for a model that returns features: tokens (B, N, C), a map (B, C, H, W) or a vector
+            (B, D). None: a model of transformers or timm tells, and any other is a classifier.
+
+    Attributes:
+        shares_classes: True if its logits are those of the student's classes. False without a classifier and, once
+            `align_classes` has found it, for a classifier of other classes.
+
+    Raises:
+        HfkdError: if class_indices are given for a network without a classifier, or it does not take images.
     """
 
     def __init__(
@@ -54,11 +64,17 @@ class Teacher:
         input_spec: InputSpec | None = None,
         class_indices: Sequence[int] | None = None,
         hub_id: str | None = None,
+        has_classifier: bool | None = None,
     ):
         self.name = name or architecture_of(model)
         self.hub_id = hub_id
         remove_taps(model)  # of an earlier trainer: the copy would take over its hooks
-        self.model = frozen_copy(model)
+        frozen = frozen_copy(model)
+        headless = is_headless(model) if has_classifier is None else not has_classifier
+        self.model = HeadlessNetwork(frozen).eval() if headless else frozen
+        if headless and class_indices is not None:
+            raise HfkdError(f"teacher_class_indices is for a teacher with classes, and {self.name} has no classifier.")
+        self.shares_classes = not headless
         self.input_spec = input_spec
         self.class_indices = class_indices
         self._autocast_dtype: torch.dtype | None = None
@@ -75,9 +91,19 @@ class Teacher:
         return [self]
 
     @property
+    def has_classifier(self) -> bool:
+        """False for a network without a classifier, whose logits are (B, 0)."""
+        return not isinstance(self.model, HeadlessNetwork)
+
+    @property
+    def network(self) -> nn.Module:
+        """Frozen network, without the `HeadlessNetwork` around a backbone."""
+        return self.model if self.has_classifier else self.model.backbone
+
+    @property
     def dispatched(self) -> bool:
         """True if accelerate's hooks place its parts on several devices, as with `device_map`."""
-        return hasattr(self.model, "_hf_hook")
+        return hasattr(self.network, "_hf_hook")
 
     @property
     def is_sharded(self) -> bool:
@@ -139,20 +165,29 @@ class Teacher:
         self._taps = Taps(self.model, layers) if layers else None
         self._rescale = self._renormalisation(student_input, device)
 
-    def align_classes(self, student_names: Sequence[str], batch: dict[str, Tensor]) -> None:
+    def align_classes(self, student_names: Sequence[str], batch: dict[str, Tensor], required: bool = True) -> None:
         """Find this teacher's class for each of the student's; from then on the logits are for these classes.
 
+        Args:
+            student_names: names of the student's classes; none for a student without a classifier.
+            required: losses compare the logits. Otherwise a teacher with other classes is taken as it is.
+
         Raises:
-            HfkdError: if the names do not determine the match, if an entry of `class_indices` is no class of this
-                teacher, or if its logits are NaN.
+            HfkdError: if the names do not determine the match and it is required, if an entry of `class_indices` is no
+                class of this teacher, or if its logits or features are NaN.
         """
         self._columns = None
         outputs = self(batch)
-        if outputs.logits.isnan().any():
-            raise HfkdError(
-                f"The logits of the teacher {self.name} for the first images are NaN: its weights may come from a run "
-                "that diverged. Give other weights, or check the images."
-            )
+        for kind, value in (("logits", outputs.logits), *(("features", value) for value in outputs.features.values())):
+            if value.isnan().any():
+                raise HfkdError(
+                    f"The {kind} of the teacher {self.name} for the first images are NaN: its weights may come from a "
+                    "run that diverged. Give other weights, or check the images."
+                )
+        self.shares_classes = self.has_classifier and len(student_names) > 0
+        if not self.shares_classes:
+            self._classifier = None
+            return
         classes = outputs.logits.shape[1]
         # The structure of a network does not tell whether its logits are one linear layer over the embedding, so it is
         # checked on a batch. Losses that reuse the classifier then find None.
@@ -160,7 +195,12 @@ class Teacher:
             self._classifier = None
         indices = self.class_indices
         if indices is None:
-            indices = match_classes(student_names, self.model, classes)
+            try:
+                indices = match_classes(student_names, self.model, classes)
+            except HfkdError:
+                if required:
+                    raise
+                self.shares_classes = False
         else:
             check_class_indices(indices, len(student_names), classes)
         if indices is not None:
@@ -246,9 +286,15 @@ class TeacherEnsemble:
         members: two teachers or more.
         standardized: average Z-scored logits, for runs with `logit_standardization`. Raw logits would let the teacher
             with the widest logits outvote the others.
+
+    Raises:
+        HfkdError: if a member has no classifier.
     """
 
+    has_classifier = shares_classes = True
+
     def __init__(self, members: Sequence[Teacher], standardized: bool):
+        check_ensemble_members([member.name for member in members if not member.has_classifier])
         self.members = list(members)
         self.standardized = standardized
         self.name = " + ".join(member.name for member in self.members)
@@ -276,8 +322,8 @@ class TeacherEnsemble:
         for member in self.members:
             member.prepare(device, autocast_dtype, channels_last, student_input, member_layers, shard)
 
-    def align_classes(self, student_names: Sequence[str], batch: dict[str, Tensor]) -> None:
-        """Call `Teacher.align_classes` of each member."""
+    def align_classes(self, student_names: Sequence[str], batch: dict[str, Tensor], required: bool = True) -> None:
+        """Call `Teacher.align_classes` of each member; the mean of their logits requires their classes to match."""
         for member in self.members:
             member.align_classes(student_names, batch)
 
@@ -302,6 +348,22 @@ class TeacherEnsemble:
     def parameter_count(self) -> int:
         """Return the number of parameters of all members together."""
         return sum(member.parameter_count() for member in self.members)
+
+
+def check_ensemble_members(headless: Sequence[str]) -> None:
+    """Check that no member of an ensemble lacks a classifier.
+
+    Args:
+        headless: names of the members without one.
+
+    Raises:
+        HfkdError: if there are some.
+    """
+    if headless:
+        raise HfkdError(
+            f"Several teachers are the mean of their logits, and {headless[0]} has no classifier: give it alone, with "
+            "losses that read features, or leave it out."
+        )
 
 
 def check_placement(teacher: Teacher | TeacherEnsemble, processes: int, compiled: bool) -> None:

@@ -16,7 +16,7 @@ from torch.distributed import DistNetworkError, DistStoreError
 from transformers import TrainingArguments
 
 from ..errors import HfkdError, RendezvousError, did_you_mean
-from .checks import check_label_smoothing, check_names, check_ranges, check_training
+from .checks import check_label_smoothing, check_names, check_prompts, check_ranges, check_training, check_unlabelled
 from .keys import PATH_KEYS, RECIPE_KEYS
 from .yaml_file import parse_yaml
 
@@ -85,6 +85,13 @@ class ModelArguments:
             "another order; by default they are matched by name."
         },
     )
+    teacher_prompts: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Templates such as 'a photo of a {}', with which CLIP or SigLIP classifies the data set's classes "
+            "by their names; the features of several are averaged. Without them it teaches its features."
+        },
+    )
     teacher_device_map: str | None = field(
         default=None,
         metadata={
@@ -135,6 +142,7 @@ class ModelArguments:
                 f"teacher_checkpoint names {len(checkpoints)} files and teacher_name_or_path {len(teachers)} teachers: "
                 "give one file for each."
             )
+        check_prompts(self)
         for name in ("teacher_image_size", "teacher_image_mean", "teacher_image_std"):
             value = getattr(self, name)
             if value is None:
@@ -172,7 +180,21 @@ class DataArguments:
         default=None, metadata={"help": "Column of the images; by default inferred from the features."}
     )
     label_column: str | None = field(
-        default=None, metadata={"help": "Column of the labels; by default inferred from the features."}
+        default=None,
+        metadata={
+            "help": "Column of the labels; by default inferred from the features. 'none' reads the images without "
+            "labels, and of a folder all images below it."
+        },
+    )
+    unlabelled_dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Further training images, like dataset_name, whose labels, if any, are not read."},
+    )
+    unlabelled_split: str = field(
+        default="train", metadata={"help": "Split of unlabelled_dataset_name, or a slice of one."}
+    )
+    unlabelled_share: float = field(
+        default=0.5, metadata={"help": "Share of unlabelled_dataset_name in every training batch."}
     )
     image_size: int | None = field(
         default=None, metadata={"help": "Side of the square input in pixels; by default the student's own."}
@@ -235,6 +257,7 @@ class DataArguments:
             needed = RECIPE_KEYS[each.name].augmentation
             if needed not in (None, self.augmentation) and getattr(self, each.name) != each.default:
                 raise HfkdError(f"{each.name} needs augmentation: {needed}; this recipe's is {self.augmentation}.")
+        check_unlabelled(self)
 
 
 @dataclass
@@ -265,7 +288,9 @@ class DistillationConfig(TrainingArguments):
         default=False,
         metadata={"help": "Z-score the logits of teacher and student before every logit loss."},
     )
-    ce_weight: float = field(default=1.0, metadata={"help": "Weight of the cross-entropy with the labels."})
+    ce_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the cross-entropy with the labels; 0 without any."}
+    )
     class_weights: list[str] | None = field(
         default=None,
         metadata={
@@ -318,6 +343,13 @@ class DistillationConfig(TrainingArguments):
     early_stopping_threshold: float = field(
         default=0.0, metadata={"help": "How much better the metric must get to count as improved."}
     )
+    probe_every: int | None = field(
+        default=None,
+        metadata={
+            "help": "Epochs between two measurements of eval_knn: top-1 of 20 weighted nearest neighbours of each "
+            "evaluation image among the others, in the student's features; metric_for_best_model may be knn."
+        },
+    )
     shard_teacher: bool = field(
         default=False, metadata={"help": "With FSDP: shard the teacher over the processes, like the student."}
     )
@@ -369,13 +401,19 @@ class DistillationConfig(TrainingArguments):
         default=False, metadata={"help": "Passed to DistributedDataParallel."}
     )
     metric_for_best_model: str | None = field(
-        default="top1", metadata={"help": "Evaluation metric that decides which checkpoint is the best."}
+        default="top1",
+        metadata={
+            "help": "Evaluation metric that decides which checkpoint is the best; where the evaluation images have no "
+            "labels, the loss."
+        },
     )
 
     def __post_init__(self):
         for name in ("class_weights", "freeze"):
             if isinstance(getattr(self, name), str):  # from code
                 setattr(self, name, [getattr(self, name)])
+        # Keys that the recipe gives, for defaults that depend on the data; None for a config made from code.
+        self.written: frozenset[str] | None = None
         check_training(self)
         if not torch.accelerator.is_available():
             self.use_cpu = True  # otherwise TrainingArguments refuses bf16, which CPUs support

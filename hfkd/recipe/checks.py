@@ -10,6 +10,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from ..errors import HfkdError, did_you_mean
+from ..names import NO_LABELS
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ RANGES = {
     "random_erasing": SHARE,
     "color_jitter": NOT_NEGATIVE,
     "shuffle_buffer_size": AT_LEAST_1,
+    "unlabelled_share": Range("must be above 0 and below 1", lambda value: 0 < value < 1),
     # Distillation
     **dict.fromkeys(("ce_weight", "mixup", "cutmix"), NOT_NEGATIVE),
     **dict.fromkeys(("lr_milestones", "lr_gamma"), POSITIVE),
@@ -52,6 +54,7 @@ RANGES = {
     "layer_decay": Range("must be above 0 and at most 1, e.g. 0.75", lambda value: 0 < value <= 1),
     "early_stopping_patience": AT_LEAST_1,
     "early_stopping_threshold": NOT_NEGATIVE,
+    "probe_every": AT_LEAST_1,
     "published_top1": PERCENT,
     # Training
     "num_train_epochs": POSITIVE,
@@ -123,6 +126,86 @@ def check_names(arguments: Any, keys: Iterable[str]) -> None:
             check_name(key, name)
 
 
+def check_prompts(model_args: Any) -> None:
+    """Check teacher_prompts: each has a place for the name of a class, and there is one teacher that reads them.
+
+    Raises:
+        HfkdError: if not.
+    """
+    prompts, teachers = model_args.teacher_prompts or [], model_args.teacher_name_or_path or []
+    for prompt in prompts:
+        if "{}" not in prompt:
+            raise HfkdError(
+                f"teacher_prompts: '{prompt}' has no {{}}, where the name of the class is put: 'a photo of a {{}}'."
+            )
+    if prompts and len(teachers) != 1:
+        raise HfkdError(f"teacher_prompts needs one teacher, and teacher_name_or_path names {len(teachers)}.")
+    for key in ("teacher_checkpoint", "teacher_class_indices", "teacher_device_map"):
+        if prompts and getattr(model_args, key):
+            raise HfkdError(f"teacher_prompts make a classifier of CLIP or SigLIP, which takes no {key}: leave it out.")
+
+
+def check_unlabelled(data_args: Any) -> None:
+    """Check the keys of further images without labels in a DataArguments.
+
+    Raises:
+        HfkdError: for keys that contradict one another.
+    """
+    if data_args.unlabelled_dataset_name is None:
+        return
+    if data_args.streaming:
+        raise HfkdError("unlabelled_dataset_name needs images that can be read in any order: set streaming: false.")
+    if data_args.label_column == NO_LABELS:
+        raise HfkdError(
+            "unlabelled_dataset_name goes with images that have labels, and label_column is none: name the images "
+            "without labels in dataset_name alone, or leave label_column out."
+        )
+
+
+def check_without_labels(losses: Any, config: Any, where: str) -> None:
+    """Check that nothing is to be learnt from labels, and set a `ce_weight` that no recipe gives to 0.
+
+    Args:
+        losses: `DistillationLoss` modules by name.
+        config: a DistillationConfig.
+        where: name of the training images in the message.
+
+    Raises:
+        HfkdError: if a loss, or a `ce_weight` that was given, needs labels.
+    """
+    reading = [name for name, loss in losses.items() if loss.reads_labels]
+    if reading:
+        raise HfkdError(
+            f"The losses {reading} read labels, and {where} have none. Take losses that read none, such as kd, or name "
+            "the label_column."
+        )
+    if not losses:
+        raise HfkdError(
+            f"{where[0].upper()}{where[1:]} have no labels, and there is no loss to learn from without them: name a "
+            "teacher and a loss, or the label_column."
+        )
+    if config.ce_weight > 0:
+        if config.written is None or "ce_weight" in config.written:
+            raise HfkdError(
+                f"ce_weight is {config.ce_weight:g}, the weight of the cross-entropy with the labels, and {where} have "
+                "none. Set ce_weight to 0, or name the label_column."
+            )
+        config.ce_weight = 0.0
+
+
+def check_probe(config: Any, has_labels: bool) -> None:
+    """Check that evaluation images have the labels that `probe_every` reads.
+
+    Raises:
+        HfkdError: if they have none.
+    """
+    if config.probe_every is not None and not has_labels:
+        raise HfkdError(
+            "probe_every measures how often the nearest neighbours have an image's label, and the evaluation images "
+            "have no labels: name an eval_split or label_column with labels, or leave probe_every out."
+        )
+
+
 def check_training(config: Any) -> None:
     """Check the settings of a DistillationConfig before transformers looks for the device, which takes seconds.
 
@@ -134,6 +217,8 @@ def check_training(config: Any) -> None:
     for key in ("neftune_noise_alpha", "use_liger_kernel"):
         if getattr(config, key, None):
             raise HfkdError(f"{key} is for language models: leave it out.")
+    if config.probe_every is not None and config.prediction_loss_only:
+        raise HfkdError("probe_every reads features, and prediction_loss_only measures the loss alone: leave one out.")
     milestones = config.lr_milestones or []
     if sorted(set(milestones)) != milestones:
         raise HfkdError(f"lr_milestones must increase, got {' '.join(f'{epoch:g}' for epoch in milestones)}.")

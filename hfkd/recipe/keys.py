@@ -136,7 +136,7 @@ _MODEL = {
     **dict.fromkeys(
         (
             *("teacher_image_size", "teacher_image_mean", "teacher_image_std", "teacher_class_indices"),
-            *("pretrained", "drop_path_rate", "patch_size"),
+            *("teacher_prompts", "pretrained", "drop_path_rate", "patch_size"),
         ),
         Key(RESULT),
     ),
@@ -147,11 +147,11 @@ _MODEL = {
     "trust_remote_code": Key(OUTPUT, private=True),
 }
 _DATA = {
-    "dataset_name": Key(RESULT, path=True),
+    **dict.fromkeys(("dataset_name", "unlabelled_dataset_name"), Key(RESULT, path=True)),
     **dict.fromkeys(
         (
             *("train_split", "eval_split", "image_column", "label_column", "image_size", "random_flip"),
-            *("augmentation", "shuffle_buffer_size", "skip_bad_images"),
+            *("augmentation", "shuffle_buffer_size", "skip_bad_images", "unlabelled_split", "unlabelled_share"),
         ),
         Key(RESULT),
     ),
@@ -166,6 +166,7 @@ _DISTILLATION = {
         (
             *("losses", "logit_standardization", "decay_all_parameters", "lr_gamma", "mixup", "cutmix", "ema_decay"),
             "channels_last",  # selects kernels, which round differently
+            "probe_every",  # as other keys of evaluations
         ),
         Key(RESULT),
     ),

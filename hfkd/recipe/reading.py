@@ -117,7 +117,9 @@ def parse_recipe(
     if any(":" in str(method) for method in config.losses):
         _look_for_code([source.path.parent for source, _ in lineage if not source.is_packaged])
     build_losses(config.losses, config.logit_standardization)  # finds mistakes before data and networks are loaded
-    return model_args, data_args, config, _resolve(parser, argv)
+    resolved = _resolve(parser, argv)
+    config.written = frozenset(resolved)
+    return model_args, data_args, config, resolved
 
 
 def _look_for_code(folders: list[Path]) -> None:

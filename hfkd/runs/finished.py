@@ -27,12 +27,14 @@ class RecipeTeacher:
         checkpoints: for each network the file of its weights, or None.
         class_indices: for each of the student's classes, the teacher's class; None: matched by name.
         image: input of a network from a file, as arguments of `load_teacher`; only those that the recipe gives.
+        prompts: templates of a zero-shot classifier.
     """
 
     names: tuple[str, ...] = ()
     checkpoints: tuple[str | None, ...] = ()
     class_indices: list[int] | None = None
     image: Mapping[str, Any] = field(default_factory=dict)
+    prompts: list[str] | None = None
 
     @property
     def members(self) -> list[tuple[str, str | None]]:
@@ -46,6 +48,7 @@ class RecipeTeacher:
             "teacher_name_or_path": list(self.names) or None,
             "teacher_checkpoint": list(self.checkpoints) if any(self.checkpoints) else None,
             "teacher_class_indices": self.class_indices,
+            "teacher_prompts": self.prompts,
             **{f"teacher_{name}": value for name, value in self.image.items()},
         }
 
@@ -56,7 +59,8 @@ def teacher_of(recipe: Mapping[str, Any]) -> RecipeTeacher:
     names, checkpoints = ((each,) if isinstance(each, str) else tuple(each) for each in (names, checkpoints))
     image = {key: recipe.get(f"teacher_{key}") for key in ("image_size", "image_mean", "image_std")}
     given = {key: value for key, value in image.items() if value is not None}
-    return RecipeTeacher(names, checkpoints or (None,) * len(names), recipe.get("teacher_class_indices"), given)
+    more = recipe.get("teacher_class_indices"), given, recipe.get("teacher_prompts")
+    return RecipeTeacher(names, checkpoints or (None,) * len(names), *more)
 
 
 @dataclass(frozen=True)
@@ -161,6 +165,8 @@ def find_runs(paths: Sequence[str | Path]) -> tuple[list[FinishedRun], list[str]
                 continue
             if run.results.get("epochs"):
                 runs[folder.resolve()] = run
+            elif not run.results.get("has_classifier", True):
+                left_out.append(f"{folder} trained a backbone without a classifier, which has no top-1.")
             elif run.diverged:
                 left_out.append(f"{folder} {run.diverged}, before its first evaluation.")
             else:

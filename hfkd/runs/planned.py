@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import HfkdError
-from ..names import hub_id
+from ..names import NO_LABELS, hub_id
 from ..recipe.arguments import DataArguments, DistillationConfig, ModelArguments
 from ..recipe.differences import recipe_differences
 from ..recipe.finding import find_recipe
@@ -183,6 +183,8 @@ def _for_teacher(teacher: Mapping[str, Any], written: Mapping[str, Any], recipe:
         recipe: the same, resolved.
     """
     taken = {key: recipe.get(key) for key in DATA_KEYS if recipe.get(key) != teacher.get(key)}
+    if taken.get("label_column") == NO_LABELS:  # a teacher learns from labels
+        del taken["label_column"]
     taken |= {key: recipe[key] for key in MACHINE_KEYS if key in recipe and recipe[key] != written.get(key)}
     words = []
     for key, value in taken.items():

@@ -17,6 +17,7 @@ from torch import nn
 from ..data import IndexedImageSource
 from ..names import hub_id
 from ..networks.teacher import Teacher, TeacherEnsemble
+from ..networks.zero_shot import ZeroShotNetwork
 
 PROBE_IMAGES = 8
 PROBE_TOLERANCE = 0.01  # of normalised pixels; a crop that is off by one pixel changes some mean by more
@@ -37,12 +38,20 @@ def describe_teacher(teacher: Teacher | TeacherEnsemble) -> dict[str, Any]:
                 "hub_id": member.hub_id,
                 "input_spec": member.input_spec and dataclasses.asdict(member.input_spec),
                 "class_indices": member.class_indices and list(member.class_indices),
+                **_texts(member.model),
             }
             for member in teacher.members
         ],
         "standardized_mean": teacher.standardized if isinstance(teacher, TeacherEnsemble) else None,
         "parameters": teacher.parameter_count(),
     }
+
+
+def _texts(model: nn.Module) -> dict[str, Any]:
+    """Return the classes and templates of a zero-shot classifier; nothing for another network."""
+    if not isinstance(model, ZeroShotNetwork):
+        return {}
+    return {"class_names": model.class_names, "prompts": model.prompts}
 
 
 def appearance(dataset: IndexedImageSource) -> list[float]:
@@ -68,15 +77,18 @@ def given_teachers(
     checkpoints: Sequence[str] | None,
     class_indices: Sequence[int] | None,
     image: Mapping[str, Any],
+    prompts: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Return the teachers as a recipe names them, with the hash of their weights if these are local files.
 
     Args:
         image: input of a network from a file, see `ModelArguments.teacher_image`.
+        prompts: templates of a zero-shot classifier.
     """
-    indices = class_indices and list(class_indices)
+    settings = {"class_indices": class_indices and list(class_indices), "image": dict(image)}
+    settings |= {"prompts": list(prompts)} if prompts else {}  # earlier caches have no such entry
     return [
-        {"name": name, "files": _files_digest(name, checkpoint), "class_indices": indices, "image": dict(image)}
+        {"name": name, "files": _files_digest(name, checkpoint), **settings}
         for name, checkpoint in zip(names, checkpoints or [None] * len(names), strict=True)
     ]
 

@@ -17,7 +17,7 @@ from ..losses import DistillationLoss
 from ..networks.features import Outputs
 from ..recipe.arguments import DistillationConfig
 from .files import CacheFiles, read_facts
-from .identity import appearance, describe_given, differences, given_teachers, is_public, same_augmentation
+from .identity import appearance, describe_given, differences, is_public, same_augmentation
 
 logger = logging.get_logger(__name__)
 
@@ -45,6 +45,8 @@ class CachedTeacher:
     Raises:
         HfkdError: if there is no cache, if it is not finished, or if a file has another size than it was written with.
     """
+
+    has_classifier = shares_classes = True
 
     def __init__(self, folder: str | Path):
         self.files = CacheFiles(folder, read_facts(folder, whole=True))
@@ -124,17 +126,14 @@ class CachedTeacher:
                 )
         return next(iter(wanted), None)
 
-    def check_given(
-        self,
-        names: Sequence[str],
-        checkpoints: Sequence[str] | None,
-        class_indices: Sequence[int] | None,
-        image: Mapping[str, Any],
-    ) -> None:
+    def check_given(self, given: Sequence[dict[str, Any]]) -> None:
         """Compare the cache's teacher with the one that a recipe names, without loading either.
 
         Weights on this machine are compared by the hash of their files, others by name. A path that does not exist is
         not compared.
+
+        Args:
+            given: result of `given_teachers`.
 
         Raises:
             HfkdError: if they differ.
@@ -143,7 +142,6 @@ class CachedTeacher:
         if not recorded:  # the cache was written from code, where a teacher has no name
             logger.warning(f"{self.files.folder} does not name its teacher, so the recipe's teacher is not compared.")
             return
-        given = given_teachers(names, checkpoints, class_indices, image)
         different = []
         if len(given) != len(recorded):
             different.append(f"{len(recorded)} teachers in the cache, {len(given)} here")
@@ -156,7 +154,11 @@ class CachedTeacher:
             elif here["files"] is None or here["files"] != cached["files"]:
                 different.append(f"teacher: {describe_given(cached)} in the cache, {describe_given(here)} here")
             settings = [
-                {"teacher_class_indices": each["class_indices"], "teacher_image": each.get("image", {})}
+                {
+                    "teacher_class_indices": each["class_indices"],
+                    "teacher_image": each.get("image", {}),
+                    "teacher_prompts": each.get("prompts"),
+                }
                 for each in (cached, here)
             ]
             different += differences(*settings)
@@ -171,7 +173,7 @@ class CachedTeacher:
     def prepare(self, *settings: Any) -> None:
         """Do nothing: there is no network, and `fit` has checked images and layers."""
 
-    def align_classes(self, student_names: Sequence[str], batch: dict[str, Tensor]) -> None:
+    def align_classes(self, student_names: Sequence[str], batch: dict[str, Tensor], required: bool = True) -> None:
         """Check that the student has the classes of the data set, which are the classes of the logits.
 
         Raises:

@@ -64,9 +64,11 @@ def write_cache(
         The files; None if other processes have not finished their share.
 
     Raises:
-        HfkdError: if the folder holds another cache, or the teacher has other classes.
+        HfkdError: if the folder holds another cache, or the teacher has other classes or none.
         RunError: if the disk is full, or logits are not finite.
     """
+    if not teacher.has_classifier:
+        raise HfkdError(f"A teacher cache holds logits, and {teacher.name} has no classifier: train with it itself.")
     facts = {
         "teacher": describe_teacher(teacher),
         "train": train_set.identity(),

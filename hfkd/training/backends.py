@@ -80,6 +80,7 @@ class FullyShardedDataParallel(OneDevice):
     def after_prepare(self, distiller: Distiller) -> None:
         if self._is_first:
             register_fsdp_forward_method(distiller, "logits")
+            register_fsdp_forward_method(distiller, "evaluate")
 
     def whole_state(self, student: nn.Module) -> dict[str, Tensor] | None:
         return exported_state_dict(student)

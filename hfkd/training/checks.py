@@ -9,11 +9,15 @@ from typing import Any
 from torch import nn
 from torch.utils.data import IterableDataset
 
-from ..data import StreamingImageDataset
+from ..data import MixedImageDataset, StreamingImageDataset
+from ..data.subsets import image_source
 from ..errors import HfkdError, did_you_mean
+from ..losses import DistillationLoss
 from ..networks.frozen import trainable_weights_in_common
+from ..networks.headless import is_headless
 from ..networks.teacher import Teacher, TeacherEnsemble
 from ..recipe.arguments import DistillationConfig
+from ..teacher_cache.teacher import CachedTeacher
 from .distiller import Distiller
 from .loaders import data_sets
 from .metrics import TIMES
@@ -50,6 +54,10 @@ def check_roles(model: nn.Module, teacher, losses: nn.ModuleDict, args: Distilla
     taught = sorted(name for name, loss in losses.items() if loss.needs_teacher)
     if taught and teacher is None:
         raise HfkdError(f"The losses {taught} need a teacher: set teacher_name_or_path, or remove them.")
+    if teacher is not None and not teacher.has_classifier:
+        check_reads_features(losses, teacher.name)
+    if is_headless(model):
+        check_trains_backbone(losses, args)
     if not losses and args.ce_weight == 0:
         raise HfkdError("There is nothing to train on: ce_weight is 0 and there are no losses. Set one of them.")
     networks = [member.model for member in teacher.members if isinstance(member, Teacher)] if teacher else []
@@ -72,13 +80,52 @@ def check_roles(model: nn.Module, teacher, losses: nn.ModuleDict, args: Distilla
             raise HfkdError(f"The loss '{name}' takes two views of an image: leave mixup and cutmix at 0.")
 
 
+def check_reads_features(losses: nn.ModuleDict, teacher: str) -> None:
+    """Check that no loss reads logits or a classifier of a teacher that has neither.
+
+    Args:
+        teacher: its name.
+
+    Raises:
+        HfkdError: if a loss does.
+    """
+    reading = sorted(name for name, loss in losses.items() if loss.needs_teacher and reads_classes(loss))
+    if reading:
+        raise HfkdError(
+            f"The losses {reading} read logits or a classifier, and the teacher {teacher} has none. Take losses that "
+            "read features in their place, such as token_mse, feature_queue or pkt, or a teacher with a classifier; "
+            "CLIP and SigLIP classify with teacher_prompts."
+        )
+
+
+def reads_classes(loss: DistillationLoss) -> bool:
+    """Return whether a loss reads what depends on the classes: logits, or the classifier."""
+    return loss.reads_logits or loss.reads_classifier
+
+
+def check_trains_backbone(losses: nn.ModuleDict, args: DistillationConfig) -> None:
+    """Check that nothing trains or measures the classifier that a student does not have.
+
+    Raises:
+        HfkdError: if something does.
+    """
+    reading = [name for name, loss in losses.items() if reads_classes(loss)]
+    if args.ce_weight > 0 or reading:
+        what = f"the losses {reading} read logits" if reading else f"ce_weight is {args.ce_weight:g}"
+        raise HfkdError(
+            f"The student has no classifier, and {what}: give it the classes of the data set, or set ce_weight to 0 "
+            "and take only losses that read features."
+        )
+
+
 def smallest_batch(train_dataset: Any, losses: nn.ModuleDict, args: DistillationConfig) -> int | None:
     """Return the least number of images that a process gets in a training batch; None for an unknown number of images.
 
     Raises:
         HfkdError: if all images would be dropped, or the smallest batch is too small for a loss.
     """
-    images = args.per_device_train_batch_size
+    added = unlabelled_images(train_dataset)
+    images = args.per_device_train_batch_size - added
     streamed = isinstance(train_dataset, StreamingImageDataset)
     if not isinstance(train_dataset, Sized) or (isinstance(train_dataset, IterableDataset) and not streamed):
         return None
@@ -91,15 +138,41 @@ def smallest_batch(train_dataset: Any, losses: nn.ModuleDict, args: Distillation
     settings: Any = args.accelerator_config  # an object once args is built
     filled_up = not streamed and args.world_size > 1 and settings.even_batches
     if filled_up or args.dataloader_drop_last or rows % images == 0:
-        return images
+        return images + added
     for name, loss in losses.items():
-        if rows % images < loss.least_images:
+        if rows % images + (0 if loss.reads_labels else added) < loss.least_images:
             raise HfkdError(
                 f"The loss '{name}' needs {loss.least_images} images in every batch, and the last of {rows:,} in "
                 f"batches of {images} has {rows % images}: set dataloader_drop_last: true, or another "
                 "per_device_train_batch_size."
             )
-    return rows % images
+    return rows % images + added
+
+
+def unlabelled_images(train_dataset: Any) -> int:
+    """Return the number of images without labels that are added to each batch of images with labels."""
+    source = image_source(train_dataset)
+    return source.unlabelled_images if isinstance(source, MixedImageDataset) else 0
+
+
+def check_mixed(train_dataset: Any, teacher: Any, args: DistillationConfig) -> None:
+    """Check that the settings suit batches of images with and without labels.
+
+    Raises:
+        HfkdError: for mixup, CutMix or a teacher cache.
+    """
+    if not unlabelled_images(train_dataset):
+        return
+    if args.mixes:
+        raise HfkdError(
+            "mixup and cutmix would mix images with labels and images without: leave them at 0, or train on images "
+            "without labels alone, with label_column none and ce_weight 0."
+        )
+    if isinstance(teacher, CachedTeacher):
+        raise HfkdError(
+            "A teacher cache holds the rows of one data set, and each batch holds images of unlabelled_dataset_name as "
+            "well: train with the teacher itself, or on one data set."
+        )
 
 
 def check_types(model: Any, args: Any) -> None:

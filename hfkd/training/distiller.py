@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,7 @@ class Distiller(nn.Module):
         label_loss: Trainer's `compute_loss_func`, in place of the cross-entropy.
         cross_entropy: the cross-entropy with the labels, with class weights or label smoothing.
         frozen_norms: norms of the student that stay in evaluation mode: their statistics do not move.
+        unlabelled_images: number of images without labels at the end of every batch whose other images have labels.
 
     Raises:
         HfkdError: if a loss names a layer that the student does not have, or if a class head would not be trained.
@@ -52,6 +54,7 @@ class Distiller(nn.Module):
         label_loss: Callable[..., Tensor] | None = None,
         cross_entropy: nn.CrossEntropyLoss | None = None,
         frozen_norms: Sequence[nn.Module] = (),
+        unlabelled_images: int = 0,
     ):
         super().__init__()
         self.student = student
@@ -59,6 +62,7 @@ class Distiller(nn.Module):
         self.ce_weight = ce_weight
         self.cross_entropy = cross_entropy or nn.CrossEntropyLoss()
         self.frozen_norms = list(frozen_norms)
+        self.unlabelled_images = unlabelled_images
         self._label_loss = [label_loss] if label_loss else []  # in a list, else a module would become part of this one
         layers = [layer for loss in losses.values() for layer in loss.student_layers]
         self.taps = Taps(student, layers) if layers else None
@@ -134,21 +138,62 @@ class Distiller(nn.Module):
         student = self.predict(batch)
         with torch.autocast(student.logits.device.type, enabled=False):
             terms = {}
+            labelled = self._labelled(student, teacher, batch)
             if self.ce_weight > 0:
                 name = "loss_labels" if self._label_loss else "loss_ce"
                 terms[name] = self.ce_weight * sum(
-                    self._learn_labels(view, batch["labels"]) for view in student.views()
+                    self._learn_labels(view, labelled[2]["labels"]) for view in labelled[0].views()
                 )
             for name, loss in self.losses.items():
-                value = loss(student, teacher, batch)
-                if isinstance(value, Tensor):
-                    value = {"": value}
-                for term, term_value in value.items():
-                    key = f"loss_{name}_{term}" if term else f"loss_{name}"
-                    if key in terms:
-                        raise HfkdError(f"Two terms of the losses have the name '{key}': give '{name}' another name.")
-                    terms[key] = loss.weight * term_value
+                value = loss(*labelled) if loss.reads_labels else loss(student, teacher, batch)
+                self._add_terms(terms, name, value)
         return terms
+
+    def _labelled(self, student: Outputs, teacher: Outputs | None, batch: dict[str, Tensor]) -> tuple:
+        """Return the outputs and the batch of the images that have labels, which come first."""
+        if not self.unlabelled_images:
+            return student, teacher, batch
+        number = len(batch["labels"]) - self.unlabelled_images
+        rows = {name: value[:number] if value.ndim else value for name, value in batch.items()}
+        return student.first(number), teacher and teacher.first(number), rows
+
+    def _add_terms(self, terms: dict[str, Tensor], name: str, value: Tensor | dict[str, Tensor]) -> None:
+        """Add the weighted terms of a loss by their names in the log."""
+        for term, term_value in ({"": value} if isinstance(value, Tensor) else value).items():
+            key = f"loss_{name}_{term}" if term else f"loss_{name}"
+            if key in terms:
+                raise HfkdError(f"Two terms of the losses have the name '{key}': give '{name}' another name.")
+            terms[key] = self.losses[name].weight * term_value
+
+    def evaluate(self, batch: dict[str, Tensor], teacher: Outputs | None) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the weighted terms of the losses for images without labels, as `forward` does, and the logits (B, C).
+
+        Losses that read labels, or remember training images, are left out. Call it in `evaluating`.
+        """
+        student = self.predict(batch)
+        terms: dict[str, Tensor] = {}
+        with torch.autocast(student.logits.device.type, enabled=False):
+            for name, loss in self.losses.items():
+                if not (loss.reads_labels or loss.needs_index):
+                    self._add_terms(terms, name, loss(student, teacher, batch))
+        return terms, student.logits
+
+    @contextlib.contextmanager
+    def evaluating(self, network: nn.Module) -> Iterator[None]:
+        """Put the losses in evaluation mode, and a network with the student's layers in the student's place."""
+        student, classifiers, tapped = self.student, self.classifiers, self._tapped
+        self.student, self.classifiers = network, [find_classifier(network) for _ in classifiers]
+        if self.taps is not None:
+            self.taps.attach(network)
+        self.losses.eval()
+        try:
+            yield
+        finally:
+            self.losses.train()
+            remove_taps(network)
+            self.student, self.classifiers, self._tapped = student, classifiers, False
+            if tapped:
+                self.attach_taps()
 
     def _learn_labels(self, view: Outputs, labels: Tensor) -> Tensor:
         for label_loss in self._label_loss:

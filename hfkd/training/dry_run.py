@@ -17,6 +17,7 @@ from ..errors import HfkdError
 from ..networks.class_matching import class_names_of
 from ..networks.teacher import Teacher, TeacherEnsemble
 from ..teacher_cache.teacher import CachedTeacher
+from .checks import reads_classes
 from .distiller import Distiller
 
 
@@ -35,7 +36,7 @@ def dry_run(
         autocast: context of the student's forward.
 
     Returns:
-        The student's number of classes.
+        The student's number of classes, 0 without a classifier.
 
     Raises:
         HfkdError: if the classes of data, student and teacher do not agree, or a loss cannot work with the outputs.
@@ -52,7 +53,7 @@ def dry_run(
         raise HfkdError("The student's logits for the first images are NaN: give other weights, or check the images.")
     classes = student.logits.shape[1]
     needed = int(batch["labels"].max()) + 1 if source is None else source.num_classes
-    if classes < needed:
+    if 0 < classes < needed:  # without a classifier, it learns no labels
         raise HfkdError(
             f"The student has {classes} classes and the data set {needed}: build the student with num_classes={needed}."
         )
@@ -60,7 +61,9 @@ def dry_run(
     if teacher is not None:
         # The labels are in the data set's order, so its names decide.
         names = class_names_of(distiller.student) if source is None else source.class_names
-        teacher.align_classes(names if len(names) == classes else list(map(str, range(classes))), batch)
+        names = names if len(names) == classes else list(map(str, range(classes)))
+        compared = any(loss.needs_teacher and reads_classes(loss) for loss in distiller.losses.values())
+        teacher.align_classes(names, batch, required=compared)
         outputs = teacher(batch)
     for name, loss in distiller.losses.items():
         if loss.views == 2 and student.strong is None:

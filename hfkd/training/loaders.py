@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from ..data import ImageDataset, ImageSource, StreamingImageDataset
+from ..data import ImageDataset, ImageSource, MixedImageDataset, StreamingImageDataset, collate_batch
 from ..data.source import RowCache
 from ..data.subsets import image_source
 from ..errors import HfkdError
@@ -46,13 +46,15 @@ def place_images(
     Returns:
         The hfkd data set that is trained on, None for another one.
     """
-    for dataset in map(image_source, (train_dataset, *eval_sets)):
+    train_images = image_source(train_dataset)
+    parts = train_images.parts if isinstance(train_images, MixedImageDataset) else (train_images,)
+    for dataset in (*parts, *map(image_source, eval_sets)):
         if isinstance(dataset, ImageDataset) and args.dataloader_num_workers == 0:
             dataset.to(args.device)
             args.dataloader_pin_memory = False  # the batches are on the device already
-    train_images = image_source(train_dataset)
-    if train_images is not None:
-        train_images.views, train_images.cache = views, cache
+    for dataset in parts:
+        if dataset is not None:
+            dataset.views, dataset.cache = views, cache
     return train_images
 
 
@@ -117,6 +119,14 @@ def stream_loader(dataset: StreamingImageDataset, args: DistillationConfig, is_t
         prefetch_factor=args.dataloader_prefetch_factor,
         multiprocessing_context=args.dataloader_multiprocessing_context,
     )
+
+
+def plain_loader(dataset: ImageSource, batch_size: int, num_workers: int) -> DataLoader:
+    """Return a loader of all images in order, in finished batches, for one process and no trainer."""
+    if isinstance(dataset, StreamingImageDataset):
+        dataset.shard(0, 1, batch_size, drop_last=False)
+        return DataLoader(dataset, batch_size=None, num_workers=num_workers)
+    return DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=collate_batch)
 
 
 def evaluation_share(

@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from ..errors import HfkdError
 from ..names import hub_id, public_name
+from ..networks.headless import is_headless
 from ..networks.teacher import Teacher, TeacherEnsemble
 from ..recipe.arguments import DistillationConfig
 from ..runs.finished import BY_TOP1, best_words
@@ -31,8 +32,11 @@ logger = logging.get_logger(__name__)
 class ResultsWriter(TrainerCallback):
     """Callback that adds a row to `<output_dir>/results.json` after every evaluation.
 
-    A resumed run keeps the rows up to its checkpoint. Evaluations without a top-1, which a user's own metrics give, add
-    no row.
+    A resumed run keeps the rows up to its checkpoint. Evaluations without the measure, which a user's own metrics give,
+    add no row.
+
+    Args:
+        measure: figure that every row has: `eval_top1`, or `eval_loss` where there are no labels.
 
     Attributes:
         facts: facts of the run that are known before training: networks, losses, data set, published value, versions.
@@ -42,7 +46,8 @@ class ResultsWriter(TrainerCallback):
         planned_steps: number of steps of a run that is not stopped.
     """
 
-    def __init__(self):
+    def __init__(self, measure: str = "eval_top1"):
+        self.measure = measure
         self.facts: dict[str, Any] = {}
         self.rows: list[dict[str, Any]] = []
         self.planned_steps = 0
@@ -67,13 +72,13 @@ class ResultsWriter(TrainerCallback):
             prefix = f"eval_{self.first_set}_"
             metrics |= {f"eval_{key.removeprefix(prefix)}": metrics[key] for key in metrics if key.startswith(prefix)}
         finite = {key: value for key, value in metrics.items() if math.isfinite(value)}
-        if "eval_top1" not in metrics:
+        if self.measure not in metrics:
             for row in self.rows:
                 if row["step"] == state.global_step:  # of the first set, which is evaluated before the others
                     row |= finite
             self._write_file(args, state)
             return
-        if "eval_top1" not in finite:  # the run has diverged
+        if self.measure not in finite:  # the run has diverged
             return
             return
         now = time.perf_counter()
@@ -86,16 +91,24 @@ class ResultsWriter(TrainerCallback):
         self.rows = [other for other in self.rows if other["step"] != row["step"]] + [row]
         self._write_file(args, state)
 
+    def write_for(self, args) -> None:
+        """Write the file of a run without evaluations."""
+        if args.should_save:
+            self.write(Path(args.output_dir, RESULTS_NAME))
+
     def _write_file(self, args, state) -> None:
         if args.should_save and not state.is_hyper_param_search:  # a search stores its trials in its own database
             self.write(Path(args.output_dir, RESULTS_NAME))
 
     def text(self) -> str:
-        """Return a sentence with the best and the last top-1."""
+        """Return a sentence with the best and the last top-1, or loss."""
         best, last = self.best(), self.rows[-1]
         by = best_words(self._best_by)
-        at = "at its best" if by == "the highest top-1" else f"with {by}"
-        return f"Top-1: {best['eval_top1']:.2f} {at} (epoch {best['epoch']:g}), {last['eval_top1']:.2f} in the end."
+        by_top1 = self.measure == "eval_top1"
+        name, style = ("Top-1", ".2f") if by_top1 else ("Loss of the evaluation images", ".4g")
+        at = "at its best" if by == ("the highest top-1" if by_top1 else "the lowest loss") else f"with {by}"
+        shown = f"{best[self.measure]:{style}} {at} (epoch {best['epoch']:g}), {last[self.measure]:{style}} in the end."
+        return f"{name}: {shown}"
 
     @property
     def _best_by(self) -> dict[str, Any]:
@@ -141,6 +154,7 @@ def _former_rows(path: Path) -> list[dict[str, Any]]:
 
 def _summary(row: dict[str, Any]) -> dict[str, Any]:
     keys = ("epoch", "step", "eval_top1", "eval_top5", "eval_agreement")
+    keys += () if "eval_top1" in row else ("eval_loss",)
     summary = {key.removeprefix("eval_"): row[key] for key in keys if key in row}
     others = {key.removeprefix("eval_"): row[key] for key in row if key.startswith("eval_") and key not in SUMMED_UP}
     if others:
@@ -171,6 +185,7 @@ def run_facts(
     name_or_path = getattr(student, "name_or_path", "")  # only models of transformers have it
     origins = [hub_id(name_or_path), *(member.hub_id for member in (teacher.members if teacher else []))]
     cached = {"teacher_cache": teacher.settings()} if isinstance(teacher, CachedTeacher) else {}
+    backbone = {"has_classifier": False} if is_headless(student) else {}
     return {
         "role": role,
         "student": public_name(name_or_path, student),
@@ -180,6 +195,7 @@ def run_facts(
         **({"trained_parameters": _trained(student)} if args.freeze else {}),
         "teacher_parameters": teacher.parameter_count() if teacher else None,
         **cached,
+        **backbone,
         "losses": {name: loss.settings() for name, loss in losses.items()},
         "logit_standardization": args.logit_standardization,
         "ce_weight": args.ce_weight,

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 
-from ..data import ImageSource
+from ..data import ImageSource, MixedImageDataset
 from ..data.subsets import image_source
 from .loaders import first_set
+from .unlabelled import has_labels
 
 
 class RunBlock(TrainerCallback):
@@ -33,14 +34,19 @@ class RunBlock(TrainerCallback):
             return
         self.printed = True  # a search prints it for its first trial
         lines = {"device": _device(args), "data": self._data(), **self._networks(), "training": _training(args, state)}
+        if not has_labels(self.trainer.train_dataset):
+            lines["labels"] = "none in training: ce_weight is 0, and no loss reads labels"
         print("\n".join(f"{name:<10}{text}" for name, text in lines.items() if text), flush=True)
 
     def _data(self) -> str:
         trainer, facts = self.trainer, self.trainer.results.facts
         name = f"{facts['dataset']['name']}: " if facts["dataset"] else ""
         counts = [f"{_images(trainer.train_dataset)} training images"]
+        if isinstance(trainer.train_dataset, MixedImageDataset):
+            counts = [trainer.train_dataset.describe()]
         if trainer.eval_dataset is not None:
             counts.append(f"{_images(first_set(trainer.eval_dataset))} evaluation images")
+            counts[-1] += "" if has_labels(first_set(trainer.eval_dataset)) else " without labels"
         classes = [f"{trainer.num_classes} classes"] if trainer.num_classes else []
         source = image_source(trainer.train_dataset)
         size = [f"{source.image_size} x {source.image_size} pixels"] if source is not None else []
@@ -51,11 +57,20 @@ class RunBlock(TrainerCallback):
         number = f"{facts['parameters']:,} parameters"
         if "trained_parameters" in facts:
             number += f" ({facts['trained_parameters']:,} trained)"
-        lines = {self.trainer.exports.name: [facts["student"], number, self.weights.get("student")]}
+        trained = [facts["student"], number, self.weights.get("student")]
+        trained += [] if self.trainer.has_classifier else ["no classifier"]
+        lines = {self.trainer.exports.name: trained}
         if facts["teacher"] is not None:
             number = f"{facts['teacher_parameters']:,} parameters"
-            lines["teacher"] = [facts["teacher"], number, self.weights.get("teacher")]
+            lines["teacher"] = [facts["teacher"], number, self.weights.get("teacher"), _classes(self.trainer.teacher)]
         return {role: ", ".join(filter(None, parts)) for role, parts in lines.items()}
+
+
+def _classes(teacher: Any) -> str | None:
+    """Return what a teacher has in place of the student's classes; None if it has them."""
+    if teacher.shares_classes:
+        return None
+    return "its features only" if teacher.has_classifier else "no classifier"
 
 
 def _images(dataset: Any) -> str:

@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import nn
 from transformers import PreTrainedModel, set_seed
-from transformers.models.timm_wrapper import TimmWrapperForImageClassification
+from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperPreTrainedModel
 
 from ..data import ImageSource
 from ..data.subsets import image_source
@@ -68,7 +68,7 @@ def load_named_student(name_or_path: str, dataset: Any) -> PreTrainedModel:
     if source is None:
         return load_student(name_or_path, names)
     student = load_student(name_or_path, names, image_size=source.image_size if timm.is_model(name_or_path) else None)
-    if isinstance(student, TimmWrapperForImageClassification):  # what others prepare their images by
+    if isinstance(student, TimmWrapperPreTrainedModel):  # what others prepare their images by
         student.config.pretrained_cfg |= {"mean": source.mean, "std": source.std}
     return student
 
@@ -94,7 +94,7 @@ def _class_names(dataset: Any) -> list[str] | None:
 
 def own_processor(model: PreTrainedModel) -> Any:
     """Return the image processor of a model loaded by name; None for timm's, whose config.json says the same."""
-    return None if isinstance(model, TimmWrapperForImageClassification) else load_processor(model.name_or_path)
+    return None if isinstance(model, TimmWrapperPreTrainedModel) else load_processor(model.name_or_path)
 
 
 def _wrap(model: nn.Module, source: ImageSource | None) -> PreTrainedModel:

@@ -28,17 +28,21 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import TrainOutput, has_length
 from transformers.utils import logging
 
-from ..data import StreamingImageDataset, collate_batch
+from ..data import ImageSource, StreamingImageDataset, collate_batch
 from ..data.image_dataset import BATCH_ENTRIES
 from ..data.subsets import image_source
 from ..errors import HfkdError
 from ..losses import DistillationLoss, build_losses
 from ..losses.standardize import at_least_float32
+from ..networks.embeddings import recording_embeddings
+from ..networks.features import find_classifier
 from ..networks.gradient_checkpointing import use_gradient_checkpointing
+from ..networks.headless import is_headless
 from ..networks.loading import as_teacher, exported_state_dict
 from ..networks.origins import student_weights, teacher_weights
 from ..networks.teacher import Teacher, TeacherEnsemble
 from ..recipe.arguments import DistillationConfig
+from ..recipe.checks import check_probe, check_without_labels
 from ..runs.writing import finite_or_none, use_umask
 from ..teacher_cache.choices import kept_choices
 from ..teacher_cache.teacher import CachedTeacher
@@ -50,9 +54,11 @@ from .checks import (
     check_best_metric,
     check_given_optimizer,
     check_metric_settings,
+    check_mixed,
     check_roles,
     check_types,
     smallest_batch,
+    unlabelled_images,
 )
 from .distiller import Distiller
 from .divergence import Divergence
@@ -83,6 +89,7 @@ from .optimization import (
     scale_learning_rates,
 )
 from .preemption import StopOnSigterm
+from .probes import KNN, ProbedMetrics, between_probes, is_due
 from .pushes import Pushes
 from .results import ResultsWriter, run_facts
 from .run_block import RunBlock
@@ -97,6 +104,15 @@ from .student import (
 )
 from .teacher_report import TeacherReport
 from .term_log import TermLog
+from .unlabelled import (
+    TermMetrics,
+    check_can_measure_terms,
+    evaluated_batch,
+    has_labels,
+    measures_terms,
+    settle_best_metric,
+    uncounted_label,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -115,7 +131,8 @@ class DistillationTrainer(Trainer):
             takes; a list of them is an ensemble. A `CachedTeacher` reads stored logits. None: labels alone.
         args: the `DistillationConfig`.
         train_dataset, eval_dataset: a data set of `hfkd.data`, or any other whose batches hold `pixel_values`
-            (B, 3, H, W) and `labels` (B,), or whose items are pairs of image and label. Of several evaluation sets in
+            (B, 3, H, W) and `labels` (B,), or whose items are pairs of image and label. Images without a label have
+            the label -100. Of several evaluation sets in
             a dictionary, the first one's top-1 is that of `results.json`, where it has one.
         losses: in place of `args.losses`; values may also be `DistillationLoss` instances.
         model_init: in place of `model`, a function that makes a student, which `hyperparameter_search` needs. Every
@@ -127,17 +144,19 @@ class DistillationTrainer(Trainer):
     Attributes:
         distiller: student and losses, the one module that is trained.
         average: moving average of the student (`ema_decay`), or None; it is evaluated and exported.
-        num_classes: the student's number of classes; None without data.
+        num_classes: the student's number of classes, 0 without a classifier; None without data.
         results: rows and facts of `results.json`.
         exports: the exported model on disk.
         run_block: what is printed before training.
         stop_on_sigterm: ends training at SIGTERM, SIGINT or SIGHUP, or when its `time_is_up` says so.
 
     `evaluate()` gives `eval_loss` (cross-entropy), `eval_top1`, `eval_top5` and, with a teacher, `eval_agreement`
-    (share of images on which both choose the same class) and `eval_teacher_top1`, in percent. A distilled DeiT or PiT
-    of timm trains its class head by the cross-entropy and its distillation head by the losses that read logits;
-    evaluation and the exported student average the two. Where a loss changes the student (SimKD), `trainer.model` is
-    another network, made of a copy of `model`.
+    (share of images on which both choose the same class) and `eval_teacher_top1`, in percent. Of images without
+    labels, or for a student without classes, it gives the loss terms, their sum as `eval_loss`, and `eval_agreement`.
+    With `probe_every` also `eval_knn`, the top-1 of the nearest neighbours among the evaluation images. A distilled
+    DeiT or PiT of timm trains its class head by the cross-entropy and its distillation head by the losses that read
+    logits; evaluation and the exported student average the two. Where a loss changes the student (SimKD),
+    `trainer.model` is another network, made of a copy of `model`.
 
     Raises:
         HfkdError: before training starts, if losses, networks and data do not fit one another.
@@ -196,6 +215,8 @@ class DistillationTrainer(Trainer):
         weights |= {"teacher": teacher_weights(teacher)} if isinstance(teacher, str) else {}
         given: Any = args.losses if losses is None else losses  # args.losses is a mapping once args is built
         built = build_losses(given, args.logit_standardization)
+        if not has_labels(train_dataset):
+            check_without_labels(built, args, "the training images")
         self.teacher: Teacher | TeacherEnsemble | CachedTeacher | None = (
             teacher if isinstance(teacher, CachedTeacher) else as_teacher(teacher, args.logit_standardization)
         )
@@ -204,11 +225,18 @@ class DistillationTrainer(Trainer):
             model = load_named_student(model, first_set(eval_dataset) if train_dataset is None else train_dataset)
             kwargs["processing_class"] = kwargs.get("processing_class") or own_processor(model)
         check_roles(model, self.teacher, built, args)
+        check_mixed(train_dataset, self.teacher, args)
+        if eval_dataset is not None:
+            check_probe(args, has_labels(first_set(eval_dataset)))
+        by_terms = eval_dataset is not None and measures_terms(first_set(eval_dataset), model)
+        if by_terms:
+            check_can_measure_terms(self.teacher)
+            settle_best_metric(args)
         model = fit_student(model, self.teacher, built, args, train_dataset, first_set(eval_dataset))
         if isinstance(train_dataset, StreamingImageDataset):  # Trainer asks for its length at once
             train_dataset.shard(args.process_index, args.world_size, args.train_batch_size, args.dataloader_drop_last)
         self.run_block = RunBlock(self, weights)
-        self.results = ResultsWriter()
+        self.results = ResultsWriter("eval_loss" if by_terms else "eval_top1")
         self.divergence = Divergence(args, self.results)
         self.exports = Exports(args, self.results)
         # Before Trainer's constructor, which calls init_hf_repo. The reference is weak: a trainer in a circle of
@@ -231,9 +259,11 @@ class DistillationTrainer(Trainer):
         place_tensorboard(self.callback_handler.callbacks, Path(str(args.output_dir), "tensorboard"))
         self.results.facts = {"recipe": None, "dataset": None}  # a command that knows them sets them
         self.checkpoints = Checkpoints(args, self.accelerator.wait_for_everyone)
-        self.teacher_memory = TeacherMemory(self.teacher, args.device, kept_choices(self.teacher, args))
+        kept = kept_choices(self.teacher, args)  # before `_begin`, where the teacher's weights are rounded
         self._continue_log = ContinueLog(self, self.term_log)
         self._keep_logits = self._asks_teacher = False
+        self._term_metrics: TermMetrics | None = None
+        self._probe: ProbedMetrics | None = None
         self._steps_per_epoch = 1  # known once training begins, when a schedule that a user has created is replaced
         self.results.first_set = next(iter(eval_dataset), None) if isinstance(eval_dataset, dict) else None
         self._whole_state: dict[str, Tensor] | None = None
@@ -251,10 +281,19 @@ class DistillationTrainer(Trainer):
         for callback in (*callbacks, self.divergence):  # the last one takes back a checkpoint that others ask for
             self.add_callback(callback)
         self._begin(built)
+        comparable = self.teacher is not None and self.teacher.shares_classes
+        self.teacher_memory = TeacherMemory(self.teacher if comparable else None, args.device, kept)
         check_metric_settings(self.model, eval_dataset, args)
         check_given_optimizer(self.optimizer, self.distiller, args)
+        if args.probe_every is not None:
+            find_classifier(self.model)
         if asks_for_best(args) and eval_dataset is not None:
             check_best_metric(args.metric_for_best_model, eval_dataset, self._metric_names())
+
+    @property
+    def has_classifier(self) -> bool:
+        """False for a student that is a backbone, which has no top-1."""
+        return not is_headless(self.model)
 
     # ---- One run: the only one, or a trial of a search -------------------------------------------------------------
 
@@ -280,9 +319,9 @@ class DistillationTrainer(Trainer):
         if self.teacher is not None:
             images = batch_spec(self.train_dataset, first_set(self.eval_dataset), self.model)
             prepare_teacher(self.teacher, self.model, losses, args, images, autocast_dtype)
-        labels_alone = cross_entropy(args, self.train_dataset)
-        own = self.compute_loss_func, labels_alone
-        self.distiller = Distiller(self.model, losses, args.ce_weight, *own, frozen_norms)
+        own = self.compute_loss_func, cross_entropy(args, self.train_dataset)
+        added = unlabelled_images(self.train_dataset)
+        self.distiller = Distiller(self.model, losses, args.ce_weight, *own, frozen_norms, added)
         self.results.facts |= run_facts(self.exports.name, self.model, self.teacher, losses, args)
         if self.compute_loss_func is not None:
             kind = type(self.compute_loss_func).__name__
@@ -320,7 +359,7 @@ class DistillationTrainer(Trainer):
         classes = dry_run(self.distiller, self.teacher, batch, self.train_dataset, eval_set, autocast)
         self.num_classes = classes
         if self.args.mixes:
-            self._mixup = Mixup(self.args.mixup, self.args.cutmix, label_smoothing=0.0, num_classes=classes)
+            self._mixup = Mixup(self.args.mixup, self.args.cutmix, label_smoothing=0.0, num_classes=max(1, classes))
         return batch
 
     def _first_images(self, dataset) -> dict[str, Tensor] | None:
@@ -336,13 +375,24 @@ class DistillationTrainer(Trainer):
         """Return the names that an evaluation gives; None if a user's function does not tell from two images."""
         if self.args.prediction_loss_only:
             return ["loss"]
-        own = own_names(with_teacher=self.teacher is not None)
+        probed = [] if self.args.probe_every is None else [KNN]
+        if measures_terms(first_set(self.eval_dataset), self.model):
+            return [*self._term_names(), *probed]
+        own = [*own_names(with_teacher=self.teacher_memory.teacher is not None), *probed]
         if self.compute_metrics is None:
             return own
         batch: Any = self._first_images(first_set(self.eval_dataset))
         metrics = self._evaluation_metrics(keeps_logits=True)
         users = names_of_users(metrics, batch["labels"], self.args.batch_eval_metrics)
         return None if users is None else own + users
+
+    def _term_names(self) -> list[str]:
+        dataset = first_set(self.eval_dataset)
+        metrics = TermMetrics(uncounted_label(dataset))
+        with torch.no_grad(), self.distiller.evaluating(self.model):
+            batch: Any = self._first_images(dataset)
+            self._evaluated_terms(batch, metrics)
+        return ["loss", *metrics.names]
 
     def _hp_search_setup(self, trial):
         # Trainer calls it in every `train()`, after model_init has made a student. It sets the values of the trial, and
@@ -461,7 +511,9 @@ class DistillationTrainer(Trainer):
         batch = {**inputs, "progress": progress, "step": torch.full((), self.state.global_step, device=device)}
         if self._mixup is not None:
             # It draws from numpy's generator, whose state is in Trainer's checkpoints, and which no hfkd data set uses.
-            batch["pixel_values"], batch["labels"] = self._mixup(batch["pixel_values"], batch["labels"])
+            batch["pixel_values"], mixed = self._mixup(batch["pixel_values"], batch["labels"].clamp(min=0))
+            if has_labels(self.train_dataset):
+                batch["labels"] = mixed
         self.distiller.attach_taps()  # unless they are; an earlier `train()` has removed them
         teacher = self.teacher(batch) if self.distiller.needs_teacher else None
         with self.backend.autocast():
@@ -483,8 +535,10 @@ class DistillationTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         if isinstance(self.train_dataset, StreamingImageDataset):
             return without_signals(stream_loader(self.train_dataset, self.args, is_training=True))
+        drawn = self._train_batch_size - unlabelled_images(self.train_dataset)  # the data set adds the others
         with changed_for_now(self.args, **self._columns(self.train_dataset)):
-            return without_signals(super().get_train_dataloader())
+            with changed_for_now(self, _train_batch_size=drawn):
+                return without_signals(super().get_train_dataloader())
 
     def _columns(self, dataset) -> dict[str, bool]:
         """Return the changed settings under which a data set's loader is built: hfkd's batches are whole already."""
@@ -575,7 +629,13 @@ class DistillationTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Evaluate as Trainer does; `results.json` gets a row for `eval_dataset` of the constructor, not for others."""
+        """Evaluate as Trainer does; `results.json` gets a row for `eval_dataset` of the constructor, not for others.
+
+        Raises:
+            HfkdError: for a student without a classifier, if there are no losses either.
+        """
+        if not self.has_classifier and not self.distiller.losses:
+            raise HfkdError("The student has no classifier, and so no top-1 that could be evaluated.")
         self.results.recording = self.eval_dataset is None or self._is_own(eval_dataset)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
@@ -597,7 +657,13 @@ class DistillationTrainer(Trainer):
         predicting = description == "Prediction"
         self._asks_teacher = not predicting
         self._keep_logits = predicting or self.compute_metrics is not None
-        metrics = self._evaluation_metrics(self._keep_logits)
+        by_terms = not predicting and measures_terms(dataloader.dataset, self.model)
+        self._term_metrics = TermMetrics(uncounted_label(dataloader.dataset)) if by_terms else None
+        self._keep_logits = self._keep_logits and not by_terms
+        metrics: Any = self._term_metrics or self._evaluation_metrics(self._keep_logits)
+        probing = not predicting and has_labels(dataloader.dataset) and is_due(self.args, self.state)
+        self._probe = ProbedMetrics(metrics, uncounted_label(dataloader.dataset)) if probing else None
+        metrics = self._probe or metrics
         users = {"compute_metrics": metrics, "preprocess_logits_for_metrics": metrics.preprocess}
         if self.compute_metrics is None:
             prediction_loss_only = None  # `evaluate` takes it for a sign that there is nothing to compute
@@ -606,7 +672,14 @@ class DistillationTrainer(Trainer):
         if streamed:  # nothing to leave out: its padding is marked, and accelerate does not know its length
             self.gather_function = self.accelerator.gather
         try:
-            with self._compiling(), changed_for_now(self, **users), own_forward(self.model):
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(self._compiling())
+                stack.enter_context(changed_for_now(self, **users))
+                stack.enter_context(own_forward(self.model))
+                if by_terms:
+                    stack.enter_context(self.distiller.evaluating(self.model))
+                if self._probe is not None:
+                    self._probe.embeddings = stack.enter_context(recording_embeddings(self.model))
                 output = super().evaluation_loop(
                     dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
                 )
@@ -626,10 +699,13 @@ class DistillationTrainer(Trainer):
     def teacher_top1(self) -> float | None:
         """Return the teacher's top-1 in percent on `eval_dataset`; all processes must call it.
 
-        Evaluations then find the teacher's choices remembered. None without a teacher, or where nothing is remembered.
+        Evaluations then find the teacher's choices remembered. None without a teacher that has the student's classes,
+        or where nothing is remembered.
         """
         dataset = self.eval_dataset
-        if self.teacher is None or dataset is None or isinstance(dataset, dict):
+        if self.teacher_memory.teacher is None or dataset is None or isinstance(dataset, dict):
+            return None
+        if measures_terms(dataset, self.model):
             return None
         self.teacher_memory.open(dataset)
         with torch.random.fork_rng([]):  # a loader draws from it, and the training must not depend on this
@@ -638,9 +714,20 @@ class DistillationTrainer(Trainer):
 
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Return loss, outputs and labels of a batch; the outputs are those that `EvaluationMetrics` describes."""
+        """Return loss, outputs and labels of a batch; the outputs are those that the metrics describe."""
+        loss, outputs, labels = self._evaluated(model, inputs, prediction_loss_only)
+        if self._probe is not None and labels is not None:
+            outputs = self._probe.paired(outputs, labels)
+        return loss, outputs, labels
+
+    def _evaluated(self, model, inputs, prediction_loss_only: bool) -> tuple[Tensor | None, Any, Tensor | None]:
         inputs = self._prepare_inputs(inputs)
         labels = inputs.get("labels")
+        if self._term_metrics is not None:
+            figures = self._evaluated_terms(inputs, self._term_metrics)
+            return (figures.sum(dim=1).mean(), None, None) if prediction_loss_only else (None, figures, labels)
+        if labels is not None and not self._asks_teacher and bool((labels == ImageSource.IGNORED).all()):
+            labels = None  # `predict` on images without labels
         with self.backend.autocast():
             logits = at_least_float32(self.backend.predict(self.distiller, model)(inputs["pixel_values"]))
         self.divergence.watch(logits)
@@ -651,6 +738,19 @@ class DistillationTrainer(Trainer):
         choice = self.teacher_memory.choice(inputs) if self._asks_teacher else None
         outputs = (*ranked_predictions(logits, labels), choice, logits if self._keep_logits else None)
         return None, tuple(output for output in outputs if output is not None), labels
+
+    def _evaluated_terms(self, inputs: dict[str, Tensor], metrics: TermMetrics) -> Tensor:
+        """Return the loss terms and the agreement with the teacher for each image of a batch, (B, T)."""
+        batch = evaluated_batch(inputs, list(self.distiller.losses.values()), metrics.uncounted)
+        asked = self.teacher
+        teacher = None if asked is None else asked(batch)
+        with self.backend.autocast():
+            terms, logits = self.distiller.evaluate(batch, teacher)
+        self.divergence.watch(torch.stack([*terms.values(), logits.sum()]))
+        agreeing = None
+        if asked is not None and teacher is not None and asked.shares_classes:
+            agreeing = logits.argmax(dim=1) == teacher.logits.argmax(dim=1)
+        return metrics.rows(terms, agreeing, inputs["labels"])
 
     # ---- Checkpoints -----------------------------------------------------------------------------------------------
 
@@ -708,6 +808,7 @@ class DistillationTrainer(Trainer):
         # diverged never is. Where no best model is asked for, Trainer would miss the default metric among those of
         # several data sets.
         known = asks_for_best(self.args) or f"eval_{self.args.metric_for_best_model}" in metrics
+        known = known and not between_probes(self.args.metric_for_best_model, metrics)
         is_best = known and self.divergence.logits_are_finite and super()._determine_best_metric(metrics, trial)
         self.state.best_metric = finite_or_none(self.state.best_metric)  # Trainer begins with an infinite one
         return is_best or self.stop_on_sigterm.stopping

@@ -289,12 +289,13 @@ def save_backbone(folder):
     BitImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}).save_pretrained(folder)
 
 
-def test_a_backbone_is_a_student_and_no_teacher(monkeypatch):
+def test_a_backbone_is_a_student_and_no_classifier(monkeypatch):
     save_backbone("backbone")
     with pytest.raises(
         ValueError, match="backbone .*its classifier is not in the checkpoint .classifier.bias, classifi"
     ):
-        load_teacher("backbone")
+        load_pretrained("backbone")
+    assert not load_teacher("backbone").has_classifier
     told = []
     monkeypatch.setattr(sources.logger, "warning", told.append)
     assert load_student("backbone", num_classes=2).num_labels == 2  # as many as the configuration says

@@ -104,8 +104,14 @@ def test_batch_norm_sees_the_images_of_one_process(runs):
 
 def test_evaluation_sees_every_image_once(runs):
     one, first, second = (run["kd"] for run in runs[:3])
-    for key in ("eval_loss", "eval_top1", "eval_top5", "eval_agreement", "eval_teacher_top1"):
+    for key in ("eval_loss", "eval_top1", "eval_top5", "eval_agreement", "eval_teacher_top1", "eval_knn"):
         assert first["metrics"][key] == second["metrics"][key] == pytest.approx(one["metrics"][key])
+
+
+def test_an_evaluation_without_labels_is_that_of_one_process(runs):
+    one, first, second = (run["unlabelled"]["metrics"] for run in runs[:3])
+    for key in ("eval_loss", "eval_loss_kd", "eval_loss_token_mse", "eval_agreement"):
+        assert first[key] == second[key] == pytest.approx(one[key], rel=1e-5)
 
 
 def test_all_processes_hold_the_same_memories(runs):
