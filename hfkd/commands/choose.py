@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from ..data import IndexedImageSource
 from ..errors import HfkdError, RunError
+from ..losses import build_losses
 from ..networks.loading import check_model, input_spec
 from ..recipe.arguments import DataArguments, DistillationConfig, ModelArguments
 from ..recipe.differences import recipe_differences
@@ -38,7 +39,7 @@ from ..search.verdict import gains, page
 from ..training.teacher_report import TeacherReport
 from ..training.trainer import DistillationTrainer
 from .arguments import parse_known, split_subject
-from .build import build_student, held_out_sets, load_splits, load_teachers, open_cache
+from .build import build_student, check_teachers, held_out_sets, load_splits, load_teachers, open_cache
 from .train import train_first
 from .without_recipe import with_recipe
 
@@ -87,6 +88,8 @@ def choose(argv: list[str] | None = None) -> str:
         raise HfkdError(f"A choice runs in one process, and {config.world_size} were started.")
     if data_args.streaming:
         raise HfkdError("No images of a stream can be held out: set streaming: false.")
+    if data_args.unlabelled_dataset_name is not None:
+        raise HfkdError("A choice trains on one data set: leave unlabelled_dataset_name out, and set it in the runs.")
     if not (model_args.teacher_name_or_path or model_args.teacher_cache):
         raise HfkdError("A choice needs a teacher: set teacher_name_or_path.")
     folder = Path(choice_args.choose_dir or Path("runs", "choose", find_recipe(argv[0]).name))
@@ -134,9 +137,16 @@ class Trainings:
     ):
         logging.disable_progress_bar()
         check_model(model_args.student_name_or_path, model_args.trust_remote_code)
-        self.teacher = open_cache(model_args) if model_args.teacher_cache else load_teachers(model_args)
+        if not model_args.teacher_cache:
+            check_teachers(model_args, build_losses({"kd": {}}, False))  # nearly all candidates read logits
         self.config, self.folder = config, folder
         splits = load_splits(data_args)
+        if not splits[0].has_labels:
+            raise HfkdError(
+                f"A choice looks for the highest top-1, and {splits[0].name} has no labels: give data with labels."
+            )
+        cached = open_cache(model_args) if model_args.teacher_cache else None
+        self.teacher = cached or load_teachers(model_args, splits[0].class_names)
         self.make_student: Callable = lambda: build_student(model_args, data_args, splits[0].class_names)
         set_seed(config.seed)
         self.train_set, held = held_out_sets(splits[0], input_spec(self.make_student()), data_args, config, held_out)
