@@ -89,8 +89,8 @@ USED = (
 # Attributes that are read or set from outside, and the class or function whose code must mention them.
 ATTRIBUTES = {
     "transformers.Trainer": "_tr_loss _globalstep_last_logged _created_lr_scheduler is_fsdp_enabled model_wrapped "
-    "is_deepspeed_enabled callback_handler gather_function loss_is_scaled_for_ga hub_model_id "
-    "_signature_columns compute_loss_func compute_metrics preprocess_logits_for_metrics",
+    "is_deepspeed_enabled callback_handler gather_function model_accepts_loss_kwargs hub_model_id "
+    "_signature_columns compute_metrics preprocess_logits_for_metrics",
     "transformers.TrainingArguments": "_n_gpu",
     "transformers.core_model_loading.revert_weight_conversion": "_weight_conversions",
     "accelerate.data_loader.DataLoaderAdapter": "base_dataloader",
