@@ -26,6 +26,7 @@ HANDWRITTEN = ("## When to take it", "## Faults of the release")  # sections of 
 FROM_ELSEWHERE = {  # pages of the site whose text lies outside docs/
     "index.md": "README.md",
     "contributing.md": "CONTRIBUTING.md",
+    "changelog.md": "CHANGELOG.md",
     "measured.md": "recipes/README.md",
     "imagenet.md": "recipes/imagenet/README.md",
 }

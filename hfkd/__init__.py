@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # for type checkers and editors, which do not run __getattr__
     from .teacher_cache.teacher import CachedTeacher
     from .training.trainer import DistillationTrainer
 
-__version__ = "0.1.0"
+__version__ = "0.1.0.dev0"  # the only place of the version; see CONTRIBUTING.md, "Release"
 
 __all__ = [
     "CachedTeacher",

@@ -6,6 +6,7 @@ import re
 import pytest
 from helpers import ROOT
 
+import hfkd
 from hfkd.cli import COMMANDS
 from hfkd.losses import LOSSES
 from hfkd.recipe.reading import KEYS
@@ -94,6 +95,11 @@ def test_tables_name_what_exists(hooks):
     for message in messages:
         parts = [re.escape(part) for part in re.split(r"'?\.\.\.'?", message)]
         assert re.search(".*".join(parts), source), f"no message has {message!r}"
+
+
+def test_the_page_on_versions_lists_the_public_names():
+    row = re.search(r"(?m)^\| the names of `hfkd.__all__` \| (.*) \|$", (ROOT / "docs" / "stability.md").read_text())[1]
+    assert re.findall(r"`(\w+)`", row) == hfkd.__all__
 
 
 def test_pages_name_commands_that_exist():

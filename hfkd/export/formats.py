@@ -165,7 +165,10 @@ def _write_onnx(program: ExportedProgram, path: Path, preprocessing: str, output
             f"The weights take {size / 1e9:.1f} GB, and one ONNX file holds less than 2 GiB: give --format torch."
         )
     try:
-        converted = torch.onnx.export(program, input_names=[INPUT], output_names=[output], verbose=False)
+        axes = ({0: "batch"},)  # of an exported program torch takes the names alone
+        converted = torch.onnx.export(
+            program, input_names=[INPUT], output_names=[output], dynamic_shapes=axes, verbose=False
+        )
     except torch.onnx.errors.OnnxExporterError as error:
         found = re.search(r"op='([\w.]+)'|target=torch\.ops\.([\w.]+)", str(error))
         operator = f"the operator {found[1] or found[2]}" if found else f"this model ({_first_line(error)})"
@@ -173,7 +176,6 @@ def _write_onnx(program: ExportedProgram, path: Path, preprocessing: str, output
             f"ONNX cannot express {operator}. Write that part of the model with other operators of torch, or give "
             "--format torch."
         ) from error
-    converted.rename_axes({converted.model.graph.inputs[0].shape[0]: "batch"})
     converted.model.metadata_props[METADATA] = preprocessing
     converted.save(path, external_data=False)
 

@@ -73,7 +73,7 @@ def write_card(
         card_text.heading(title),
         card_text.summary(results),
         card_text.results_section(results, _draw(results, folder / FIGURE_NAME)),
-        card_text.usage_section(config, repo_id),
+        card_text.usage_section(config, repo_id, results),
         card_text.method_section(results),
         card_text.training_section(results, recipe),
     ]

@@ -146,14 +146,14 @@ def _epochs(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {f"**{name}**, these weights" if exported in name else name: row for name, row in epochs.items()}
 
 
-def usage_section(config: dict[str, Any] | None, repo_id: str | None) -> str:
+def usage_section(config: dict[str, Any] | None, repo_id: str | None, results: dict[str, Any]) -> str:
     """Return code that loads the model and classifies an image, for every library that can load it."""
     if config is None:
         return "## Use\n\n`model.safetensors` holds the state dict of a module that is not part of this repository."
     registering, parts = "", ["## Use"]
     if library_of(config) == "hfkd":
         registering = f"import hfkd  # registers {config['architecture']} with timm\n"
-        parts.append("`pip install hfkd` first: its import makes the architecture known to both libraries.")
+        parts.append(f"{_install(results)} Its import makes the architecture known to both libraries.")
     parts.append("With transformers:")
     parts += [
         fenced("python", registering + template.strip().format(model=repo_id or LOCAL_FOLDER))
@@ -163,6 +163,16 @@ def usage_section(config: dict[str, Any] | None, repo_id: str | None) -> str:
         name = f"hf-hub:{repo_id}" if repo_id else f"local-dir:{LOCAL_FOLDER}"
         parts += ["With timm:", fenced("python", registering + TIMM_CODE.strip().format(model=name))]
     return "\n\n".join(parts)
+
+
+def _install(results: dict[str, Any]) -> str:
+    """Return how to install the hfkd that trained the model: only a release has a version that pip finds."""
+    version, commit = results["versions"].get("hfkd"), results["git_commit"]
+    if commit:
+        return f"Install hfkd first, from a checkout: the model was trained with its commit {code(commit)}."
+    if version and re.fullmatch(r"\d+(\.\d+)*", version):
+        return f"`pip install hfkd=={version}` first."
+    return f"Install hfkd first, from a checkout: the model was trained with {code(version)}, which is no release."
 
 
 def library_of(config: dict[str, Any] | None) -> str | None:

@@ -55,6 +55,7 @@ class Key:
 _TRANSFORMERS = {
     # Optimisation
     **dict.fromkeys(("num_train_epochs", "max_steps", "warmup_steps"), Key(RESULT, schedule=True)),
+    "warmup_ratio": Key(RESULT),  # until transformers 5.15
     **dict.fromkeys(("learning_rate", "weight_decay"), Key(RESULT, searchable=True)),
     **dict.fromkeys(("seed", "data_seed"), Key(RESULT, seed=True)),
     **dict.fromkeys(
@@ -118,6 +119,7 @@ _TRANSFORMERS = {
         ),
         Key(OUTPUT, private=True),
     ),
+    "logging_dir": Key(OUTPUT, private=True),  # until transformers 5.15
     **dict.fromkeys(("disable_tqdm", "report_to"), Key(OUTPUT)),
     **dict.fromkeys(
         (

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from .. import __version__
 from ..errors import HfkdError
 from ..names import RESULTS_NAME as RESULTS_NAME
 from ..names import ROLES as ROLES
@@ -38,7 +39,7 @@ def check_writable(folder: Path, key: str) -> None:
 
 def environment() -> dict[str, Any]:
     """Return the versions of the libraries, and the commit of hfkd if it runs from a git checkout."""
-    versions = {"python": platform.python_version(), "hfkd": version("hfkd")}
+    versions = {"python": platform.python_version(), "hfkd": __version__}
     versions |= {name: version(name) for name in LIBRARIES}
     return {"versions": versions, "git_commit": _git_commit()}
 

@@ -117,7 +117,8 @@ def stream_loader(dataset: StreamingImageDataset, args: DistillationConfig, is_t
         # The workers of an evaluation would wait through the training that follows.
         persistent_workers=is_training and workers > 0 and args.dataloader_persistent_workers,
         prefetch_factor=args.dataloader_prefetch_factor,
-        multiprocessing_context=args.dataloader_multiprocessing_context,
+        # transformers has this key since 5.16.
+        multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None),
     )
 
 

@@ -173,9 +173,6 @@ class DistillationTrainer(Trainer):
     _signature_columns: list[str]  # type: ignore[assignment]  # Trainer's: only None
     hub_model_id: str | None  # type: ignore[assignment]  # Trainer's: only None
 
-    # compute_loss returns a mean over its batch: Trainer divides it by the number of accumulated batches.
-    loss_is_scaled_for_ga = False
-
     def __init__(
         self,
         model: nn.Module | str | None = None,
@@ -246,10 +243,14 @@ class DistillationTrainer(Trainer):
         self.stop_on_sigterm = StopOnSigterm()
         self.term_log = TermLog()
         kwargs["data_collator"] = kwargs.get("data_collator") or collate_batch
+        self._label_loss = kwargs.pop("compute_loss_func", None)
         # Trainer's own label smoothing, which nothing here calls, would need a model of transformers.
         with changed_for_now(args, label_smoothing_factor=0.0):
             super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
 
+        # compute_loss returns a mean over its batch, which Trainer divides by the number of accumulated batches: unless
+        # the model counts the labels of all of them, or a user's function, which it is not to know, may do so.
+        self.model_accepts_loss_kwargs = False
         self._signature_columns = list(BATCH_ENTRIES)  # what remove_unused_columns keeps, whatever the student takes
         if model_init is not None:  # Trainer takes one or the other
             self.model_init = model_init
@@ -319,13 +320,13 @@ class DistillationTrainer(Trainer):
         if self.teacher is not None:
             images = batch_spec(self.train_dataset, first_set(self.eval_dataset), self.model)
             prepare_teacher(self.teacher, self.model, losses, args, images, autocast_dtype)
-        own = self.compute_loss_func, cross_entropy(args, self.train_dataset)
+        own = self._label_loss, cross_entropy(args, self.train_dataset)
         added = unlabelled_images(self.train_dataset)
         self.distiller = Distiller(self.model, losses, args.ce_weight, *own, frozen_norms, added)
         self.results.facts |= run_facts(self.exports.name, self.model, self.teacher, losses, args)
-        if self.compute_loss_func is not None:
-            kind = type(self.compute_loss_func).__name__
-            self.results.facts["label_loss"] = getattr(self.compute_loss_func, "__name__", kind)
+        if self._label_loss is not None:
+            kind = type(self._label_loss).__name__
+            self.results.facts["label_loss"] = getattr(self._label_loss, "__name__", kind)
         self.results.rows = []
         self.divergence.start()
         self.term_log.start()

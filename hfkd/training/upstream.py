@@ -17,11 +17,11 @@ from typing import Any
 from ..errors import HfkdError
 
 KNOWN_TO_WORK = {
-    "transformers": "5.20.2 to 5.24.0",
-    "accelerate": "1.15.0",
-    "datasets": "5.2.0",
+    "transformers": "5.4.0 and 5.20.2 to 5.24.0",
+    "accelerate": "1.11.0 and 1.15.0",
+    "datasets": "4.4.0 and 5.2.0",
     "timm": "1.0.31",
-    "torch": "2.14.1 and 2.15.0",
+    "torch": "2.10.0, 2.14.1 and 2.15.0",
 }
 
 # Methods of transformers' Trainer that `trainer.py` overrides, with the parameters that they are called with. One that
@@ -89,8 +89,8 @@ USED = (
 # Attributes that are read or set from outside, and the class or function whose code must mention them.
 ATTRIBUTES = {
     "transformers.Trainer": "_tr_loss _globalstep_last_logged _created_lr_scheduler is_fsdp_enabled model_wrapped "
-    "is_deepspeed_enabled callback_handler gather_function loss_is_scaled_for_ga hub_model_id "
-    "_signature_columns compute_loss_func compute_metrics preprocess_logits_for_metrics",
+    "is_deepspeed_enabled callback_handler gather_function model_accepts_loss_kwargs hub_model_id "
+    "_signature_columns compute_metrics preprocess_logits_for_metrics",
     "transformers.TrainingArguments": "_n_gpu",
     "transformers.core_model_loading.revert_weight_conversion": "_weight_conversions",
     "accelerate.data_loader.DataLoaderAdapter": "base_dataloader",

@@ -203,12 +203,26 @@ def test_the_code_runs(make, registers, capsys):
         exec(program.replace("path/to/this/folder", "export"), {})
         printed = capsys.readouterr().out.strip()
         assert (eval(printed)[0]["label"] if "pipeline" in program else printed) == expected
-    assert ("pip install hfkd" in text) == registers
+    assert ("Install hfkd first" in text) == registers
 
     write_card("export", "me/small")
     of_the_hub = "\n".join(blocks(Path("export/README.md").read_text(), "python"))
     assert of_the_hub.count('"me/small"') == 3 and "path/to" not in of_the_hub
     assert ('"hf-hub:me/small"' in of_the_hub) == (len(programs) == 3)
+
+
+@pytest.mark.parametrize(
+    "version, commit, expected",
+    [
+        ("1.2.0", None, "`pip install hfkd==1.2.0` first. Its"),
+        ("1.2.0", "0123abc", "from a checkout: the model was trained with its commit `0123abc`. Its"),
+        ("1.3.0.dev0", None, "from a checkout: the model was trained with `1.3.0.dev0`, which is no release. Its"),
+    ],
+)
+def test_the_card_installs_the_hfkd_that_trained_the_model(version, commit, expected):
+    """pip finds releases alone, and another version may build the architecture otherwise."""
+    text = written("export", RESULTS | {"versions": {"hfkd": version}, "git_commit": commit}).text
+    assert expected in text and text.count("pip install") == (commit is None and version == "1.2.0")
 
 
 @pytest.mark.parametrize(

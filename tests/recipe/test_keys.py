@@ -40,6 +40,7 @@ PRIVATE = {
         "hub_private_repo",
         "hub_always_push",
         "hub_revision",
+        "logging_dir",
     ),
 }
 FREE = PRIVATE | {
