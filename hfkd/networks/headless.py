@@ -61,6 +61,11 @@ class HeadlessNetwork(nn.Module):
     def embed(self, pixel_values: Tensor) -> Tensor:
         """Return the embedding (B, D) of images."""
         self._sides = pixel_values.shape[2:]
+        if min(self._sides) < (_patch_size(self.backbone) or 1):
+            raise WrongTypeError(
+                f"{type(self.backbone).__name__} cuts images into patches of {_patch_size(self.backbone)} pixels, and "
+                f"these have {tuple(self._sides)}: give larger images."
+            )
         features, pooled = self._features(pixel_values)
         features = self.last_map(features[..., None, None] if features.ndim == 2 else features)
         return self._average(features) if pooled is None else pooled.flatten(1)
@@ -87,11 +92,7 @@ class HeadlessNetwork(nn.Module):
         return self.as_map(features).mean(dim=(2, 3))
 
     def as_map(self, features: Tensor) -> Tensor:
-        """Return tokens (B, N, C) or a map in the backbone's layout as a map (B, C, H, W); any other tensor as it is.
-
-        Raises:
-            WrongTypeError: for tokens that form no grid.
-        """
+        """Return tokens (B, N, C) or a map in the backbone's layout as a map (B, C, H, W); any other tensor as it is."""
         if features.ndim == 4 and getattr(self.backbone, "output_fmt", None) == "NHWC":  # such as timm's Swin
             return features.permute(0, 3, 1, 2)
         if features.ndim != 3:
@@ -110,11 +111,6 @@ class HeadlessNetwork(nn.Module):
             if 0 < height * width <= tokens.shape[1]:
                 return height, width
         side = math.isqrt(tokens.shape[1])  # of a network with stages, whose tokens become fewer
-        if side == 0 or (patch is not None and min(self._sides) < patch):
-            raise WrongTypeError(
-                f"{type(self.backbone).__name__} gives {tuple(tokens.shape)} for images of {tuple(self._sides)} pixels "
-                f"and patches of {patch}: expected the tokens (B, N, C) of a grid. Give larger images."
-            )
         return side, side
 
 
@@ -165,6 +161,8 @@ def _check_takes_images(model: PreTrainedModel) -> None:
         raise HfkdError(
             f"{name} takes more than images: give its vision tower, such as CLIPVisionModel.from_pretrained(...)."
         )
+    if getattr(model.config, "mask_ratio", None):
+        raise HfkdError(f"{name} leaves patches out at random: save its weights as a ViTModel and give that.")
     if _takes(model, "spatial_shapes"):
         raise HfkdError(f"{name} takes patches of images of any shape, which is not supported: give a model of SigLIP.")
 
