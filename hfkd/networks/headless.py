@@ -14,6 +14,7 @@ from transformers.models.timm_wrapper import TimmWrapperModel
 from ..errors import HfkdError, WrongTypeError
 
 LAST_MAP = "last_map"
+MAX_PREFIX = 8  # class, distillation and register tokens of a network that does not state its patches
 
 
 class HeadlessNetwork(nn.Module):
@@ -92,7 +93,11 @@ class HeadlessNetwork(nn.Module):
         return self.as_map(features).mean(dim=(2, 3))
 
     def as_map(self, features: Tensor) -> Tensor:
-        """Return tokens (B, N, C) or a map in the backbone's layout as a map (B, C, H, W); any other tensor as it is."""
+        """Return tokens (B, N, C) or a map in the backbone's layout as a map (B, C, H, W), other tensors as they are.
+
+        Raises:
+            WrongTypeError: for tokens that form no grid.
+        """
         if features.ndim == 4 and getattr(self.backbone, "output_fmt", None) == "NHWC":  # such as timm's Swin
             return features.permute(0, 3, 1, 2)
         if features.ndim != 3:
@@ -111,6 +116,11 @@ class HeadlessNetwork(nn.Module):
             if 0 < height * width <= tokens.shape[1]:
                 return height, width
         side = math.isqrt(tokens.shape[1])  # of a network with stages, whose tokens become fewer
+        if tokens.shape[1] - side * side > MAX_PREFIX:
+            raise WrongTypeError(
+                f"{type(self.backbone).__name__} gives {tokens.shape[1]} tokens for an image: expected those of a "
+                f"square grid behind at most {MAX_PREFIX} others."
+            )
         return side, side
 
 
