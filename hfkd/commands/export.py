@@ -14,11 +14,13 @@ from torch import nn
 
 from .. import __version__
 from ..errors import HfkdError
-from ..export.formats import FORMATS, PREPROCESSING_NAME, FileFormat, FileModel, write_model
+from ..export.formats import FORMATS, PREPROCESSING_NAME, FileFormat, FileModel, output_name, write_model
 from ..export.preprocessing import Preprocessing, preprocessing_of
 from ..names import architecture_of
+from ..networks.class_matching import class_names_of
 from ..networks.costs import latencies, multiply_adds, parameter_count
-from ..networks.loading import load_pretrained, load_teacher
+from ..networks.headless import is_headless
+from ..networks.loading import load_network, load_teacher
 from ..networks.teacher import Teacher
 from ..recipe.parser import ArgumentParser
 from ..recipe.reading import load_recipe
@@ -63,9 +65,9 @@ class ExportArguments:
 def export(argv: list[str] | None = None) -> Path:
     """Write a trained model as one file: `MODEL [--format onnx|torch] [--output_dir DIR] [--teacher NAME]`.
 
-    MODEL is a folder or a Hub id. The file takes batches of any size, returns the logits that evaluation reads (the
-    mean of two heads) and holds the preprocessing of images, which is also in `preprocessing.json` beside it. The
-    command prints size and latency of MODEL and its teacher.
+    MODEL is a folder or a Hub id. The file takes batches of any size and returns the logits that evaluation reads (the
+    mean of two heads), or the embedding of a network without a classifier. It holds the preprocessing of images, which
+    is also in `preprocessing.json` beside it. The command prints size and latency of MODEL and its teacher.
 
     Returns:
         The path of the file.
@@ -85,14 +87,15 @@ def export(argv: list[str] | None = None) -> Path:
     check_writable(folder, "output_dir")
     names = (file_format.file_name, PREPROCESSING_NAME)
     check_own(folder, names, _is_export(folder / PREPROCESSING_NAME), "output_dir")
-    model = load_pretrained(name)
+    model = load_network(name).eval()
     preprocessing = preprocessing_of(model)
     teacher = find_teacher(name, args.teacher)
     text = json.dumps(_facts(name, model, preprocessing), indent=2, ensure_ascii=False) + "\n"
     path = folder / file_format.file_name
     exported = write_model(model, preprocessing.image_size, file_format, path, text)
     write_whole(folder / PREPROCESSING_NAME, text)
-    print(f"{path} gives the model's logits; {folder / PREPROCESSING_NAME} says how to prepare its images.\n")
+    how = folder / PREPROCESSING_NAME
+    print(f"{path} gives the model's {output_name(model)}; {how} says how to prepare its images.\n")
     sides = {"student": Side(model, preprocessing.image_size, exported, path.stat().st_size)}
     if teacher is not None:
         sides = {"teacher": side_of_teacher(teacher, file_format)} | sides
@@ -122,7 +125,7 @@ def _facts(name: str, model: nn.Module, preprocessing: Preprocessing) -> dict[st
         "architecture": architecture_of(model),
         **asdict(preprocessing),
         "preparation": preprocessing.text,
-        "class_names": [model.config.id2label[index] for index in range(model.config.num_labels)],
+        "class_names": [] if is_headless(model) else class_names_of(model),
         "top1": results.get(results.get("exported"), {}).get("top1"),
         "dataset": dataset.get("name"),
         "eval_split": dataset.get("eval_split"),
@@ -170,7 +173,7 @@ class Side:
 
 def side_of_teacher(teacher: Teacher, file_format: FileFormat) -> Side:
     """Export the teacher to the student's format, so that the networks are compared and not the runtimes."""
-    side = Side(teacher.model, teacher.input_spec.image_size)
+    side = Side(teacher.network, teacher.input_spec.image_size)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, file_format.file_name)
         try:

@@ -13,10 +13,12 @@ from torch.export import Dim, ExportedProgram
 
 from ..errors import HfkdError, RunError, require
 from ..names import architecture_of
-from ..networks.features import logits_of
+from ..networks.features import prediction_of
+from ..networks.headless import is_headless
 from ..runs.writing import writing_by_name
 
-INPUT, OUTPUT = "pixel_values", "logits"
+INPUT = "pixel_values"
+OUTPUT = "output_name"  # key in the meta data of a program's graph
 METADATA = "preprocessing"  # key in an ONNX file
 PREPROCESSING_NAME = "preprocessing.json"  # beside a file, and in a torch.export archive
 TOLERANCE = 1e-4
@@ -24,7 +26,7 @@ LARGEST_ONNX = 2**31  # bytes, the limit of a protobuf message
 
 
 class FileModel(nn.Module):
-    """Model read from a file: images (B, 3, H, W) -> logits (B, C)."""
+    """Model read from a file: images (B, 3, H, W) -> logits (B, C), or the embedding (B, D)."""
 
     def __init__(self, run: Callable[[Tensor], Tensor]):
         super().__init__()
@@ -92,25 +94,30 @@ def write_model(
     return file_format.read(path)
 
 
-class _Logits(nn.Module):
-    """Module that returns the logits that evaluation reads, with the names of the file's input and output."""
+def output_name(model: nn.Module) -> str:
+    """Return the name of the output of a model's file."""
+    return "embedding" if is_headless(model) else "logits"
+
+
+class _Prediction(nn.Module):
+    """Module that returns the logits that evaluation reads, or the embedding, with the name of the file's input."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        return logits_of(self.model, pixel_values)
+        return prediction_of(self.model, pixel_values)
 
 
 @torch.no_grad()
 def _captured(model: nn.Module, image_size: int) -> ExportedProgram:
     """Trace the model for batches of any size, and remove the paths of source files from the program."""
     images = torch.zeros(2, 3, image_size, image_size)
-    logits = _Logits(model).eval()
-    logits(images)  # an error of the model itself is raised here, not as one of the export
+    prediction = _Prediction(model).eval()
+    prediction(images)  # an error of the model itself is raised here, not as one of the export
     try:
-        program = torch.export.export(logits, (images,), dynamic_shapes={INPUT: {0: Dim("batch")}})
+        program = torch.export.export(prediction, (images,), dynamic_shapes={INPUT: {0: Dim("batch")}})
     except Exception as error:  # tracing runs the model's own code and raises errors of many kinds
         raise HfkdError(
             f"torch.export cannot follow the forward of {architecture_of(model)}, which both formats need: "
@@ -120,6 +127,7 @@ def _captured(model: nn.Module, image_size: int) -> ExportedProgram:
     for module in program.graph_module.modules():
         for node in module.graph.nodes:
             node.meta.pop("stack_trace", None)
+    program.graph_module.meta[OUTPUT] = output_name(model)
     return program
 
 
@@ -143,10 +151,10 @@ def _check_logits(file_model: FileModel, model: nn.Module, image_size: int) -> N
     generator = torch.Generator().manual_seed(0)
     for batch_size in (1, 3):
         images = torch.randn(batch_size, 3, image_size, image_size, generator=generator)
-        expected, given = logits_of(model, images), file_model(images)
+        expected, given = prediction_of(model, images), file_model(images)
         if not torch.allclose(given, expected, rtol=TOLERANCE, atol=TOLERANCE):
             raise HfkdError(
-                f"The file of {architecture_of(model)} gives other logits than the model, by up to "
+                f"The file of {architecture_of(model)} gives other {output_name(model)} than the model, by up to "
                 f"{(given - expected).abs().max():.2g} in a batch of {batch_size}: expected at most {TOLERANCE:g}. "
                 "It was removed. Try the other --format."
             )
@@ -159,7 +167,9 @@ def _write_onnx(program: ExportedProgram, path: Path, preprocessing: str) -> Non
             f"The weights take {size / 1e9:.1f} GB, and one ONNX file holds less than 2 GiB: give --format torch."
         )
     try:
-        converted = torch.onnx.export(program, input_names=[INPUT], output_names=[OUTPUT], verbose=False)
+        converted = torch.onnx.export(
+            program, input_names=[INPUT], output_names=[program.graph_module.meta[OUTPUT]], verbose=False
+        )
     except torch.onnx.errors.OnnxExporterError as error:
         found = re.search(r"op='([\w.]+)'|target=torch\.ops\.([\w.]+)", str(error))
         operator = f"the operator {found[1] or found[2]}" if found else f"this model ({_first_line(error)})"
@@ -180,7 +190,7 @@ def _read_onnx(path: Path) -> FileModel:
     # Otherwise its threads keep spinning for a while and slow down the next work.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return FileModel(lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0]))
+    return FileModel(lambda images: torch.from_numpy(session.run(None, {INPUT: images.numpy()})[0]))
 
 
 def _write_torch(program: ExportedProgram, path: Path, preprocessing: str) -> None:

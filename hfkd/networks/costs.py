@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from .features import logits_of
+from .features import prediction_of
 
 
 def parameter_count(model: nn.Module) -> int:
@@ -29,7 +29,7 @@ def multiply_adds(model: nn.Module, image_size: int) -> int:
     # parameter. The attention kernel is the one made of matrix products: torch 2.14 does not count the CPU's fused one.
     counter = FlopCounterMode(display=False)
     with torch.enable_grad(), _evaluating(model), sdpa_kernel(SDPBackend.MATH), counter:
-        logits_of(model, torch.zeros(1, 3, image_size, image_size))
+        prediction_of(model, torch.zeros(1, 3, image_size, image_size))
     return counter.get_total_flops() // 2
 
 
@@ -48,7 +48,7 @@ def latencies(
     for turn, (name, model) in itertools.product(range(rounds + 3), models.items()):
         with _evaluating(model):
             started = time.perf_counter()
-            logits_of(model, images[name])
+            prediction_of(model, images[name])
             ended = time.perf_counter()
         if turn >= 3:  # the first rounds allocate memory
             times[name].append(1000 * (ended - started))

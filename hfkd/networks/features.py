@@ -16,7 +16,7 @@ from transformers.models.timm_wrapper import TimmWrapperModel
 
 from ..errors import HfkdError, WrongTypeError
 from .gradient_checkpointing import recomputing
-from .headless import HeadlessNetwork, embed
+from .headless import HeadlessNetwork, embed, is_headless
 from .layers import AFFINE as AFFINE
 from .layers import AVERAGED_MAP as AVERAGED_MAP
 from .layers import EMBEDDING as EMBEDDING
@@ -225,9 +225,7 @@ def logits_of(model: nn.Module, pixel_values: Tensor) -> Tensor:
 
 def prediction_of(model: nn.Module, pixel_values: Tensor) -> Tensor:
     """Return the logits (B, C) of a classifier, or the embedding (B, D) of a network without one."""
-    if isinstance(model, (HeadlessNetwork, TimmWrapperModel)):
-        return embed(model, pixel_values)
-    return logits_of(model, pixel_values)
+    return embed(model, pixel_values) if is_headless(model) else logits_of(model, pixel_values)
 
 
 def forward_views(

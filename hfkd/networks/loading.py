@@ -308,6 +308,15 @@ def load_pretrained(
     return model
 
 
+def load_network(name_or_path: str) -> PreTrainedModel:
+    """Load a trained network from a folder or the Hub as it is, a classifier or a backbone without one.
+
+    Raises:
+        HfkdError: see `load_pretrained`.
+    """
+    return load_backbone(name_or_path) if lacks_classifier(name_or_path) else load_pretrained(name_or_path)
+
+
 @overload
 def as_teacher(given: Teacher | nn.Module | str, standardized: bool) -> Teacher: ...
 

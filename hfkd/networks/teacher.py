@@ -96,9 +96,14 @@ class Teacher:
         return not isinstance(self.model, HeadlessNetwork)
 
     @property
+    def network(self) -> nn.Module:
+        """Frozen network, without the `HeadlessNetwork` around a backbone."""
+        return self.model if self.has_classifier else self.model.backbone
+
+    @property
     def dispatched(self) -> bool:
         """True if accelerate's hooks place its parts on several devices, as with `device_map`."""
-        return hasattr(self.model if self.has_classifier else self.model.backbone, "_hf_hook")
+        return hasattr(self.network, "_hf_hook")
 
     @property
     def is_sharded(self) -> bool:
