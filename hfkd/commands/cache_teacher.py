@@ -122,13 +122,14 @@ def _write_from_arguments(folder, cache_args, model_args, data_args, config) -> 
     check_supported(losses, config)
     check_teachers(model_args, losses)
     temperatures = temperatures_of(losses, cache_args)
-    splits = load_splits(data_args)
-    teachers = load_teachers(model_args, splits[1].class_names)
+    splits, teachers = load_splits(data_args), None
     if not splits[0].has_labels:
+        teachers = load_teachers(model_args, splits[1].class_names)
         splits = with_teacher_classes(splits, teachers)
     classes, views = len(splits[0].class_names), max([loss.views for loss in losses.values()], default=1)
     if cache_args.top_k is not None and not 1 <= cache_args.top_k <= classes:
         raise HfkdError(f"top_k must be 1 ... {classes}, the number of classes, got {cache_args.top_k}.")
+    teachers = teachers or load_teachers(model_args, splits[1].class_names)
     teacher = as_teacher(teachers, config.logit_standardization)
     # The student's input, because the teacher sees the student's images.
     spec = input_spec(build_student(model_args, data_args, splits[0].class_names))
