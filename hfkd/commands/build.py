@@ -130,7 +130,7 @@ def weights_in_words(model_args: ModelArguments) -> dict[str, str]:
         number = len(model_args.teacher_prompts)
         teachers += f", zero-shot, {number} template{'s' if number > 1 else ''}"
     if model_args.teacher_cache:
-        teachers = f"logits from the cache {model_args.teacher_cache}"
+        teachers = f"outputs from the cache {model_args.teacher_cache}"
     return words | ({"teacher": teachers} if teachers else {})
 
 

@@ -1,4 +1,4 @@
-"""`hfkd cache-teacher`: a teacher's logits for every image and epoch, stored once for many students."""
+"""`hfkd cache-teacher`: a teacher's logits and embeddings for every image and epoch, stored for many students."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from ..runs.folder import check_writable
 from ..runs.planned import missing_teacher
 from ..teacher_cache.files import CacheFiles
 from ..teacher_cache.rows import RowFormat
-from ..teacher_cache.teacher import check_supported
+from ..teacher_cache.teacher import check_supported, reads_embedding
+from ..teacher_cache.verifying import verify_cache
 from ..teacher_cache.writing import write_cache
 from .arguments import parse_known, split_subject
 from .build import (
@@ -60,6 +61,11 @@ class CacheArguments:
     cache_dir: str | None = field(
         default=None,
         metadata={"help": "Folder of the cache. By default runs/cache/ and the recipe's name."},
+    )
+
+    verify: bool = field(
+        default=False,
+        metadata={"help": "Write nothing: compute some rows of a finished cache again, and compare them."},
     )
 
     def __post_init__(self):
@@ -110,6 +116,8 @@ def cache_teacher(argv: list[str] | None = None) -> Path:
         train_first(teacher, model_args)
         model_args, data_args, config, _ = parse_recipe([path, *rest])  # see train_first
     files = _write_from_arguments(folder, cache_args, model_args, data_args, config)
+    if cache_args.verify:
+        return folder
     if files is not None:
         size = sum(files.bytes_of(shard) for _, shard in files.shards()) / 2**20
         print(f"{folder} holds {files.epochs} epochs of {files.num_rows:,} images ({size:,.1f} MiB).")
@@ -120,28 +128,47 @@ def _write_from_arguments(folder, cache_args, model_args, data_args, config) -> 
     """Build what a recipe names, and write its cache."""
     losses = build_losses(config.losses, config.logit_standardization)
     check_supported(losses, config)
-    check_teachers(model_args, losses)
     temperatures = temperatures_of(losses, cache_args)
-    splits, teachers = load_splits(data_args), None
+    splits = load_splits(data_args)
+    if splits[0].has_labels:
+        check_top_k(cache_args.top_k, len(splits[0].class_names))
+    check_teachers(model_args, losses)
+    teachers = load_teachers(model_args, splits[1].class_names)
     if not splits[0].has_labels:
-        teachers = load_teachers(model_args, splits[1].class_names)
         splits = with_teacher_classes(splits, teachers)
-    classes, views = len(splits[0].class_names), max([loss.views for loss in losses.values()], default=1)
-    if cache_args.top_k is not None and not 1 <= cache_args.top_k <= classes:
-        raise HfkdError(f"top_k must be 1 ... {classes}, the number of classes, got {cache_args.top_k}.")
-    teachers = teachers or load_teachers(model_args, splits[1].class_names)
+        check_top_k(cache_args.top_k, len(splits[0].class_names))
     teacher = as_teacher(teachers, config.logit_standardization)
     # The student's input, because the teacher sees the student's images.
     spec = input_spec(build_student(model_args, data_args, splits[0].class_names))
+    image_data = image_sets(splits, spec, data_args, config)
+    if cache_args.verify:
+        number, largest = verify_cache(folder, teacher, *image_data, config)
+        print(
+            f"{folder} holds what the teacher gives: {number:,} rows were computed again, and differ by at most "
+            f"{largest:.2g} of their largest number."
+        )
+        return None
+    views = max([loss.views for loss in losses.values()], default=1)
     return write_cache(
         folder,
         teacher,
-        *image_sets(splits, spec, data_args, config),
+        *image_data,
         config,
-        RowFormat(classes, views, cache_args.top_k, temperatures),
+        RowFormat(len(splits[0].class_names), views, cache_args.top_k, temperatures),
         epochs=cache_args.epochs or math.ceil(config.num_train_epochs),
         given=given_by(model_args),
+        with_embeddings=reads_embedding(losses),
     )
+
+
+def check_top_k(top_k: int | None, classes: int) -> None:
+    """Check that there are as many classes as logits are to be stored.
+
+    Raises:
+        HfkdError: if there are fewer.
+    """
+    if top_k is not None and not 1 <= top_k <= classes:
+        raise HfkdError(f"top_k must be 1 ... {classes}, the number of classes, got {top_k}.")
 
 
 def temperatures_of(losses: Mapping[str, DistillationLoss], cache_args: CacheArguments) -> tuple[float, ...]:
@@ -152,7 +179,8 @@ def temperatures_of(losses: Mapping[str, DistillationLoss], cache_args: CacheArg
     """
     if cache_args.top_k is None:
         return ()
-    needed = {name: loss.teacher_temperature for name, loss in losses.items() if loss.needs_teacher}
+    reading = {name: loss for name, loss in losses.items() if loss.needs_teacher and loss.reads_logits}
+    needed = {name: loss.teacher_temperature for name, loss in reading.items()}
     temperatures = cache_args.temperatures or list(needed.values())
     if not temperatures or None in temperatures:
         names = [name for name, temperature in needed.items() if temperature is None]

@@ -49,7 +49,8 @@ class CacheFiles:
         self.num_rows: int = facts["train"]["rows"]
         self.rows_a_shard: int = facts["rows_a_shard"]
         row = facts["row"]
-        self.format = RowFormat(row["classes"], row["views"], row["top_k"], tuple(row["temperatures"]))
+        settings = row["classes"], row["views"], row["top_k"], tuple(row["temperatures"]), row.get("width")
+        self.format = RowFormat(*settings)
         self._dtype = self.format.dtype
         self._open: dict[tuple[int, int], np.ndarray] = {}
         self._checked: set[tuple[int, int]] = set()
@@ -253,11 +254,14 @@ def _check_facts(facts: dict[str, Any]) -> None:
         "rows_a_shard": (facts["rows_a_shard"], 2**40),
         "train.rows": (facts["train"]["rows"], 2**40),
         "evaluation.rows": (facts["evaluation"]["rows"], 2**40),
-        "row.classes": (row["classes"], 2**24),
         "row.views": (row["views"], 2),
-        "row.top_k": (row["classes"] if row["top_k"] is None else row["top_k"], row["classes"]),
         "the number of row.temperatures": (len(row["temperatures"]) + 1, 1000),
     }
+    if row.get("width") is not None:
+        numbers["row.width"] = row["width"], 2**24
+    if row.get("width") is None or row["classes"] != 0 or row["top_k"] is not None:  # with logits
+        numbers["row.classes"] = row["classes"], 2**24
+        numbers["row.top_k"] = row["classes"] if row["top_k"] is None else row["top_k"], row["classes"]
     for name, (number, most) in numbers.items():
         if type(number) is not int or not 1 <= number <= most:
             raise HfkdError(f"{name} is {number!r}, expected 1 to {most:,}")

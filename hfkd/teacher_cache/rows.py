@@ -1,4 +1,4 @@
-"""Row format of a teacher cache: all logits, or the largest ones and an equivalent of the others."""
+"""Row format of a teacher cache: all logits, or the largest ones and an equivalent of the others; the embedding."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from ..errors import RunError
 from ..losses.standardize import standardize
 
 LOGITS, VALUES, INDICES, STATISTICS = "teacher_logits", "teacher_values", "teacher_classes", "teacher_statistics"
+EMBEDDINGS = "teacher_embedding"
 
 
 @dataclass(frozen=True)
@@ -31,51 +32,65 @@ class RowFormat:
       others had this logit, together they would have their true probability at T. It is T * (logsumexp(others / T) -
       log(C - k)).
 
+    With `width`, it also holds EMBEDDINGS (D,) float16, of the first view: no loss reads those of the second.
+
     Attributes:
-        classes: C.
+        classes: C; 0 for no logits, of a teacher without a classifier or with other classes.
         views: V.
         top_k: k; None for all classes.
         temperatures: temperatures at which rows can be read, with `top_k`; empty without.
+        width: D; None where no embedding is stored.
     """
 
     classes: int
     views: int
     top_k: int | None = None
     temperatures: tuple[float, ...] = ()
+    width: int | None = None
 
     @property
     def dtype(self) -> np.dtype:
         """Packed dtype of a row."""
+        embedding = [] if self.width is None else [(EMBEDDINGS, "<f2", (self.width,))]
         if self.top_k is None:
-            return np.dtype([(LOGITS, "<f2", (self.views, self.classes))])
+            logits = [(LOGITS, "<f2", (self.views, self.classes))] if self.classes else []
+            return np.dtype([*logits, *embedding])
         index = "<i2" if self.classes <= np.iinfo(np.int16).max + 1 else "<i4"
         return np.dtype(
             [
                 (VALUES, "<f2", (self.views, self.top_k)),
                 (INDICES, index, (self.views, self.top_k)),
                 (STATISTICS, "<f4", (self.views, 2 + 2 * len(self.temperatures))),
+                *embedding,
             ]
         )
 
     # ---- From logits to rows ---------------------------------------------------------------------------------------
 
-    def encode(self, views: Sequence[Tensor]) -> np.ndarray:
-        """Return the rows (B,) of the logits (B, C) of each view.
+    def encode(self, views: Sequence[Tensor], embedding: Tensor | None = None) -> np.ndarray:
+        """Return the rows (B,) of the logits (B, C) of each view, and of the embedding (B, D) where it is stored.
 
         Raises:
-            RunError: if logits are not finite, or too large for float16.
+            RunError: if numbers are not finite, or too large for float16.
         """
         logits = torch.stack([view.float() for view in views], dim=1)  # (B, V, C)
         fields = {LOGITS: logits.half()} if self.top_k is None else self._top_k_fields(logits.flatten(0, 1))
+        fields = fields if self.classes else {}
+        if self.width is not None and embedding is not None:
+            fields[EMBEDDINGS] = embedding.half()
         rows = np.empty(len(logits), self.dtype)
         for name, values in fields.items():
             rows[name] = values.cpu().numpy().reshape(rows[name].shape)
-        numbers = rows[LOGITS if self.top_k is None else STATISTICS]
-        if not np.isfinite(numbers).all():
+        if self.classes and not np.isfinite(rows[LOGITS if self.top_k is None else STATISTICS]).all():
             raise RunError(
                 f"The teacher's logits reach from {logits.min().item():g} to {logits.max().item():g}, and the cache "
                 "needs finite numbers, up to 65,504 without top_k. Check the teacher's weights and the precision of "
                 "the run, or set top_k, which stores Z-scores."
+            )
+        if self.width is not None and not np.isfinite(rows[EMBEDDINGS]).all():
+            raise RunError(
+                "The teacher's features are not finite, or beyond 65,504, the largest number of float16, in which the "
+                "cache holds them. Check the teacher's weights and the precision of the run."
             )
         return rows
 
@@ -103,7 +118,12 @@ class RowFormat:
         Args:
             temperature: with `top_k`, the temperature at which the logits will be read.
             standardized: with `top_k`, return Z-scores.
+
+        Returns:
+            (B, 0) where no logits are stored.
         """
+        if not self.classes:
+            return batch[EMBEDDINGS].new_zeros(len(batch[EMBEDDINGS]), 0, dtype=torch.float32)
         if self.top_k is None:
             return batch[LOGITS][:, view].float()
         values, indices, statistics = (batch[key][:, view] for key in (VALUES, INDICES, STATISTICS))
@@ -123,6 +143,7 @@ class RowFormat:
             "views": self.views,
             "top_k": self.top_k,
             "temperatures": list(self.temperatures),
+            **({} if self.width is None else {"width": self.width}),  # earlier caches have no such entry
         }
 
 

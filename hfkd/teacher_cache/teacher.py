@@ -1,4 +1,4 @@
-"""Teacher whose logits are read from a cache."""
+"""Teacher whose logits and embeddings are read from a cache."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from transformers.utils import logging
 from ..data import ImageSource, IndexedImageSource
 from ..errors import HfkdError
 from ..losses import DistillationLoss
-from ..networks.features import Outputs
+from ..networks.features import EMBEDDING, Outputs
 from ..recipe.arguments import DistillationConfig
 from .files import CacheFiles, read_facts
 from .identity import appearance, describe_given, differences, is_public, same_augmentation
+from .rows import EMBEDDINGS
 
 logger = logging.get_logger(__name__)
 
@@ -34,10 +35,10 @@ class CachedMember:
 
 
 class CachedTeacher:
-    """Stand-in for the `Teacher` or `TeacherEnsemble` whose logits `hfkd cache-teacher` stored.
+    """Stand-in for the `Teacher` or `TeacherEnsemble` whose logits or embeddings `hfkd cache-teacher` stored.
 
     The data set reads the rows together with the images, in DataLoader workers if there are any. `CachedTeacher(batch)`
-    turns them into logits on the device. Epoch e has the images and logits of epoch e mod `epochs`, in its own order.
+    turns them into outputs on the device. Epoch e has the images and rows of epoch e mod `epochs`, in its own order.
 
     Args:
         folder: folder of the cache.
@@ -45,8 +46,6 @@ class CachedTeacher:
     Raises:
         HfkdError: if there is no cache, if it is not finished, or if a file has another size than it was written with.
     """
-
-    has_classifier = shares_classes = True
 
     def __init__(self, folder: str | Path):
         self.files = CacheFiles(folder, read_facts(folder, whole=True))
@@ -56,6 +55,16 @@ class CachedTeacher:
         self.members = [CachedMember(member["name"], member["hub_id"]) for member in self.facts["teacher"]["members"]]
         self._temperature: float | None = None
         self._standardized = False
+
+    @property
+    def has_classifier(self) -> bool:
+        """False where features alone are stored."""
+        return self.files.format.classes > 0
+
+    @property
+    def shares_classes(self) -> bool:
+        """True if logits are stored, which are those of the data set's classes."""
+        return self.has_classifier
 
     # ---- Comparison with a run -------------------------------------------------------------------------------------
 
@@ -78,6 +87,9 @@ class CachedTeacher:
                 f"{where} needs a training set of hfkd.data that is not streamed, and {given}: set streaming: false, "
                 "or leave teacher_cache out."
             )
+        reading = [name for name, loss in losses.items() if EMBEDDING in (loss.teacher_layers or ())]
+        if reading and self.files.format.width is None:
+            raise HfkdError(f"{where} holds no features, and the loss '{reading[0]}' reads them. {HOW_TO_FIX}")
         different = differences(self.facts["train"], dataset.identity())
         views = max([loss.views for loss in losses.values()], default=1)
         if views > self.files.format.views:
@@ -105,7 +117,9 @@ class CachedTeacher:
         way_out = "Write a cache of all logits (without --top_k), or leave teacher_cache out."
         where = f"The teacher cache {self.files.folder} holds the largest {self.files.format.top_k} logits"
         wanted = {}
-        for name, loss in ((name, loss) for name, loss in losses.items() if loss.needs_teacher):
+        for name, loss in losses.items():
+            if not (loss.needs_teacher and loss.reads_logits):
+                continue
             raw = loss.reads_raw_logits and args.logit_standardization
             if loss.teacher_temperature is None or raw:
                 raise HfkdError(f"{where}, and the loss '{name}' needs all of them. {way_out}")
@@ -177,10 +191,10 @@ class CachedTeacher:
         """Check that the student has the classes of the data set, which are the classes of the logits.
 
         Raises:
-            HfkdError: if the student has another number of classes.
+            HfkdError: if the student has another number of classes and logits are compared.
         """
         classes = self.files.format.classes
-        if len(student_names) != classes:
+        if required and len(student_names) != classes:
             raise HfkdError(
                 f"The teacher cache {self.files.folder} holds {classes} classes and the student has "
                 f"{len(student_names)}: build the student with num_classes={classes}."
@@ -192,6 +206,8 @@ class CachedTeacher:
         for view in range(2 if "pixel_values_strong" in batch else 1):
             logits = self.files.format.decode(batch, view, self._temperature, self._standardized)
             views.append(Outputs(logits, logits, standardized=self._standardized))
+        if EMBEDDINGS in batch:
+            views[0].features = {EMBEDDING: batch[EMBEDDINGS].float()}
         if len(views) == 2:
             views[0].strong = views[1]
         return views[0]
@@ -229,7 +245,7 @@ class CachedTeacher:
 
 
 def check_supported(losses: Mapping[str, DistillationLoss], args: DistillationConfig) -> None:
-    """Check that a run reads nothing of its teacher but the logits of whole images.
+    """Check that a run reads nothing of its teacher but the logits and the embedding of whole images.
 
     Raises:
         HfkdError: for mixup or cutmix, or a loss that reads the teacher's features or classifier.
@@ -240,8 +256,14 @@ def check_supported(losses: Mapping[str, DistillationLoss], args: DistillationCo
             "leave mixup and cutmix at 0, or train with the teacher itself."
         )
     for name, loss in losses.items():
-        if loss.teacher_layers is None or len(loss.teacher_layers) or loss.reuses_classifier is not None:
+        layers = loss.teacher_layers
+        if layers is None or set(layers) - {EMBEDDING} or loss.reads_members or loss.reads_classifier:
             raise HfkdError(
                 f"The loss '{name}' reads the teacher's features or classifier, and a teacher cache holds its logits "
-                "only: train with the teacher itself, or take losses that read logits."
+                "and its pooled embedding only: train with the teacher itself, or take losses that read these."
             )
+
+
+def reads_embedding(losses: Mapping[str, DistillationLoss]) -> bool:
+    """Return whether a loss reads the teacher's embedding."""
+    return any(EMBEDDING in (loss.teacher_layers or ()) for loss in losses.values())

@@ -168,13 +168,14 @@ class Distiller(nn.Module):
     def evaluate(self, batch: dict[str, Tensor], teacher: Outputs | None) -> tuple[dict[str, Tensor], Tensor]:
         """Return the weighted terms of the losses for images without labels, as `forward` does, and the logits (B, C).
 
-        Losses that read labels, or remember training images, are left out. Call it in `evaluating`.
+        Losses that read labels, remember training images or lack their teacher are left out. Call it in `evaluating`.
         """
         student = self.predict(batch)
         terms: dict[str, Tensor] = {}
         with torch.autocast(student.logits.device.type, enabled=False):
             for name, loss in self.losses.items():
-                if not (loss.reads_labels or loss.needs_index):
+                taught = teacher is not None or not loss.needs_teacher
+                if taught and not (loss.reads_labels or loss.needs_index):
                     self._add_terms(terms, name, loss(student, teacher, batch))
         return terms, student.logits
 

@@ -227,7 +227,7 @@ class DistillationTrainer(Trainer):
             check_probe(args, has_labels(first_set(eval_dataset)))
         by_terms = eval_dataset is not None and measures_terms(first_set(eval_dataset), model)
         if by_terms:
-            check_can_measure_terms(self.teacher)
+            check_can_measure_terms(self.teacher, model)
             settle_best_metric(args)
         model = fit_student(model, self.teacher, built, args, train_dataset, first_set(eval_dataset))
         if isinstance(train_dataset, StreamingImageDataset):  # Trainer asks for its length at once
@@ -394,7 +394,7 @@ class DistillationTrainer(Trainer):
         with torch.no_grad(), self.distiller.evaluating(self.model):
             batch: Any = self._first_images(dataset)
             self._evaluated_terms(batch, metrics)
-        return ["loss", *metrics.names]
+        return ["loss", *metrics.names] if metrics.names else []
 
     def _hp_search_setup(self, trial):
         # Trainer calls it in every `train()`, after model_init has made a student. It sets the values of the trial, and
@@ -744,7 +744,7 @@ class DistillationTrainer(Trainer):
     def _evaluated_terms(self, inputs: dict[str, Tensor], metrics: TermMetrics) -> Tensor:
         """Return the loss terms and the agreement with the teacher for each image of a batch, (B, T)."""
         batch = evaluated_batch(inputs, list(self.distiller.losses.values()), metrics.uncounted)
-        asked = self.teacher
+        asked = None if isinstance(self.teacher, CachedTeacher) else self.teacher  # which knows no evaluation images
         teacher = None if asked is None else asked(batch)
         with self.backend.autocast():
             terms, logits = self.distiller.evaluate(batch, teacher)

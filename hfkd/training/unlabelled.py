@@ -32,13 +32,13 @@ def measures_terms(dataset: Any, student: nn.Module) -> bool:
     return not has_labels(dataset) or is_headless(student)
 
 
-def check_can_measure_terms(teacher: Any) -> None:
-    """Check that the teacher can be asked about evaluation images.
+def check_can_measure_terms(teacher: Any, student: nn.Module) -> None:
+    """Check that the teacher can be asked about evaluation images, if a student with classes depends on it.
 
     Raises:
         HfkdError: for a teacher cache, which holds the teacher's outputs for the training images only.
     """
-    if isinstance(teacher, CachedTeacher):
+    if isinstance(teacher, CachedTeacher) and not is_headless(student):
         raise HfkdError(
             "The evaluation images have no labels, so that the losses are measured on them, and a teacher cache holds "
             "the logits of training images only: give evaluation images with labels, or the teacher itself."

@@ -76,7 +76,8 @@ def results_of(folder):
 
 def test_from_a_recipe_to_a_student(recipe, capsys):
     main(["cache-teacher", recipe, "--disable_tqdm", "false"])
-    *progress, end = capsys.readouterr().out.splitlines()
+    size, *progress, end = capsys.readouterr().out.splitlines()
+    assert size == "runs/cache/digits/kd will take 0.0 MiB."
     assert [line.rpartition(" classifies ")[2] for line in progress] == [
         "20 evaluation images.",
         "128 images of 2 epochs.",
@@ -219,7 +220,7 @@ def test_unfinished(recipe):
         ({}, ["--top_k", "2", "--temperatures", "-1"], "temperatures must be above 0"),
         ({"losses": {"mlkd": {}}}, ["--top_k", "2"], "'mlkd' needs all logits"),
         ({"losses": {}}, ["--top_k", "2"], "no loss that tells it"),
-        ({"losses": {"crd": {}}}, [], "'crd' reads the teacher's features"),
+        ({"losses": {"fitnet": {}}}, [], "'fitnet' reads the teacher's features"),
         ({"mixup": 0.8, "dataloader_drop_last": True}, [], "leave mixup and cutmix at 0"),
         ({"streaming": True, "augmentation": "random_resized_crop"}, [], "set streaming: false"),
         ({}, ["--top_kk", "2"], "Unknown key 'top_kk'"),

@@ -322,7 +322,7 @@ def test_other_losses_are_refused():
     full, largest = cached("full"), cached("largest", top_k=3, temperatures=(2.0, 4.0))
     kd4 = KDLoss(temperature=4.0)
     for losses, message in {
-        "crd": ({"crd": {"negatives": 4}}, "'crd' reads the teacher's features or classifier"),
+        "crd": ({"crd": {"negatives": 4}}, "holds no features, and the loss 'crd' reads them"),
         "at": ({"at": {}}, "'at' reads the teacher's features"),
         "simkd": ({"simkd": {}}, "'simkd' reads the teacher's features"),
         **{
