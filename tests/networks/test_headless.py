@@ -228,6 +228,10 @@ def test_a_student_without_a_classifier(dinov2, tmp_path):
     student = load_student("cifar_resnet8", num_classes=0)
     trainer = trained(student, load_teacher(dinov2), tmp_path, False, ce_weight=0.0)
     assert trainer.num_classes == 0 and not trainer.has_classifier
+    named = trained("cifar_resnet8", load_teacher(dinov2), tmp_path, False, ce_weight=0.0)
+    assert named.model.timm_model.num_classes == 0
+    bare = trained(timm.create_model("cifar_resnet8", num_classes=0), dinov2, tmp_path, False, ce_weight=0.0)
+    assert bare.model.state_dict().keys() == named.model.state_dict().keys() == student.state_dict().keys()
     with pytest.raises(HfkdError, match="student has no classifier, and ce_weight is 1"):
         trained(student, load_teacher(dinov2), tmp_path, False)
     with pytest.raises(HfkdError, match=r"student has no classifier, and the losses \['kd'\] read logits"):
