@@ -1,6 +1,6 @@
 """SDD: a logit method over regions of the image, of which the networks' classifiers tell what they think.
 
-Paper: Wei, Luo and Luo, Scaled Decoupled Distillation, CVPR 2024.
+Paper: Wei, Luo and Luo, Scale Decoupled Distillation, CVPR 2024.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,8 +18,8 @@ from .standardize import at_least_float32, standardize
 
 # BibTeX entry, as `DistillationLoss.citation`; a run with `regions` quotes it in its model card.
 CITATION = """
-    @inproceedings{wei2024scaled,
-        title = {Scaled Decoupled Distillation},
+    @inproceedings{wei2024scale,
+        title = {Scale Decoupled Distillation},
         author = {Wei, Shicai and Luo, Chunbo and Luo, Yang},
         booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},
         year = {2024},
