@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from ..errors import HfkdError
 from .base import DistillationLoss, Outputs
 from .feature_maps import check_averaged
-from .labels import dominant_classes
 from .standardize import at_least_float32, standardize
 
 # BibTeX entry, as `DistillationLoss.citation`; a run with `regions` quotes it in its model card.
@@ -110,7 +109,7 @@ class PerImageLoss(DistillationLoss):
             region_logits(outputs.averaged_map, outputs.classifier, self.regions)  # type: ignore[arg-type]  # see `setup`
             for outputs in (student, teacher)
         )
-        weights = region_weights(teacher_logits, dominant_classes(batch["labels"])).flatten()
+        weights = region_weights(teacher_logits, self.classes(batch)).flatten()
         labels = batch["labels"].repeat_interleave(student_logits.shape[1], dim=0)
         rows = student_logits.flatten(0, 1), teacher_logits.flatten(0, 1)
         if self.logit_standardization:
