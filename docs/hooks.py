@@ -152,7 +152,8 @@ def facts(name):
     if loss.views > 1:
         facts.append("Both networks see two views of each image.")
     if not loss.takes_mixed_labels:
-        facts.append("Needs one class for each image: no mixup or CutMix.")
+        without = " without `dominant_label`" if "dominant_label" in inspect.signature(loss).parameters else ""
+        facts.append(f"Needs one class for each image: no mixup or CutMix{without}.")
     if loss.needs_index:
         facts.append("Needs row numbers of the images: no `streaming`.")
     return " ".join(facts)

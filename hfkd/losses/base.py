@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import HfkdError
 from .checks import not_negative
+from .labels import dominant_classes
 from .standardize import at_least_float32, standardize
 
 
@@ -80,7 +81,8 @@ class DistillationLoss(nn.Module):
     # True: it reads `labels`. Of a batch in which some images have no label it then gets the others, and a training
     # without labels is refused.
     reads_labels = False
-    takes_mixed_labels = True  # False: `labels` must be classes, so mixup and CutMix are refused
+    takes_mixed_labels = True  # False: `labels` must be classes, so mixup and CutMix are refused without:
+    dominant_label = False  # True: `classes` gives the class with the largest share; set by a constructor that has it
     # The layers that `features` must hold: stage indices, module paths (with ":input" behind it the module's input),
     # "embedding" or "averaged_map". None: every stage except the first, and `beside_stages`; the trainer replaces None.
     student_layers: Sequence[int | str] | None = ()
@@ -165,6 +167,10 @@ class DistillationLoss(nn.Module):
         if self.warmup_epochs == 0:
             return 1.0
         return (epoch_number(batch["progress"]) / self.warmup_epochs).clamp(max=1)
+
+    def classes(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the class of each image, (B,); of a mixed one, the class with the largest share."""
+        return dominant_classes(batch["labels"])
 
     def logits(self, student: Outputs, teacher: Outputs) -> tuple[Tensor, Tensor]:
         """Return student and teacher logits, each (B, C), standardized if the run asks for it."""

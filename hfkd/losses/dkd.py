@@ -12,7 +12,6 @@ from torch import Tensor
 from ..errors import HfkdError
 from .base import paired, reduced
 from .checks import not_negative, positive
-from .labels import dominant_classes
 from .regions import PerImageLoss
 
 
@@ -102,6 +101,7 @@ class DKDLoss(PerImageLoss):
     """
 
     reads_labels = True
+    takes_mixed_labels = False
 
     def __init__(
         self,
@@ -118,13 +118,12 @@ class DKDLoss(PerImageLoss):
         self.beta = not_negative("beta", beta)
         self.temperature = positive("temperature", temperature)
         self.warmup_epochs = not_negative("warmup_epochs", warmup_epochs)
-        self.takes_mixed_labels = dominant_label
+        self.dominant_label = dominant_label
 
     @property
     def teacher_temperature(self) -> float:
         return self.temperature
 
     def per_image(self, student_logits: Tensor, teacher_logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-        labels = dominant_classes(batch["labels"])
         settings = self.alpha, self.beta, self.temperature
-        return dkd_loss(student_logits, teacher_logits, labels, *settings, reduction="none")
+        return dkd_loss(student_logits, teacher_logits, self.classes(batch), *settings, reduction="none")

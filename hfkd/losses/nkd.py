@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .base import paired, reduced
 from .checks import not_negative, positive
-from .labels import check_classes, dominant_classes, log_probs_of_others
+from .labels import check_classes, log_probs_of_others
 from .regions import PerImageLoss
 
 
@@ -90,5 +90,5 @@ class NKDLoss(PerImageLoss):
         return 1.0 if self.temperature == 1 else None
 
     def per_image(self, student_logits: Tensor, teacher_logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-        labels = dominant_classes(batch["labels"])
+        labels = self.classes(batch)
         return nkd_loss(student_logits, teacher_logits, labels, self.gamma, self.temperature, reduction="none")

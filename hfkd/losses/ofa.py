@@ -15,7 +15,7 @@ from .base import Outputs, paired
 from .branch_heads import TokenHead, map_head
 from .checks import count, not_negative, positive
 from .feature_maps import MapsLoss, read_map, summed
-from .labels import check_classes, dominant_classes
+from .labels import check_classes
 from .projectors import images_for_batch_norm
 from .standardize import at_least_float32, standardize
 
@@ -124,7 +124,7 @@ class OFALoss(MapsLoss):
             pairs = zip(self.heads, self.student_layers, strict=True)
             branches = [head(student.features[layer]) for head, layer in pairs]
         branches = [standardize(one) if self.logit_standardization else at_least_float32(one) for one in branches]
-        settings = teacher_logits, dominant_classes(batch["labels"]), self.eps, self.temperature
+        settings = teacher_logits, self.classes(batch), self.eps, self.temperature
         terms = {
             "logits": ofa_loss(student_logits, *settings),
             "branches": summed(ofa_loss(branch, *settings) for branch in branches),

@@ -1,6 +1,6 @@
 """SDD: a logit method over regions of the image, of which the networks' classifiers tell what they think.
 
-Paper: Wei, Luo and Luo, Scaled Decoupled Distillation, CVPR 2024.
+Paper: Wei, Luo and Luo, Scale Decoupled Distillation, CVPR 2024.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from ..errors import HfkdError
 from .base import DistillationLoss, Outputs
 from .feature_maps import check_averaged
-from .labels import dominant_classes
 from .standardize import at_least_float32, standardize
 
 # BibTeX entry, as `DistillationLoss.citation`; a run with `regions` quotes it in its model card.
 CITATION = """
-    @inproceedings{wei2024scaled,
-        title = {Scaled Decoupled Distillation},
+    @inproceedings{wei2024scale,
+        title = {Scale Decoupled Distillation},
         author = {Wei, Shicai and Luo, Chunbo and Luo, Yang},
         booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},
         year = {2024},
@@ -111,7 +110,7 @@ class PerImageLoss(DistillationLoss):
             region_logits(outputs.averaged_map, outputs.classifier, self.regions)  # type: ignore[arg-type]  # see `setup`
             for outputs in (student, teacher)
         )
-        weights = region_weights(teacher_logits, dominant_classes(batch["labels"])).flatten()
+        weights = region_weights(teacher_logits, self.classes(batch)).flatten()
         labels = batch["labels"].repeat_interleave(student_logits.shape[1], dim=0)
         rows = student_logits.flatten(0, 1), teacher_logits.flatten(0, 1)
         if self.logit_standardization:

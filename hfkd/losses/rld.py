@@ -75,8 +75,7 @@ def _log_probs_among(logits: Tensor, kept: Tensor) -> Tensor:
 class RLDLoss(PerImageLoss):
     """`rld_loss` as a method of a recipe, with its warm-up.
 
-    The loss is multiplied by min(epoch / warmup_epochs, 1), epochs counted from 1. Images must not be mixed: the
-    ranking below the label of a mixture is not defined.
+    The loss is multiplied by min(epoch / warmup_epochs, 1), epochs counted from 1.
 
     Args:
         alpha: weight of the confidence.
@@ -84,6 +83,8 @@ class RLDLoss(PerImageLoss):
         temperature: of the ranking, above 0.
         target_temperature: of the confidence, above 0.
         warmup_epochs: 0 for none.
+        dominant_label: True: the label of a mixed image (mixup, CutMix) is the class with the largest share. False:
+            mixing is refused, since the ranking below the label of a mixture is not defined.
         weight: see `DistillationLoss`.
         regions: see `PerImageLoss`.
 
@@ -110,6 +111,7 @@ class RLDLoss(PerImageLoss):
         temperature: float = 4.0,
         target_temperature: float = 1.0,
         warmup_epochs: float = 20.0,
+        dominant_label: bool = False,
         weight: float = 1.0,
         regions: list | None = None,
     ):
@@ -119,7 +121,8 @@ class RLDLoss(PerImageLoss):
         self.temperature = positive("temperature", temperature)
         self.target_temperature = positive("target_temperature", target_temperature)
         self.warmup_epochs = not_negative("warmup_epochs", warmup_epochs)
+        self.dominant_label = dominant_label
 
     def per_image(self, student_logits: Tensor, teacher_logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         settings = self.alpha, self.beta, self.temperature, self.target_temperature
-        return rld_loss(student_logits, teacher_logits, batch["labels"], *settings, reduction="none")
+        return rld_loss(student_logits, teacher_logits, self.classes(batch), *settings, reduction="none")

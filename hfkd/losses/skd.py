@@ -86,6 +86,7 @@ class SKDLoss(DistillationLoss):
         HfkdError: a parameter is out of range.
     """
 
+    # The paper's page names Jeong first; the other authors could not be verified.
     citation = """
         @inproceedings{jeong2026streamlined,
             title = {Streamlined Knowledge Distillation},

@@ -52,6 +52,8 @@ class TfKDLoss(DistillationLoss):
         alpha: factor of the loss, as published; `weight` is another.
         temperature: T, above 0.
         multiplier: a further factor, as released, where alpha is the share of the loss.
+        dominant_label: True: the label of a mixed image (mixup, CutMix) is the class with the largest share. False:
+            mixing is refused.
         weight: see `DistillationLoss`.
 
     Raises:
@@ -72,12 +74,20 @@ class TfKDLoss(DistillationLoss):
     reads_raw_logits = True
     takes_mixed_labels = False
 
-    def __init__(self, alpha: float = 0.9, temperature: float = 20.0, multiplier: float = 1.0, weight: float = 1.0):
+    def __init__(
+        self,
+        alpha: float = 0.9,
+        temperature: float = 20.0,
+        multiplier: float = 1.0,
+        dominant_label: bool = False,
+        weight: float = 1.0,
+    ):
         super().__init__(weight)
         self.alpha = not_negative("alpha", alpha)
         self.temperature = positive("temperature", temperature)
         self.multiplier = not_negative("multiplier", multiplier)
+        self.dominant_label = dominant_label
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Mapping[str, Tensor]) -> Tensor:
-        loss = tf_kd_loss(student.logits, batch["labels"], self.temperature)
+        loss = tf_kd_loss(student.logits, self.classes(batch), self.temperature)
         return self.alpha * self.multiplier * loss

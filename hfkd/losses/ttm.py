@@ -59,7 +59,7 @@ class TTMLoss(PerImageLoss):
         }
     """
 
-    def __init__(self, exponent: float = 0.1, weight: float = 1.0, regions: list | None = None):
+    def __init__(self, exponent: float = 0.1, weight: float = 45.0, regions: list | None = None):
         super().__init__(weight, regions)
         self.exponent = positive("exponent", exponent)
 

@@ -54,7 +54,7 @@ class WTTMLoss(PerImageLoss):
 
     citation = TTMLoss.citation
 
-    def __init__(self, exponent: float = 0.1, weight: float = 1.0, regions: list | None = None):
+    def __init__(self, exponent: float = 0.2, weight: float = 4.0, regions: list | None = None):
         super().__init__(weight, regions)
         self.exponent = positive("exponent", exponent)
 

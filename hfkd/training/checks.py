@@ -69,7 +69,7 @@ def check_roles(model: nn.Module, teacher, losses: nn.ModuleDict, args: Distilla
     if not args.mixes:
         return
     for name, loss in losses.items():
-        if not loss.takes_mixed_labels:
+        if not (loss.takes_mixed_labels or loss.dominant_label):
             way_out = f"set losses.{name}.dominant_label to true to take the class with the larger share, or "
             offered = "dominant_label" in inspect.signature(type(loss)).parameters
             raise HfkdError(

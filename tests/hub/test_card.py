@@ -247,9 +247,9 @@ def test_what_the_methods_cite():
         *("tian2020contrastive", "hinton2015distilling", "sun2024logit")
     ]
     (quoted,) = blocks(written("export", RESULTS | {"logit_standardization": False}).text, "bibtex")
-    assert "sun2024logit" not in quoted and "wei2024scaled" not in quoted
+    assert "sun2024logit" not in quoted and "wei2024scale" not in quoted
     regions = {"kd": {"weight": 1.0, "regions": [1, 2]}}
-    assert "wei2024scaled" in blocks(written("export", RESULTS | {"losses": regions}).text, "bibtex")[0]
+    assert "wei2024scale" in blocks(written("export", RESULTS | {"losses": regions}).text, "bibtex")[0]
 
 
 def colours(path):

@@ -62,6 +62,16 @@ def test_gradcheck():
     assert gradcheck(lambda own: ca_mkd_weights([own, others[0]], labels), logits)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e4, 1e30])
+def test_finite_for_any_logits(scale):
+    logits, others = random(3, 5).float(), [scale * random(3, 5, seed=seed).float() for seed in (1, 2)]
+    student = (scale * logits).requires_grad_()
+    weights = ca_mkd_weights(others, torch.tensor([0, 2, 4]))
+    value = ca_mkd_logits_loss([student, student], others, weights, 2.0)
+    value.backward()
+    assert value.isfinite() and student.grad.isfinite().all() and weights.isfinite().all()
+
+
 @pytest.mark.parametrize("zscore", [False, True])
 def test_several_teachers_teach_together(zscore):
     """Of other depth and width, and with other losses beside it."""

@@ -108,6 +108,7 @@ def test_no_file_that_ships_is_overlooked():
         "cifar100/vit.yaml",
         "cifar100/vit_32px.yaml",
         "imagenet/base.yaml",
+        "imagenet/vit.yaml",
         "photographs.yaml",
     }
     used = {find_recipe(name).path.resolve().relative_to(ROOT / "recipes") for name in packaged_names()}

@@ -24,10 +24,17 @@ from hfkd.recipe.reading import load_recipe, parse_recipe
 
 FOLDER = ROOT / "recipes"
 RECIPES = packaged_names()
-CIFAR, IMAGENET, VITS, TOOLBOX = (
-    json.loads((GOLDEN / f"published_{name}.json").read_text()) for name in ("cifar100", "imagenet", "vit", "simkd")
+CIFAR, IMAGENET, VITS, TOOLBOX, NEW = (
+    json.loads((GOLDEN / f"published_{name}.json").read_text())
+    for name in ("cifar100", "imagenet", "vit", "simkd", "new")
 )
 PAIRS = sorted({name.split("/")[1] for name in RECIPES if re.match("cifar100/.*-", name)})
+NEW_PAIRS = ["resnet32x4-shufflenetv1", "resnet50-vgg8", "wrn_40_2-shufflenetv1"]
+# Methods of tables whose rows all have the same settings, and name no layers. They take their step with these pairs,
+# in which each kind of network is once. The teachers that are stronger than ResNet-34 take it with the first.
+SAME_FOR_ALL = ["dist", "ttm", "wttm", "wttm_crd", "wttm_itrd", "itrd", "rkd", "nst", "cc"]
+STEPPED = ["resnet32x4-resnet8x4", "resnet50-vgg8", "vgg13-mobilenetv2", "wrn_40_2-shufflenetv1"]
+STRONGER = [f"resnet{teacher}-resnet{student}" for student in (18, 34) for teacher in (50, 101, 152)]
 VIT_PAIRS = [f"resnet56-{student}" for student in sorted(VITS)]
 METHODS = [method + suffix for method in ("kd", "dkd", "mlkd", "ctkd") for suffix in ("", "_zscore")]
 FEATURE_METHODS = ["fitnet", "at", "sp", "vid", "pkt", "crd", "srrl", "semckd"]
@@ -38,6 +45,8 @@ TERMS = {  # of methods with several
     "ofa": ("logits", "branches"),
     "ca_mkd": ("logits", "features"),
     "skd": ("instance", "direction"),
+    "itrd": ("correlation", "mutual"),
+    "crld": ("within_view", "cross_view"),
     "uskd": ("target", "others", "weak"),
 }
 CLASSES = {"digits": 10, "uoft-cs/cifar100": 100, "ILSVRC/imagenet-1k": 1000}
@@ -52,36 +61,71 @@ def last_parts(folder=""):
 
 def teacher_architecture(teacher):
     """The architecture behind a recipe's teacher: a Hub id's own, of a run's folder that of the recipe of the run."""
+    if teacher.startswith("timm/regnety_160"):
+        return "regnety_002"  # of the same family, and 25 times smaller
     if teacher.startswith("timm/"):
         return teacher.removeprefix("timm/")
     return load_recipe(teacher.removeprefix("runs/").removesuffix("/teacher"))["student_name_or_path"]
 
 
+def takes_a_step(name):
+    _, pair, method = f"//{name}".rsplit("/", 2)
+    return pair not in STRONGER[1:] and not (
+        name.startswith("cifar100/") and method in SAME_FOR_ALL and pair not in STEPPED
+    )
+
+
 @functools.lru_cache(maxsize=1)  # pair after pair, and making one takes as long as the step
 def network_of(architecture, classes):
-    return timm.create_model(architecture, num_classes=classes)
+    size = {"img_size": 32} if "deit" in architecture else {}
+    return timm.create_model(architecture, num_classes=classes, **size)
 
 
 def test_the_published_pairs_are_complete():
     assert len(CIFAR) == 14 and len(VITS) == 6 and len(TOOLBOX) == 3
-    assert set(PAIRS) == {*CIFAR, *VIT_PAIRS, *TOOLBOX}
+    assert set(PAIRS) == {*CIFAR, *VIT_PAIRS, *TOOLBOX, *NEW_PAIRS}
     for pair in PAIRS:
-        published = {*METHODS * (pair in CIFAR), *TOOLBOX_METHODS * (pair in TOOLBOX)} or {"locality_guidance"}
+        published = {*METHODS * (pair in CIFAR), *TOOLBOX_METHODS * (pair in TOOLBOX)}
+        published |= {"locality_guidance"} if pair in VIT_PAIRS else set()
         others = {
             prefix + method + suffix for method in LOSSES for prefix in ("", "sdd_") for suffix in ("", "_zscore")
         }
+        others |= {"wttm_crd", "wttm_itrd"}
         assert published <= set(last_parts(f"cifar100/{pair}")) <= published | others
     assert last_parts() == sorted([*VITS, "deit_tiny_32px"])
     assert len(last_parts("cifar100/teachers")) == 7
     students = {pair.split("-")[1] for pair in PAIRS}
     taught_by_none = {"deit_tiny_32px", "resnet20_tf_kd", "resnet20_uskd"}
     assert set(last_parts("cifar100/students")) == students | taught_by_none
-    assert {name.split("/")[1] for name in RECIPES if name.startswith("imagenet/")} == {*HUB, "students"}
+    assert {name.split("/")[1] for name in RECIPES if name.startswith("imagenet/")} == {*HUB, *NEW["imagenet"]}
     for pair in HUB:
-        assert last_parts(f"imagenet/{pair}") == sorted(METHODS)
+        assert set(METHODS) <= set(last_parts(f"imagenet/{pair}")) <= {*METHODS, *NEW["imagenet"][pair], "rld", "mgd"}
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("method", NEW["cifar100"])
+def test_the_numbers_of_the_newer_tables(method):
+    """Of CIFAR-100; the settings of SAME_FOR_ALL are compared, too."""
+    recipes = {pair: load_recipe(f"cifar100/{pair}/{method}") for pair in NEW["cifar100"][method]}
+    assert {pair: recipe["published_top1"] for pair, recipe in recipes.items()} == NEW["cifar100"][method]
+    for pair, recipe in recipes.items():
+        assert recipe["learning_rate"] == (0.01 if re.search("(mobile|shuffle)net", pair) else 0.05)
+        assert recipe["num_train_epochs"] == 240 and recipe["per_device_train_batch_size"] == 64
+        assert recipe["ce_weight"] == (0.1 if method in ("kd", "sdd_kd") else 1.0)
+        if method in SAME_FOR_ALL:
+            assert recipe["losses"] == recipes[STEPPED[0]]["losses"]
+
+
+@pytest.mark.parametrize("pair", NEW["imagenet"])
+def test_the_numbers_of_the_newer_tables_on_imagenet(pair):
+    recipes = {method: load_recipe(f"imagenet/{pair}/{method}") for method in NEW["imagenet"][pair]}
+    assert {method: recipe["published_top1"] for method, recipe in recipes.items()} == NEW["imagenet"][pair]
+    if pair in STRONGER:
+        assert [recipe["losses"] for recipe in recipes.values()] == [
+            load_recipe(f"imagenet/{STRONGER[0]}/{method}")["losses"] for method in recipes
+        ]
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if takes_a_step(name)])
 def test_one_step(name):
     """At 16 px, whatever the recipe's size, for both networks, and on images in memory.
 

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hfkd import DistillationTrainer
+from hfkd.losses import LOSSES
 
 MIXING = {"dataloader_drop_last": True, "per_device_train_batch_size": 8}
 
@@ -63,25 +64,31 @@ def test_resumed_is_identical():
         assert torch.equal(value, resumed.model.inner.state_dict()[name])
 
 
-@pytest.mark.parametrize("losses", [{"kd": {}}, {"ctkd": {}}, {"dkd": {"dominant_label": True}}])
+@pytest.mark.parametrize(
+    "losses",
+    [{"kd": {}}, {"ctkd": {}}, {method: {"dominant_label": True} for method in ("dkd", "rld", "tf_kd")}],
+    ids=lambda losses: "-".join(losses),
+)
 @pytest.mark.parametrize("standardization", [False, True])
 def test_losses_train_on_mixtures(losses, standardization):
     trainer = build(losses=losses, mixup=0.8, cutmix=1.0, logit_standardization=standardization)
     trainer.train()
     values = [value for log in train_logs(trainer) for key, value in log.items() if "loss" in key]
-    assert len(values) == 9 and torch.tensor(values).isfinite().all()
+    assert len(values) == 3 * (2 + len(losses)) and torch.tensor(values).isfinite().all()
 
 
-def test_dkds_dominant_label():
-    """With the same class in both halves the mixture has one class, and the loss is that of this class."""
-    from hfkd.losses import DKDLoss, dkd_loss
-
-    loss = DKDLoss(warmup_epochs=0, dominant_label=True)
-    student, teacher = torch.randn(3, 5), torch.randn(3, 5)
+@pytest.mark.parametrize("method", ["dkd", "rld", "tf_kd"])
+def test_the_dominant_label_of_a_mixture(method):
+    """The loss of the class with the largest share."""
+    loss = LOSSES[method](dominant_label=True)
     shares = torch.tensor([[0.7, 0.3, 0, 0, 0], [0, 0.4, 0.6, 0, 0], [0, 0, 0, 0, 1.0]])
-    outputs = [type("Outputs", (), {"logits": logits, "strong": None})() for logits in (student, teacher)]
-    value = loss(*outputs, {"labels": shares, "progress": torch.tensor(0.0)})
-    torch.testing.assert_close(value, dkd_loss(student, teacher, torch.tensor([0, 2, 4]), 1.0, 8.0, 4.0))
+    outputs = [type("Outputs", (), {"logits": torch.randn(3, 5), "strong": None})() for _ in range(2)]
+    mixed, plain, other = (
+        loss(*outputs, {"labels": labels, "progress": torch.tensor(0.0)})
+        for labels in (shares, torch.tensor([0, 2, 4]), torch.tensor([1, 2, 4]))
+    )
+    torch.testing.assert_close(mixed, plain)
+    assert not torch.isclose(mixed, other)
 
 
 def test_clear_errors():
