@@ -65,9 +65,9 @@ class ExportArguments:
 def export(argv: list[str] | None = None) -> Path:
     """Write a trained model as one file: `MODEL [--format onnx|torch] [--output_dir DIR] [--teacher NAME]`.
 
-    MODEL is a folder or a Hub id. The file takes batches of any size, returns the logits that evaluation reads (the
-    mean of two heads), or the embedding of a network without a classifier, and holds the preprocessing of images, which is also in `preprocessing.json` beside it. The
-    command prints size and latency of MODEL and its teacher.
+    MODEL is a folder or a Hub id. The file takes batches of any size and returns the logits that evaluation reads (the
+    mean of two heads), or the embedding of a network without a classifier. It holds the preprocessing of images, which
+    is also in `preprocessing.json` beside it. The command prints size and latency of MODEL and its teacher.
 
     Returns:
         The path of the file.
@@ -94,9 +94,8 @@ def export(argv: list[str] | None = None) -> Path:
     path = folder / file_format.file_name
     exported = write_model(model, preprocessing.image_size, file_format, path, text)
     write_whole(folder / PREPROCESSING_NAME, text)
-    print(
-        f"{path} gives the model's {output_name(model)}; {folder / PREPROCESSING_NAME} says how to prepare its images.\n"
-    )
+    how = folder / PREPROCESSING_NAME
+    print(f"{path} gives the model's {output_name(model)}; {how} says how to prepare its images.\n")
     sides = {"student": Side(model, preprocessing.image_size, exported, path.stat().st_size)}
     if teacher is not None:
         sides = {"teacher": side_of_teacher(teacher, file_format)} | sides

@@ -64,11 +64,11 @@ def load_image_splits(
         ImageSplit(as_images(part, image_column), name, split, image_column, None, [])
         for part, split in zip(rows, wanted.values(), strict=True)
     ]
-    columns = [find_label_column(part.features, label_column, class_names, name) for part in (rows[0], rows[-1])]
-    if columns[0] is not None:
-        found = _with_labels(found, splits, columns[0], class_names, config_name, revision)
-    elif columns[1] is not None:  # a folder of class folders beside training images without labels
-        found[1:] = _with_labels(found[1:], splits, columns[1], class_names, config_name, revision)
+    for first, part in enumerate(rows):  # evaluation images may have labels where those for training have none
+        column = find_label_column(part.features, label_column, class_names, name)
+        if column is not None:
+            found[first:] = _with_labels(found[first:], splits, column, class_names, config_name, revision)
+            break
     labels = [split.labels() for split in found]  # finds a wrong label now and not after minutes of decoding
     if train_split is None:
         return None, found[-1]
@@ -89,12 +89,14 @@ def _find_splits(name, splits, train_split, eval_split, label_column, class_name
         if isinstance(splits, FolderSplits) and eval_split in splits.unlabelled:
             raise missing_split_error("eval_split", name, eval_split, splits)
         return {"train_split": train_split, "eval_split": eval_split}
-    known = [*splits, *splits.unlabelled] if isinstance(splits, FolderSplits) else splits
-    if eval_split is None and train_split == whole and not set(EVAL_SPLITS).intersection(known):
-        rows = len(splits[whole])
-        kept = rows - max(1, rows // HELD_OUT)
-        return {"train_split": f"{whole}[:{kept}]", "eval_split": f"{whole}[{kept}:]"}
-    return {"train_split": train_split, "eval_split": find_eval_split(name, known, eval_split)}
+    if eval_split is None and set(EVAL_SPLITS).isdisjoint(splits):
+        known = splits.unlabelled if isinstance(splits, FolderSplits) else ()
+        if train_split == whole and set(EVAL_SPLITS).isdisjoint(known):
+            rows = len(splits[whole])
+            kept = rows - max(1, rows // HELD_OUT)
+            return {"train_split": f"{whole}[:{kept}]", "eval_split": f"{whole}[{kept}:]"}
+        return {"train_split": train_split, "eval_split": find_eval_split(name, [*splits, *known], None)}
+    return {"train_split": train_split, "eval_split": find_eval_split(name, splits, eval_split)}
 
 
 def _with_labels(found, splits, label_column, class_names, config_name, revision) -> list[ImageSplit]:

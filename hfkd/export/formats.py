@@ -18,6 +18,7 @@ from ..networks.headless import is_headless
 from ..runs.writing import writing_by_name
 
 INPUT = "pixel_values"
+OUTPUT = "output_name"  # key in the meta data of a program's graph
 METADATA = "preprocessing"  # key in an ONNX file
 PREPROCESSING_NAME = "preprocessing.json"  # beside a file, and in a torch.export archive
 TOLERANCE = 1e-4
@@ -43,14 +44,14 @@ class FileFormat:
         file_name: name of the file.
         runtime: name of the program that runs the file.
         libraries: libraries of the extra `export` that it needs.
-        write: writes an exported program to a path, with the text on preprocessing and the name of the output.
+        write: writes an exported program and the text on preprocessing to a path.
         read: reads the model at a path.
     """
 
     file_name: str
     runtime: str
     libraries: tuple[str, ...]
-    write: Callable[[ExportedProgram, Path, str, str], None]
+    write: Callable[[ExportedProgram, Path, str], None]
     read: Callable[[Path], FileModel]
 
     def check_installed(self) -> None:
@@ -86,7 +87,7 @@ def write_model(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with writing_by_name(path) as partial:
-            file_format.write(program, partial, preprocessing, output_name(model))
+            file_format.write(program, partial, preprocessing)
             _check_logits(file_format.read(partial), model, image_size)
     except OSError as error:
         raise RunError(f"{path} could not be written ({error}). An earlier file is unchanged.") from error
@@ -126,6 +127,7 @@ def _captured(model: nn.Module, image_size: int) -> ExportedProgram:
     for module in program.graph_module.modules():
         for node in module.graph.nodes:
             node.meta.pop("stack_trace", None)
+    program.graph_module.meta[OUTPUT] = output_name(model)
     return program
 
 
@@ -158,14 +160,16 @@ def _check_logits(file_model: FileModel, model: nn.Module, image_size: int) -> N
             )
 
 
-def _write_onnx(program: ExportedProgram, path: Path, preprocessing: str, output: str) -> None:
+def _write_onnx(program: ExportedProgram, path: Path, preprocessing: str) -> None:
     size = sum(value.numel() * value.element_size() for value in program.state_dict.values())
     if size >= LARGEST_ONNX:
         raise HfkdError(
             f"The weights take {size / 1e9:.1f} GB, and one ONNX file holds less than 2 GiB: give --format torch."
         )
     try:
-        converted = torch.onnx.export(program, input_names=[INPUT], output_names=[output], verbose=False)
+        converted = torch.onnx.export(
+            program, input_names=[INPUT], output_names=[program.graph_module.meta[OUTPUT]], verbose=False
+        )
     except torch.onnx.errors.OnnxExporterError as error:
         found = re.search(r"op='([\w.]+)'|target=torch\.ops\.([\w.]+)", str(error))
         operator = f"the operator {found[1] or found[2]}" if found else f"this model ({_first_line(error)})"
@@ -189,7 +193,7 @@ def _read_onnx(path: Path) -> FileModel:
     return FileModel(lambda images: torch.from_numpy(session.run(None, {INPUT: images.numpy()})[0]))
 
 
-def _write_torch(program: ExportedProgram, path: Path, preprocessing: str, output: str) -> None:
+def _write_torch(program: ExportedProgram, path: Path, preprocessing: str) -> None:
     torch.export.save(program, path, extra_files={PREPROCESSING_NAME: preprocessing})
 
 

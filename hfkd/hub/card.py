@@ -13,7 +13,7 @@ from ..names import hub_id, is_local
 from ..runs.folder import CONFIG_NAME, RECIPE_NAME, RESULTS_NAME
 from ..runs.reading import read_results
 from ..runs.writing import write_whole
-from . import card_text
+from . import card_text, card_usage
 from .curves import save_curves
 
 logger = logging.get_logger(__name__)
@@ -64,7 +64,7 @@ def write_card(
     metadata = ModelCardData(
         language=language,
         license=license,
-        pipeline_tag="image-classification",
+        pipeline_tag=_task(config),
         **_library_and_tags(results, config, [tags] if isinstance(tags, str) else tags or []),
         **_origin(results, finetuned_from),
         **_measured(results, title),
@@ -73,7 +73,7 @@ def write_card(
         card_text.heading(title),
         card_text.summary(results),
         card_text.results_section(results, _draw(results, folder / FIGURE_NAME)),
-        card_text.usage_section(config, repo_id),
+        card_usage.usage_section(config, repo_id),
         card_text.method_section(results),
         card_text.training_section(results, recipe),
     ]
@@ -98,14 +98,19 @@ def _draw(results: dict[str, Any], path: Path) -> str | None:
     return path.name
 
 
+def _task(config: dict[str, Any] | None) -> str:
+    """Return the Hub's name of what the model does."""
+    return "image-feature-extraction" if card_usage.is_backbone(config) else "image-classification"
+
+
 def _library_and_tags(results: dict[str, Any], config: dict[str, Any] | None, tags: list[str]) -> dict[str, Any]:
     """Return the card's library and tags.
 
     The Hub offers code that loads the model for its library and for each library among its tags. The code for timm and
     transformers lacks `import hfkd`, so a model with an architecture of hfkd is tagged with neither.
     """
-    library = card_text.library_of(config)
-    own = ["hfkd", "image-classification"]
+    library = card_usage.library_of(config)
+    own = ["hfkd", _task(config)]
     own += ["knowledge-distillation", *results["losses"]] if results["losses"] else []
     own += ["logit-standardization"] if results["logit_standardization"] else []
     own += ["timm", "transformers"] if library == "timm" else []

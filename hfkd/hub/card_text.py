@@ -8,8 +8,6 @@ import json
 import re
 from typing import Any
 
-import timm
-
 from ..losses import LOSSES
 from ..losses.regions import CITATION as REGIONS_CITATION
 from ..losses.standardize import CITATION
@@ -18,48 +16,14 @@ from ..recipe.yaml_file import parse_yaml
 from ..runs.finished import BY_TOP1, best_words
 from ..runs.tables import markdown_table, plain, without_empty_columns
 
-LOCAL_FOLDER = "path/to/this/folder"  # path in the code of a card that has no repository
-
-PIPELINE_CODE = """
-from transformers import pipeline
-
-classify = pipeline("image-classification", model="{model}")
-print(classify("image.jpg"))
-"""
-
-TRANSFORMERS_CODE = """
-import torch
-from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageClassification
-
-processor = AutoImageProcessor.from_pretrained("{model}")
-model = AutoModelForImageClassification.from_pretrained("{model}")
-inputs = processor(Image.open("image.jpg").convert("RGB"), return_tensors="pt")
-with torch.no_grad():
-    logits = model(**inputs).logits
-print(model.config.id2label[logits.argmax(dim=1).item()])
-"""
-
-TIMM_CODE = """
-import timm
-import torch
-from PIL import Image
-
-model = timm.create_model("{model}", pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-with torch.no_grad():
-    logits = model(transform(Image.open("image.jpg").convert("RGB"))[None])
-print(model.pretrained_cfg["label_names"][logits.argmax(dim=1).item()])
-"""
-
-
 # ---- Sections ------------------------------------------------------------------------------------------------------
 
 
 def summary(results: dict[str, Any]) -> str:
     """Return a summary of the model: student, teacher, method and data set."""
     own, theirs = results["parameters"], results["teacher_parameters"]
-    student = f"This image classifier, {code(results['student'])} with {own:,} parameters, was"
+    kind = "image classifier" if results.get("has_classifier", True) else "image backbone without a classifier"
+    student = f"This {kind}, {code(results['student'])} with {own:,} parameters, was"
     on = f" on {_dataset(results['dataset'])}" if results["dataset"] else ""
     if not results["losses"]:
         purpose = " to teach smaller ones" if results["role"] == "teacher" else ""
@@ -144,39 +108,6 @@ def _epochs(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
     epochs = {"best epoch": best, "last epoch": last} if best["step"] != last["step"] else {"best, last epoch": last}
     exported = results["exported"]
     return {f"**{name}**, these weights" if exported in name else name: row for name, row in epochs.items()}
-
-
-def usage_section(config: dict[str, Any] | None, repo_id: str | None) -> str:
-    """Return code that loads the model and classifies an image, for every library that can load it."""
-    if config is None:
-        return "## Use\n\n`model.safetensors` holds the state dict of a module that is not part of this repository."
-    registering, parts = "", ["## Use"]
-    if library_of(config) == "hfkd":
-        registering = f"import hfkd  # registers {config['architecture']} with timm\n"
-        parts.append("`pip install hfkd` first: its import makes the architecture known to both libraries.")
-    parts.append("With transformers:")
-    parts += [
-        fenced("python", registering + template.strip().format(model=repo_id or LOCAL_FOLDER))
-        for template in (PIPELINE_CODE, TRANSFORMERS_CODE)
-    ]
-    if config["model_type"] == "timm_wrapper":
-        name = f"hf-hub:{repo_id}" if repo_id else f"local-dir:{LOCAL_FOLDER}"
-        parts += ["With timm:", fenced("python", registering + TIMM_CODE.strip().format(model=name))]
-    return "\n\n".join(parts)
-
-
-def library_of(config: dict[str, Any] | None) -> str | None:
-    """Return the library that loads a model with this config.json.
-
-    It is transformers, timm (also through transformers' wrapper), or hfkd, whose import registers the architecture.
-    None for a module without a config.json.
-    """
-    if config is None:
-        return None
-    if config["model_type"] != "timm_wrapper":
-        return "transformers"
-    name = config["architecture"]
-    return "hfkd" if timm.is_model(name) and timm.model_entrypoint(name).__module__.startswith("hfkd.") else "timm"
 
 
 def method_section(results: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import HfkdError
 from .base import Outputs
 from .feature_maps import MapPairsLoss, summed
 from .fitnet import FitNetLoss
@@ -30,6 +31,20 @@ def token_mse_loss(projected_maps: Sequence[Tensor], teacher_maps: Sequence[Tens
     """
     pairs = zip(projected_maps, teacher_maps, strict=True)
     return summed(F.mse_loss(*comparable(projected, teacher)) for projected, teacher in pairs)
+
+
+def _check_places(layer: int | str, student: Tensor, teacher: Tensor) -> None:
+    """Check that a map of the student has places to compare with the teacher's tokens.
+
+    Raises:
+        HfkdError: if it has only one, so that all of the teacher's tokens would be averaged.
+    """
+    if student.shape[2:].numel() == 1 < teacher.shape[2:].numel():
+        sides = " x ".join(map(str, teacher.shape[2:]))
+        raise HfkdError(
+            f"student_layers: {layer!r} gives one place for the whole image, and the teacher {sides}: give larger "
+            "images, an earlier layer, such as student_layers: [-2], or a loss of embeddings, such as feature_queue"
+        )
 
 
 class TokenMSELoss(MapPairsLoss):
@@ -56,6 +71,8 @@ class TokenMSELoss(MapPairsLoss):
         )
 
     def setup(self, student: Outputs, teacher: Outputs) -> None:
+        for layer, own, other in zip(self.student_layers, *self.maps(student, teacher), strict=True):
+            _check_places(layer, own, other)
         pairs = zip(*self.maps(student, teacher), strict=True)
         self.projectors = nn.ModuleList(nn.Conv2d(own.shape[1], other.shape[1], 1) for own, other in pairs)
 

@@ -36,7 +36,10 @@ def is_backbone(config: Any) -> bool:
     """Return True for the configuration of a network without a classifier."""
     if isinstance(config, TimmWrapperConfig):
         return config.num_labels == 0
-    architectures = config.architectures or []
+    own_code = getattr(config, "auto_map", None) or {}  # for each of transformers' Auto classes
+    if "AutoModelForImageClassification" in own_code:
+        return False
+    architectures = config.architectures or own_code.keys() & {"AutoModel"}
     return bool(architectures) and not any("ForImageClassification" in name for name in architectures)
 
 

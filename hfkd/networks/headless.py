@@ -14,6 +14,7 @@ from transformers.models.timm_wrapper import TimmWrapperModel
 from ..errors import HfkdError, WrongTypeError
 
 LAST_MAP = "last_map"
+MAX_PREFIX = 8  # class, distillation and register tokens of a network that does not state its patches
 
 
 class HeadlessNetwork(nn.Module):
@@ -61,6 +62,11 @@ class HeadlessNetwork(nn.Module):
     def embed(self, pixel_values: Tensor) -> Tensor:
         """Return the embedding (B, D) of images."""
         self._sides = pixel_values.shape[2:]
+        if min(self._sides) < (_patch_size(self.backbone) or 1):
+            raise WrongTypeError(
+                f"{type(self.backbone).__name__} cuts images into patches of {_patch_size(self.backbone)} pixels, and "
+                f"these have {tuple(self._sides)}: give larger images."
+            )
         features, pooled = self._features(pixel_values)
         features = self.last_map(features[..., None, None] if features.ndim == 2 else features)
         return self._average(features) if pooled is None else pooled.flatten(1)
@@ -87,7 +93,7 @@ class HeadlessNetwork(nn.Module):
         return self.as_map(features).mean(dim=(2, 3))
 
     def as_map(self, features: Tensor) -> Tensor:
-        """Return tokens (B, N, C) or a map in the backbone's layout as a map (B, C, H, W); any other tensor as it is.
+        """Return tokens (B, N, C) or a map in the backbone's layout as a map (B, C, H, W), other tensors as they are.
 
         Raises:
             WrongTypeError: for tokens that form no grid.
@@ -110,10 +116,10 @@ class HeadlessNetwork(nn.Module):
             if 0 < height * width <= tokens.shape[1]:
                 return height, width
         side = math.isqrt(tokens.shape[1])  # of a network with stages, whose tokens become fewer
-        if side == 0 or (patch is not None and min(self._sides) < patch):
+        if tokens.shape[1] - side * side > MAX_PREFIX:
             raise WrongTypeError(
-                f"{type(self.backbone).__name__} gives {tuple(tokens.shape)} for images of {tuple(self._sides)} pixels "
-                f"and patches of {patch}: expected the tokens (B, N, C) of a grid. Give larger images."
+                f"{type(self.backbone).__name__} gives {tokens.shape[1]} tokens for an image: expected those of a "
+                f"square grid behind at most {MAX_PREFIX} others."
             )
         return side, side
 
@@ -165,6 +171,8 @@ def _check_takes_images(model: PreTrainedModel) -> None:
         raise HfkdError(
             f"{name} takes more than images: give its vision tower, such as CLIPVisionModel.from_pretrained(...)."
         )
+    if getattr(model.config, "mask_ratio", None):
+        raise HfkdError(f"{name} leaves patches out at random: save its weights as a ViTModel and give that.")
     if _takes(model, "spatial_shapes"):
         raise HfkdError(f"{name} takes patches of images of any shape, which is not supported: give a model of SigLIP.")
 

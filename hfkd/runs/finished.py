@@ -163,10 +163,10 @@ def find_runs(paths: Sequence[str | Path]) -> tuple[list[FinishedRun], list[str]
             except (FileNotFoundError, ValueError) as error:
                 left_out.append(str(error))
                 continue
-            if run.results.get("epochs"):
-                runs[folder.resolve()] = run
-            elif not run.results.get("has_classifier", True):
+            if not run.results.get("has_classifier", True):
                 left_out.append(f"{folder} trained a backbone without a classifier, which has no top-1.")
+            elif run.results.get("epochs"):
+                runs[folder.resolve()] = run
             elif run.diverged:
                 left_out.append(f"{folder} {run.diverged}, before its first evaluation.")
             else:

@@ -28,7 +28,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import TrainOutput, has_length
 from transformers.utils import logging
 
-from ..data import ImageSource, StreamingImageDataset, collate_batch
+from ..data import StreamingImageDataset, collate_batch
 from ..data.image_dataset import BATCH_ENTRIES
 from ..data.subsets import image_source
 from ..errors import HfkdError
@@ -112,9 +112,9 @@ class DistillationTrainer(Trainer):
             takes; a list of them is an ensemble. A `CachedTeacher` reads stored logits. None: labels alone.
         args: the `DistillationConfig`.
         train_dataset, eval_dataset: a data set of `hfkd.data`, or any other whose batches hold `pixel_values`
-            (B, 3, H, W) and `labels` (B,), or whose items are pairs of image and label. Images without a label have
-            the label -100. Of several evaluation sets in
-            a dictionary, the first one's top-1 is that of `results.json`, where it has one.
+            (B, 3, H, W) and `labels` (B,), or whose items are pairs of image and label. Of several evaluation sets in
+            a dictionary, the first one's top-1 is that of `results.json`, where it has one. Images without labels must
+            be a data set of `hfkd.data`.
         losses: in place of `args.losses`; values may also be `DistillationLoss` instances.
         model_init: in place of `model`, a function that makes a student, which `hyperparameter_search` needs. Every
             trial, and every `train()`, begins with a fresh student and fresh losses, those of `args.losses` as the
@@ -241,6 +241,7 @@ class DistillationTrainer(Trainer):
         self._keep_logits = self._asks_teacher = False
         self._term_metrics: TermMetrics | None = None
         self._probe: ProbedMetrics | None = None
+        self._reads_labels = True
         self._steps_per_epoch = 1  # known once training begins, when a schedule that a user has created is replaced
         self.results.first_set = next(iter(eval_dataset), None) if isinstance(eval_dataset, dict) else None
         self._whole_state: dict[str, Tensor] | None = None
@@ -484,9 +485,9 @@ class DistillationTrainer(Trainer):
         batch = {**inputs, "progress": progress, "step": torch.full((), self.state.global_step, device=device)}
         if self._mixup is not None:
             # It draws from numpy's generator, whose state is in Trainer's checkpoints, and which no hfkd data set uses.
-            batch["pixel_values"], mixed = self._mixup(batch["pixel_values"], batch["labels"].clamp(min=0))
-            if has_labels(self.train_dataset):
-                batch["labels"] = mixed
+            labels, labelled = batch["labels"], has_labels(self.train_dataset)
+            mixed = self._mixup(batch["pixel_values"], labels if labelled else torch.zeros_like(labels))
+            batch["pixel_values"], batch["labels"] = mixed[0], mixed[1] if labelled else labels
         self.distiller.attach_taps()  # unless they are; an earlier `train()` has removed them
         teacher = self.teacher(batch) if self.distiller.needs_teacher else None
         with self.backend.autocast():
@@ -628,6 +629,7 @@ class DistillationTrainer(Trainer):
         predicting = description == "Prediction"
         self._asks_teacher = not predicting
         self._keep_logits = predicting or self.compute_metrics is not None
+        self._reads_labels = has_labels(dataloader.dataset)
         by_terms = not predicting and measures_terms(dataloader.dataset, self.model)
         self._term_metrics = TermMetrics(uncounted_label(dataloader.dataset)) if by_terms else None
         self._keep_logits = self._keep_logits and not by_terms
@@ -697,8 +699,7 @@ class DistillationTrainer(Trainer):
         if self._term_metrics is not None:
             figures = self._evaluated_terms(inputs, self._term_metrics)
             return (figures.sum(dim=1).mean(), None, None) if prediction_loss_only else (None, figures, labels)
-        if labels is not None and not self._asks_teacher and bool((labels == ImageSource.IGNORED).all()):
-            labels = None  # `predict` on images without labels
+        labels = labels if self._reads_labels else None
         with self.backend.autocast():
             logits = at_least_float32(self.backend.predict(self.distiller, model)(inputs["pixel_values"]))
         self.divergence.watch(logits)

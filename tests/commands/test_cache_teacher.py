@@ -228,7 +228,7 @@ def test_unfinished(recipe):
         ({"shard_teacher": True}, [], "leave shard_teacher out"),
     ],
 )
-def test_what_cannot_be_cached(changes, arguments, message):
+def test_what_cannot_be_cached(changes, arguments, message, recipe):
     with pytest.raises(ValueError, match=message):
         cache_teacher([written(**changes), *arguments])
 

@@ -8,6 +8,7 @@ import torch
 from helpers import Plain
 from torch import nn
 
+from hfkd import load_student
 from hfkd.export.formats import FORMATS, FileModel, write_model
 
 ONNX, TORCH = FORMATS["onnx"], FORMATS["torch"]
@@ -64,6 +65,18 @@ def test_a_forward_that_cannot_be_followed(file_format):
     with pytest.raises(ValueError, match="the forward of OneBatchSize.*a fixed batch size"):
         write(OneBatchSize(), file_format)
     assert left() == []
+
+
+@pytest.mark.parametrize("file_format", [ONNX, TORCH], ids=list(FORMATS))
+def test_a_backbone_gives_its_embedding(file_format):
+    model, images = load_student("cifar_resnet8", num_classes=0), torch.randn(3, 3, 32, 32)
+    embedding = write(model, file_format)(images)
+    assert embedding.shape == (3, 64)
+    torch.testing.assert_close(embedding, model(images).pooler_output.detach(), rtol=1e-4, atol=1e-4)
+    if file_format is ONNX:
+        import onnx
+
+        assert [output.name for output in onnx.load("out/model.onnx").graph.output] == ["embedding"]
 
 
 def test_a_model_that_is_none():

@@ -86,7 +86,7 @@ def test_every_key_has_an_entry(argument_class):
             PATH_KEYS,
             {
                 *("dataset_name", "student_name_or_path", "teacher_name_or_path", "teacher_checkpoint"),
-                *("teacher_cache", "teacher_recipe"),
+                *("teacher_cache", "teacher_recipe", "unlabelled_dataset_name"),
             },
         ),
         (TRIAL_ONLY_KEYS, TRIALS | {"resume_from_checkpoint"}),  # the last one is in no recipe

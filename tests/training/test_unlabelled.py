@@ -12,6 +12,7 @@ from hfkd import DistillationTrainer
 from hfkd.data import ImageDataset, MixedImageDataset, NoAugmentation, WeakAugmentation
 from hfkd.errors import HfkdError
 from hfkd.losses import LOSSES, dkd_loss, kd_loss
+from hfkd.recipe.reading import load_recipe
 from hfkd.training.unlabelled import TermMetrics
 
 MAPS = {"student_layers": ["conv"], "teacher_layers": ["conv"]}
@@ -87,6 +88,20 @@ def test_mixing_without_labels(settings, monkeypatch):
     plain = trainer.train_dataset.__getitems__(seen[1]["index"].tolist())["pixel_values"]
     assert not torch.equal(seen[1]["pixel_values"], plain)  # and student and teacher get the same mixed images
     assert train_logs(trainer)[-1]["loss_kd"] > 0
+
+
+def test_a_patient_teacher_reads_no_labels():
+    """The settings of the recipe give the same student with and without labels, to the bit."""
+    recipe = load_recipe("cifar100/patient/resnet20")
+    settings = {name: recipe[name] for name in ("ce_weight", "mixup", "dataloader_drop_last", "lr_scheduler_type")}
+    states = []
+    for train_dataset in (images(16), unlabelled(16)):
+        trainer = trainer_of(recipe["losses"], train_dataset, **settings)
+        trainer.train()
+        states.append(trainer.model.state_dict())
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    assert recipe["lr_milestones"] is None and recipe["num_train_epochs"] == 1200
+    assert load_recipe("cifar100/patient/resnet20_unlabelled") == recipe | {"label_column": "none"}
 
 
 @pytest.mark.parametrize(

@@ -52,11 +52,11 @@ def test_a_declared_folder_is_read_whatever_its_folders_are_called(tmp_path, loa
 
 @LOADERS
 def test_training_images_without_labels_beside_labelled_evaluation_images(tmp_path, load):
-    for name in ("train/a.png", "train/b.png", "test/bee/c.png", "test/ant/d.png", "val/e.png"):
+    for name in ("train/a.png", "train/b.png", "val/bee/c.png", "val/ant/d.png", "test/e.png"):
         picture(tmp_path / name)
     train, labelled = load(str(tmp_path))
-    assert described(train) == ("train", False, []) and described(labelled) == ("test", True, ["ant", "bee"])
-    assert described(load(str(tmp_path), eval_split="val")[1]) == ("val", False, [])
+    assert described(train) == ("train", False, []) and described(labelled) == ("val", True, ["ant", "bee"])
+    assert described(load(str(tmp_path), eval_split="test")[1]) == ("test", False, [])
 
 
 @LOADERS

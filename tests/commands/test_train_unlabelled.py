@@ -8,13 +8,14 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, BitImageProcessor, Dinov2Config, Dinov2Model
 
 from hfkd import load_student
 from hfkd.cli import main
 from hfkd.commands.train import distill
 from hfkd.networks.loading import exported_state_dict
 
+DINO = Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4)
 SETTINGS = {
     "student": "cifar_resnet8",
     "teacher": "teacher",
@@ -95,6 +96,24 @@ def test_a_folder_of_photographs_is_distilled_and_then_fine_tuned(capsys):
 
     distill(words("labelled", student="run/student", image_size=None, output_dir="tuned", num_train_epochs=1))
     assert {"top1", "agreement"} <= results("tuned")["best"].keys() and results("tuned")["ce_weight"] == 1
+
+
+def test_a_teacher_without_a_classifier(capsys):
+    """The student is a backbone; its best checkpoint has the lowest loss of the images held out."""
+    torch.manual_seed(1)
+    Dinov2Model(DINO).save_pretrained("dino")
+    sides = {"height": 16, "width": 16}
+    BitImageProcessor(size=sides, crop_size=sides).save_pretrained("dino")
+    distill(words("flat", teacher="dino", losses="{token_mse: {}, feature_queue: {size: 16}}"))
+    found = results()
+    assert (
+        found["best"]["loss"] == min(row["eval_loss"] for row in found["epochs"]) and "agreement" not in found["best"]
+    )
+    assert {"loss_token_mse", "loss_feature_queue"} <= found["best"]["others"].keys()
+    assert not found["has_classifier"] and found["dataset"]["classes"] == 0
+    assert "Loss of the evaluation images" in capsys.readouterr().out
+    distill(words("labelled", student="run/student", image_size=None, output_dir="tuned", num_train_epochs=1))
+    assert "top1" in results("tuned")["best"]
 
 
 @pytest.mark.parametrize("data", ["stream", "mixed"])
