@@ -102,7 +102,7 @@ class ModelArguments:
     teacher_cache: str | None = field(
         default=None,
         metadata={
-            "help": "Folder written by `hfkd cache-teacher`. Its logits and features are read, and no teacher is loaded; "
+            "help": "Folder written by `hfkd cache-teacher`. Its logits and features are read, no teacher is loaded; "
             "teacher_name_or_path, if set, must name the teacher of the cache."
         },
     )
