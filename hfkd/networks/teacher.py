@@ -98,7 +98,7 @@ class Teacher:
     @property
     def network(self) -> nn.Module:
         """Frozen network, without the `HeadlessNetwork` around a backbone."""
-        return self.model if self.has_classifier else self.model.backbone
+        return self.model.backbone if isinstance(self.model, HeadlessNetwork) else self.model
 
     @property
     def dispatched(self) -> bool:

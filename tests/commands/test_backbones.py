@@ -115,10 +115,9 @@ def test_fine_tuning_without_and_with_a_teacher(capsys):
     ],
 )
 def test_refusals(words, message, capsys, monkeypatch):
-    """Each ends with 2 before a network's weights or any image is read."""
-    for name in ("load_teachers", "load_splits"):
-        monkeypatch.setattr(f"hfkd.commands.build.{name}", None)
-        monkeypatch.setattr(f"hfkd.commands.cache_teacher.{name}", None)
+    """Each ends with 2 before the weights of a teacher or any image is read."""
+    for place in ("build.load_teachers", "build.load_splits", "cache_teacher.load_teachers"):
+        monkeypatch.setattr(f"hfkd.commands.{place}", None)
     own = "student_name_or_path: cifar_resnet8\nteacher_name_or_path: dino\ndataset_name: photos\n"
     Path("own.yaml").write_text(own + "search: {learning_rate: {low: 1.0e-5, high: 0.2}}\n")
     with pytest.raises(SystemExit) as ended:
