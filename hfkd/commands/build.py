@@ -29,7 +29,7 @@ from ..data import (
 from ..errors import HfkdError
 from ..names import NO_LABELS
 from ..networks.backbones import lacks_classifier
-from ..networks.class_matching import check_class_indices, class_names_of, match_classes
+from ..networks.class_matching import check_class_indices, class_names_of, match_classes, name_lists_of
 from ..networks.features import InputSpec
 from ..networks.loading import check_model, load_student, load_teacher
 from ..networks.origins import student_weights, teacher_weights
@@ -167,7 +167,7 @@ def with_teacher_classes(
     elif not teacher[0].has_classifier:
         return splits
     else:
-        names, indices = class_names_of(teacher[0].model), teacher[0].class_indices
+        names, indices = _classes_of(teacher[0].model), teacher[0].class_indices
         if indices is not None:
             check_class_indices(indices, len(eval_split.class_names) or len(indices), len(names))
             names = eval_split.class_names or [names[index] for index in indices]
@@ -177,13 +177,22 @@ def with_teacher_classes(
     return named[0], named[1]
 
 
+def _classes_of(model: nn.Module) -> list[str]:
+    """Return the names of a teacher's classes; those of ImageNet, or numbers, for an architecture without names."""
+    for names in (class_names_of(model), *name_lists_of(model)):
+        if names:
+            return names
+    number: Any = model.num_classes  # of timm
+    return [str(index) for index in range(number)]
+
+
 def with_classes_of(model: nn.Module, split: ImageSplit | StreamSplit) -> ImageSplit | StreamSplit:
     """Return the split with the model's classes, matched by name.
 
     Raises:
         HfkdError: the names do not tell the model's class for each of the split's.
     """
-    names, given = class_names_of(model), split.class_names
+    names, given = _classes_of(model), split.class_names
     if given == names:
         return split
     try:

@@ -10,7 +10,9 @@ from pathlib import Path
 
 from ..errors import HfkdError
 from ..losses import DistillationLoss, build_losses
+from ..losses.base import trains_classifier
 from ..networks.loading import as_teacher, input_spec
+from ..recipe.checks import check_without_labels
 from ..recipe.finding import find_recipe
 from ..recipe.parser import ArgumentParser
 from ..recipe.reading import ARGUMENT_CLASSES, parse_recipe
@@ -135,7 +137,9 @@ def _write_from_arguments(folder, cache_args, model_args, data_args, config) -> 
     check_teachers(model_args, losses)
     teachers = load_teachers(model_args, splits[1].class_names)
     if not splits[0].has_labels:
-        splits = with_teacher_classes(splits, teachers)
+        check_without_labels(losses, config, f"the images of {splits[0].name}")
+        if trains_classifier(losses.values(), config.ce_weight):  # else the student has no classes either
+            splits = with_teacher_classes(splits, teachers)
         check_top_k(cache_args.top_k, len(splits[0].class_names))
     teacher = as_teacher(teachers, config.logit_standardization)
     # The student's input, because the teacher sees the student's images.

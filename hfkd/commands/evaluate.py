@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ..data import ImageSource
 from ..errors import HfkdError, RunError
+from ..names import NO_LABELS
 from ..networks.class_matching import class_names_of
 from ..networks.loading import input_spec, load_pretrained
 from ..networks.sources import resolve_name
@@ -109,6 +110,9 @@ def parse_model(argv: list[str], usage: str, *argument_classes: type, probing: b
     recipe_path = Path(name).parent / RECIPE_NAME
     keys = [field.name for field in dataclasses.fields(DataArguments)]
     recipe = load_recipe(recipe_path) if recipe_path.is_file() else {}
+    named = any(word.partition("=")[0] == "--dataset_name" for word in overrides)
+    if named and recipe.get("label_column") == NO_LABELS:  # of the run's images, and these are others
+        del recipe["label_column"]
     defaults = to_argv({key: value for key, value in recipe.items() if key in keys}, parser)
     return name, *parser.parse(defaults + overrides)
 

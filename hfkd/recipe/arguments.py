@@ -102,8 +102,8 @@ class ModelArguments:
     teacher_cache: str | None = field(
         default=None,
         metadata={
-            "help": "Folder written by `hfkd cache-teacher`, from which the teacher's logits and features are read: no "
-            "teacher is loaded. teacher_name_or_path, if set, must name the teacher of the cache."
+            "help": "Folder written by `hfkd cache-teacher`. Its logits and features are read, no teacher is loaded; "
+            "teacher_name_or_path, if set, must name the teacher of the cache."
         },
     )
     pretrained: bool = field(

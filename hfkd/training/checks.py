@@ -252,6 +252,11 @@ def check_best_metric(wanted: str | None, eval_dataset: Any, names: list[str] | 
     """
     if names is None or wanted is None:  # Trainer refuses None
         return
+    if not names:
+        raise HfkdError(
+            "No evaluation measures anything here: the student has no classifier, and a teacher cache knows no "
+            "evaluation images. Set load_best_model_at_end: false, or probe_every and metric_for_best_model: knn."
+        )
     prefixes = [f"{each}_" for each in eval_dataset] if isinstance(eval_dataset, dict) else [""]
     given = [prefix + name for prefix in prefixes for name in (*names, *TIMES)]
     if wanted.removeprefix("eval_") not in given:

@@ -115,9 +115,10 @@ def test_fine_tuning_without_and_with_a_teacher(capsys):
     ],
 )
 def test_refusals(words, message, capsys, monkeypatch):
-    """Each ends with 2 before a network's weights or any image is read."""
+    """Each ends with 2 before the weights of a teacher or any image is read."""
+    monkeypatch.setattr("hfkd.commands.cache_teacher.load_teachers", None)
     # `build` comes last: the others take its functions when they are first imported, and would keep what stands in.
-    for module in ("cache_teacher", "evaluate", "search", "visualize", "build"):
+    for module in ("evaluate", "search", "visualize", "build"):
         for name in ("load_teachers", "load_splits"):
             monkeypatch.setattr(f"hfkd.commands.{module}.{name}", None, raising=False)
     own = "student_name_or_path: cifar_resnet8\nteacher_name_or_path: dino\ndataset_name: photos\n"

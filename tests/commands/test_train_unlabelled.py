@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification, BitImageProcessor, Dinov2Config, Dinov2Model
 
 from hfkd import load_student
 from hfkd.cli import main
+from hfkd.commands.evaluate import evaluate
 from hfkd.commands.train import distill
 from hfkd.networks.loading import exported_state_dict
 
@@ -96,6 +97,18 @@ def test_a_folder_of_photographs_is_distilled_and_then_fine_tuned(capsys):
 
     distill(words("labelled", student="run/student", image_size=None, output_dir="tuned", num_train_epochs=1))
     assert {"top1", "agreement"} <= results("tuned")["best"].keys() and results("tuned")["ce_weight"] == 1
+
+
+def test_a_teacher_that_does_not_name_its_classes():
+    """An architecture with weights from a file; images whose labels are not read are evaluated with them later."""
+    torch.manual_seed(1)
+    save_file(
+        load_student("cifar_resnet8", num_classes=3, image_size=16).timm_model.state_dict(), "weights.safetensors"
+    )
+    settings = {"teacher": "cifar_resnet8", "teacher_checkpoint": "weights.safetensors", "num_train_epochs": 1}
+    distill(words("labelled", label_column="none", **settings))
+    assert results()["dataset"]["classes"] == 3 and "agreement" in results()["best"]
+    assert "eval_top1" in evaluate(["run", "--label_column", "label"])
 
 
 def test_a_teacher_without_a_classifier(capsys):

@@ -102,6 +102,9 @@ def test_of_a_teacher_without_a_classifier(capsys):
     assert train_logs(live)[0]["loss_pkt"] == train_logs(replayed)[0]["loss_pkt"] > 0
     assert "eval_agreement" not in replayed.results.rows[-1] and "eval_top1" in replayed.results.rows[-1]
     student = load_student("cifar_resnet8", [])
+    with pytest.raises(HfkdError, match="No evaluation measures anything here.* or probe_every"):
+        settings = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
+        trained(teacher, {"pkt": {}}, load_student("cifar_resnet8", []), ce_weight=0, **settings)
     best = {"metric_for_best_model": "knn", "load_best_model_at_end": True, "save_strategy": "epoch"}
     run = trained(teacher, {"pkt": {}}, student, ce_weight=0, eval_strategy="epoch", probe_every=1, **best)
     assert run.state.best_metric == max(entry.get("eval_knn", 0) for entry in run.state.log_history)
