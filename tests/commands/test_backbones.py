@@ -119,8 +119,11 @@ def test_fine_tuning_without_and_with_a_teacher(capsys):
 )
 def test_refusals(words, message, capsys, monkeypatch):
     """Each ends with 2 before the weights of a teacher or any image is read."""
-    for place in ("build.load_teachers", "build.load_splits", "cache_teacher.load_teachers"):
-        monkeypatch.setattr(f"hfkd.commands.{place}", None)
+    # `build` comes last: the others take its functions when they are first imported, and would keep what stands in.
+    for module in ("cache_teacher", "evaluate", "search", "visualize", "build"):
+        monkeypatch.setattr(f"hfkd.commands.{module}.load_teachers", None, raising=False)
+        if module != "cache_teacher":  # which reads the number of classes first
+            monkeypatch.setattr(f"hfkd.commands.{module}.load_splits", None, raising=False)
     own = "student_name_or_path: cifar_resnet8\nteacher_name_or_path: dino\ndataset_name: photos\n"
     Path("own.yaml").write_text(own + "search: {learning_rate: {low: 1.0e-5, high: 0.2}}\n")
     with pytest.raises(SystemExit) as ended:
