@@ -11,6 +11,8 @@ from transformers import AutoModel, BitImageProcessor, Dinov2Config, Dinov2Model
 
 from hfkd.cli import main
 from hfkd.commands.train import distill, train_teacher
+from hfkd.commands.visualize import visualize
+from hfkd.errors import HfkdError
 from hfkd.recipe.yaml_file import read_yaml
 
 SETTINGS = "--image_size 32 --per_device_train_batch_size 4 --dataloader_num_workers 0 --max_steps 2 --use_cpu true"
@@ -89,6 +91,18 @@ def test_fine_tuning_without_and_with_a_teacher(capsys):
     assert student.results.rows[-1]["eval_top1"] >= 0 and "eval_agreement" in student.results.rows[-1]
     assert not torch.equal(student.model.timm_model.conv1.weight, backbone.conv1.weight)
     assert "photographs/student" in Path("runs/tuned/results.json").read_text()
+
+
+def test_figures_leave_out_a_teacher_without_classes(capsys):
+    words = ["--dataset_name", "photos/", "--teacher", "dino", "--student", "cifar_resnet8", "--output_dir", "runs/own"]
+    trainer = distill([*words, *SETTINGS, "--losses.pkt.weight", "1"])
+    assert "eval_top1" in trainer.results.rows[-1] and "eval_agreement" not in trainer.results.rows[-1]
+    written = visualize(["runs/own", "--figures", "logit_spread"])
+    assert [path.name for path in written] == ["logit_spread.png"]
+    printed = capsys.readouterr().out
+    assert "leave out the teacher dinov2: it lacks the student's classes" in printed
+    with pytest.raises(HfkdError, match="The figures compare logits, and dino has no classifier"):
+        visualize(["runs/own", "--figures", "logit_spread", "--teacher", "dino"])
 
 
 @pytest.mark.parametrize(
