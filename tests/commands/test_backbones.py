@@ -94,15 +94,24 @@ def test_fine_tuning_without_and_with_a_teacher(capsys):
 
 
 def test_figures_leave_out_a_teacher_without_classes(capsys):
-    words = ["--dataset_name", "photos/", "--teacher", "dino", "--student", "cifar_resnet8", "--output_dir", "runs/own"]
+    words = [
+        "--dataset_name",
+        "photos/",
+        "--teacher",
+        "dino",
+        "--student",
+        "cifar_resnet8",
+        "--output_dir",
+        "runs/seen",
+    ]
     trainer = distill([*words, *SETTINGS, "--losses.pkt.weight", "1"])
     assert "eval_top1" in trainer.results.rows[-1] and "eval_agreement" not in trainer.results.rows[-1]
-    written = visualize(["runs/own", "--figures", "logit_spread"])
+    written = visualize(["runs/seen", "--figures", "logit_spread"])
     assert [path.name for path in written] == ["logit_spread.png"]
     printed = capsys.readouterr().out
     assert "leave out the teacher dinov2: it lacks the student's classes" in printed
     with pytest.raises(HfkdError, match="The figures compare logits, and dino has no classifier"):
-        visualize(["runs/own", "--figures", "logit_spread", "--teacher", "dino"])
+        visualize(["runs/seen", "--figures", "logit_spread", "--teacher", "dino"])
 
 
 @pytest.mark.parametrize(
