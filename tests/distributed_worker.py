@@ -136,9 +136,11 @@ class Exact(DistillationTrainer):
 def trainer_of(kind, losses, world_size, student, teacher, output_dir, **changes):
     """With batches of eight images, over all processes and accumulated steps."""
     accumulated = changes.get("gradient_accumulation_steps", 1)
+    probe_every = None if "data" in changes else 1  # which may have no labels
     data = {"train_dataset": images(32), "eval_dataset": images(26, seed=1, augment=False)} | changes.pop("data", {})
     batch_size = 8 // world_size // accumulated
-    args = config(output_dir, per_device_train_batch_size=batch_size, num_train_epochs=2, probe_every=1, **changes)
+    settings = {"per_device_train_batch_size": batch_size, "num_train_epochs": 2, "probe_every": probe_every}
+    args = config(output_dir, **settings, **changes)
     return kind(student, teacher, args, losses=losses, **data)
 
 
