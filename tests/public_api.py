@@ -31,6 +31,7 @@ from hfkd.data import (
     ImageSplit,
     IndexedImageSource,
     LazyImageDataset,
+    MixedImageDataset,
     NoAugmentation,
     RandomResizedCrop,
     StreamingImageDataset,
@@ -274,7 +275,9 @@ def photographs(folder: str) -> list[ImageSource]:
     stream.shard(rank=0, world_size=1, batch_size=64, drop_last=False)
     for batch in stream:
         assert_type(batch, dict[str, Tensor])
-    return [lazy, LazyImageDataset(test_split, transform=center), stream]
+    others = LazyImageDataset(train_split, transform=crop)
+    mixed = MixedImageDataset(lazy, others, unlabelled_images=32, batch_size=64)
+    return [lazy, LazyImageDataset(test_split, transform=center), stream, mixed]
 
 
 def augmented(images: Tensor, bits: np.ndarray[Any, Any]) -> Tensor:
