@@ -208,7 +208,7 @@ def _progress(total: int, what: str, config: DistillationConfig) -> tqdm:
     hidden = config.disable_tqdm or not PartialState().is_main_process
     terminal = sys.stdout.isatty()
     if total and not (hidden or terminal):
-        print(f"The teacher classifies {total:,} {what}.", flush=True)
+        print(f"The teacher sees {total:,} {what}.", flush=True)
     return tqdm(total=total, unit="images", unit_scale=True, desc=what, disable=hidden or not terminal)
 
 
