@@ -113,7 +113,6 @@ def _write_from_arguments(folder, cache_args, model_args, data_args, config) -> 
     """Build what a recipe names, and write its cache."""
     losses = build_losses(config.losses, config.logit_standardization)
     check_supported(losses, config)
-    check_teachers(model_args, losses)
     temperatures = temperatures_of(losses, cache_args)
     splits, teachers = load_splits(data_args), None
     if not splits[0].has_labels:
@@ -123,6 +122,7 @@ def _write_from_arguments(folder, cache_args, model_args, data_args, config) -> 
     if cache_args.top_k is not None and not 1 <= cache_args.top_k <= classes:
         raise HfkdError(f"top_k must be 1 ... {classes}, the number of classes, got {cache_args.top_k}.")
     names, checkpoints = model_args.teacher_name_or_path, model_args.teacher_checkpoint
+    check_teachers(model_args, losses)
     teacher = as_teacher(teachers or load_teachers(model_args), config.logit_standardization)
     # The student's input, because the teacher sees the student's images.
     spec = input_spec(build_student(model_args, data_args, splits[0].class_names))

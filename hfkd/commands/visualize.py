@@ -149,8 +149,8 @@ class Subject:
             pair = {key: value[:2].to(device) for key, value in first.items()}
             self.networks["teacher"].align_classes(eval_set.class_names, pair, required=self.args.teacher is not None)
             if not self.networks["teacher"].shares_classes:
-                print(f"Without the teacher {self.networks['teacher'].name}, which has not the student's classes.")
-                del self.networks["teacher"]
+                left_out = self.networks.pop("teacher").name
+                print(f"The figures leave out the teacher {left_out}: it lacks the student's classes.")
         return observe(self.networks, itertools.chain([first], batches), eval_set.class_names, device, self.chosen_rows)
 
     def _load_teacher(self) -> Teacher | TeacherEnsemble | None:

@@ -173,8 +173,8 @@ class DistillationLoss(nn.Module):
         return student.logits, teacher.logits
 
 
-def trains_classifier(losses: Iterable[DistillationLoss], ce_weight: float) -> bool:
-    """Return True if the cross-entropy or a loss reads the student's logits, or its classifier."""
+def trains_classifier(losses: Iterable[Any], ce_weight: float) -> bool:
+    """Return True if the cross-entropy or one of the losses reads the student's logits, or its classifier."""
     return ce_weight > 0 or any(loss.reads_logits or loss.reads_classifier for loss in losses)
 
 

@@ -48,14 +48,19 @@ def fit_student(
     return model.to(memory_format=torch.channels_last) if args.channels_last else model
 
 
-def load_named_student(name_or_path: str, dataset: Any) -> PreTrainedModel:
+def load_named_student(name_or_path: str, dataset: Any, has_classifier: bool = True) -> PreTrainedModel:
     """Return the student of a name, for the classes, the size and the normalisation of a data set.
+
+    Args:
+        has_classifier: False for a backbone without a classifier, whatever classes the data set has.
 
     Raises:
         HfkdError: if the data set does not tell its classes, or as `load_student`.
     """
     source = image_source(dataset)
-    names = _class_names(dataset) if source is None else source.class_names
+    names: list[str] | None = []
+    if has_classifier:
+        names = _class_names(dataset) if source is None else source.class_names
     if names is None:
         raise HfkdError(
             f"The student '{name_or_path}' is to be loaded for the classes of the data set, and a "

@@ -33,6 +33,7 @@ from ..data.image_dataset import BATCH_ENTRIES
 from ..data.subsets import image_source
 from ..errors import HfkdError
 from ..losses import DistillationLoss, build_losses
+from ..losses.base import trains_classifier
 from ..losses.standardize import at_least_float32
 from ..networks.gradient_checkpointing import use_gradient_checkpointing
 from ..networks.headless import is_headless
@@ -104,7 +105,8 @@ class DistillationTrainer(Trainer):
 
     Args:
         model: the student: a transformers image classifier, a timm model (`trainer.model` is then transformers'
-            wrapper around it), a module that returns logits (B, C), or a name that `load_student` takes.
+            wrapper around it), a module that returns logits (B, C), or a name that `load_student` takes. Of a name, or
+            of a timm model with `num_classes` 0, it is a backbone where nothing trains a classifier.
         teacher: a `Teacher` (see `load_teacher`), a model, which is left as it was, or a name that `load_teacher`
             takes; a list of them is an ensemble. A `CachedTeacher` reads stored logits. None: labels alone.
         args: the `DistillationConfig`.
@@ -198,7 +200,8 @@ class DistillationTrainer(Trainer):
         )
         if isinstance(model, str):
             set_seed(args.seed)  # as for a recipe
-            model = load_named_student(model, first_set(eval_dataset) if train_dataset is None else train_dataset)
+            dataset = first_set(eval_dataset) if train_dataset is None else train_dataset
+            model = load_named_student(model, dataset, trains_classifier(built.values(), args.ce_weight))
             kwargs["processing_class"] = kwargs.get("processing_class") or own_processor(model)
         check_roles(model, self.teacher, built, args)
         check_mixed(train_dataset, self.teacher, args)

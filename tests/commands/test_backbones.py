@@ -11,6 +11,8 @@ from transformers import AutoModel, BitImageProcessor, Dinov2Config, Dinov2Model
 
 from hfkd.cli import main
 from hfkd.commands.train import distill, train_teacher
+from hfkd.commands.visualize import visualize
+from hfkd.errors import HfkdError
 from hfkd.recipe.yaml_file import read_yaml
 
 SETTINGS = "--image_size 32 --per_device_train_batch_size 4 --dataloader_num_workers 0 --max_steps 2 --use_cpu true"
@@ -92,6 +94,27 @@ def test_fine_tuning_without_and_with_a_teacher(capsys):
     assert "photographs/student" in Path("runs/tuned/results.json").read_text()
 
 
+def test_figures_leave_out_a_teacher_without_classes(capsys):
+    words = [
+        "--dataset_name",
+        "photos/",
+        "--teacher",
+        "dino",
+        "--student",
+        "cifar_resnet8",
+        "--output_dir",
+        "runs/seen",
+    ]
+    trainer = distill([*words, *SETTINGS, "--losses.pkt.weight", "1"])
+    assert "eval_top1" in trainer.results.rows[-1] and "eval_agreement" not in trainer.results.rows[-1]
+    written = visualize(["runs/seen", "--figures", "logit_spread"])
+    assert [path.name for path in written] == ["logit_spread.png"]
+    printed = capsys.readouterr().out
+    assert "leave out the teacher dinov2: it lacks the student's classes" in printed
+    with pytest.raises(HfkdError, match="The figures compare logits, and dino has no classifier"):
+        visualize(["runs/seen", "--figures", "logit_spread", "--teacher", "dino"])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -115,11 +138,12 @@ def test_fine_tuning_without_and_with_a_teacher(capsys):
     ],
 )
 def test_refusals(words, message, capsys, monkeypatch):
-    """Each ends with 2 before a network's weights or any image is read."""
+    """Each ends with 2 before the weights of a teacher or any image is read."""
     # `build` comes last: the others take its functions when they are first imported, and would keep what stands in.
     for module in ("cache_teacher", "evaluate", "search", "visualize", "build"):
-        for name in ("load_teachers", "load_splits"):
-            monkeypatch.setattr(f"hfkd.commands.{module}.{name}", None, raising=False)
+        monkeypatch.setattr(f"hfkd.commands.{module}.load_teachers", None, raising=False)
+        if module != "cache_teacher":  # which reads the number of classes first
+            monkeypatch.setattr(f"hfkd.commands.{module}.load_splits", None, raising=False)
     own = "student_name_or_path: cifar_resnet8\nteacher_name_or_path: dino\ndataset_name: photos\n"
     Path("own.yaml").write_text(own + "search: {learning_rate: {low: 1.0e-5, high: 0.2}}\n")
     with pytest.raises(SystemExit) as ended:

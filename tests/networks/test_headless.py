@@ -178,11 +178,11 @@ def test_layers_have_the_backbones_names(dinov2):
         outputs_of(load_teacher(dinov2), [3])
 
 
-def trained(student, teacher, tmp_path, eval_set=True, **changes):
+def trained(student, teacher, tmp_path, eval_set=True, resume=None, **changes):
     settings = config(tmp_path, **FEATURES | changes)
     data = {"train_dataset": images()} | ({"eval_dataset": images(augment=False)} if eval_set else {})
     trainer = DistillationTrainer(student, teacher, settings, **data)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 
@@ -228,12 +228,28 @@ def test_a_student_without_a_classifier(dinov2, tmp_path):
     student = load_student("cifar_resnet8", num_classes=0)
     trainer = trained(student, load_teacher(dinov2), tmp_path, False, ce_weight=0.0)
     assert trainer.num_classes == 0 and not trainer.has_classifier
+    named = trained("cifar_resnet8", load_teacher(dinov2), tmp_path, False, ce_weight=0.0)
+    assert named.model.timm_model.num_classes == 0
+    bare = trained(timm.create_model("cifar_resnet8", num_classes=0), dinov2, tmp_path, False, ce_weight=0.0)
+    assert bare.model.state_dict().keys() == named.model.state_dict().keys() == student.state_dict().keys()
     with pytest.raises(HfkdError, match="student has no classifier, and ce_weight is 1"):
         trained(student, load_teacher(dinov2), tmp_path, False)
     with pytest.raises(HfkdError, match=r"student has no classifier, and the losses \['kd'\] read logits"):
         trained(student, Plain(), tmp_path, False, ce_weight=0.0, losses={"kd": {"temperature": 4.0}})
     with pytest.raises(HfkdError, match="it must be a timm architecture, .*dinov2 is neither"):
         load_student(dinov2, num_classes=0)
+
+
+def test_a_backbone_resumes_to_the_bit(dinov2, tmp_path):
+    """Queue and projectors included."""
+    settings = {"losses": {"token_mse": {}, "feature_queue": {"size": 24}}, "ce_weight": 0.0, "max_steps": 4}
+    settings |= {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 2}
+    whole = trained("cifar_resnet8", dinov2, tmp_path / "whole", False, **settings)
+    checkpoint = str(tmp_path / "whole" / "checkpoint-2")
+    resumed = trained("cifar_resnet8", dinov2, tmp_path / "resumed", False, checkpoint, **settings)
+    expected, given = whole.distiller.state_dict(), resumed.distiller.state_dict()
+    assert "losses.feature_queue.queue" in given and given.keys() == expected.keys()
+    assert all(torch.equal(given[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("loss", ["kd", "srrl", "simkd", "cat_kd"])
