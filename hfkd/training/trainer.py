@@ -33,17 +33,13 @@ from ..data.image_dataset import BATCH_ENTRIES
 from ..data.subsets import image_source
 from ..errors import HfkdError
 from ..losses import DistillationLoss, build_losses
-from ..losses.base import trains_classifier
 from ..losses.standardize import at_least_float32
-from ..networks.embeddings import recording_embeddings
 from ..networks.features import find_classifier
 from ..networks.gradient_checkpointing import use_gradient_checkpointing
 from ..networks.headless import is_headless
-from ..networks.loading import as_teacher, exported_state_dict
-from ..networks.origins import student_weights, teacher_weights
+from ..networks.loading import exported_state_dict
 from ..networks.teacher import Teacher, TeacherEnsemble
 from ..recipe.arguments import DistillationConfig
-from ..recipe.checks import check_probe, check_without_labels
 from ..runs.writing import finite_or_none, use_umask
 from ..teacher_cache.choices import kept_choices
 from ..teacher_cache.teacher import CachedTeacher
@@ -55,7 +51,6 @@ from .checks import (
     check_best_metric,
     check_given_optimizer,
     check_metric_settings,
-    check_mixed,
     check_roles,
     check_types,
     smallest_batch,
@@ -80,6 +75,7 @@ from .loaders import (
     stream_loader,
     without_signals,
 )
+from .measuring import Measuring
 from .metrics import EvaluationMetrics, names_of_users, own_names
 from .optimization import (
     decayed_parameter_names,
@@ -90,16 +86,15 @@ from .optimization import (
     scale_learning_rates,
 )
 from .preemption import StopOnSigterm
-from .probes import KNN, ProbedMetrics, between_probes, is_due
+from .probes import KNN, between_probes
 from .pushes import Pushes
 from .results import ResultsWriter, run_facts
+from .roles import cast_roles
 from .run_block import RunBlock
 from .student import (
     batch_spec,
     check_layer_names,
     fit_student,
-    load_named_student,
-    own_processor,
     prepare_teacher,
     tell_losses,
 )
@@ -107,11 +102,9 @@ from .teacher_report import TeacherReport
 from .term_log import TermLog
 from .unlabelled import (
     TermMetrics,
-    check_can_measure_terms,
     evaluated_batch,
     has_labels,
     measures_terms,
-    settle_best_metric,
     uncounted_label,
 )
 
@@ -210,33 +203,14 @@ class DistillationTrainer(Trainer):
                 raise HfkdError("With model_init every training builds its own losses: give them as args.losses.")
             set_seed(args.seed)
             model = self.call_model_init()
-        weights = {"student": student_weights(model)} if isinstance(model, str) else {}
-        weights |= {"teacher": teacher_weights(teacher)} if isinstance(teacher, str) else {}
-        given: Any = args.losses if losses is None else losses  # args.losses is a mapping once args is built
-        built = build_losses(given, args.logit_standardization)
-        if not has_labels(train_dataset):
-            check_without_labels(built, args, "the training images")
-        self.teacher: Teacher | TeacherEnsemble | CachedTeacher | None = (
-            teacher if isinstance(teacher, CachedTeacher) else as_teacher(teacher, args.logit_standardization)
-        )
-        if isinstance(model, str):
-            set_seed(args.seed)  # as for a recipe
-            dataset = first_set(eval_dataset) if train_dataset is None else train_dataset
-            model = load_named_student(model, dataset, trains_classifier(built.values(), args.ce_weight))
-            kwargs["processing_class"] = kwargs.get("processing_class") or own_processor(model)
-        check_roles(model, self.teacher, built, args)
-        check_mixed(train_dataset, self.teacher, args)
-        if eval_dataset is not None:
-            check_probe(args, has_labels(first_set(eval_dataset)))
-        by_terms = eval_dataset is not None and measures_terms(first_set(eval_dataset), model)
-        if by_terms:
-            check_can_measure_terms(self.teacher, model)
-            settle_best_metric(args)
-        model = fit_student(model, self.teacher, built, args, train_dataset, first_set(eval_dataset))
+        given = args.losses if losses is None else losses
+        roles = cast_roles(model, teacher, given, args, train_dataset, eval_dataset)
+        self.teacher = roles.teacher
+        kwargs["processing_class"] = kwargs.get("processing_class") or roles.processor
         if isinstance(train_dataset, StreamingImageDataset):  # Trainer asks for its length at once
             train_dataset.shard(args.process_index, args.world_size, args.train_batch_size, args.dataloader_drop_last)
-        self.run_block = RunBlock(self, weights)
-        self.results = ResultsWriter("eval_loss" if by_terms else "eval_top1")
+        self.run_block = RunBlock(self, roles.weights)
+        self.results = ResultsWriter("eval_loss" if roles.by_terms else "eval_top1")
         self.divergence = Divergence(args, self.results)
         self.exports = Exports(args, self.results)
         # Before Trainer's constructor, which calls init_hf_repo. The reference is weak: a trainer in a circle of
@@ -249,7 +223,7 @@ class DistillationTrainer(Trainer):
         self._label_loss = kwargs.pop("compute_loss_func", None)
         # Trainer's own label smoothing, which nothing here calls, would need a model of transformers.
         with changed_for_now(args, label_smoothing_factor=0.0):
-            super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+            super().__init__(roles.student, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
 
         # compute_loss returns a mean over its batch, which Trainer divides by the number of accumulated batches: unless
         # the model counts the labels of all of them, or a user's function, which it is not to know, may do so.
@@ -265,10 +239,7 @@ class DistillationTrainer(Trainer):
         self.checkpoints = Checkpoints(args, self.accelerator.wait_for_everyone)
         kept = kept_choices(self.teacher, args)  # before `_begin`, where the teacher's weights are rounded
         self._continue_log = ContinueLog(self, self.term_log)
-        self._keep_logits = self._asks_teacher = False
-        self._term_metrics: TermMetrics | None = None
-        self._probe: ProbedMetrics | None = None
-        self._reads_labels = True
+        self._measuring: Measuring | None = None  # the pass under way
         self._steps_per_epoch = 1  # known once training begins, when a schedule that a user has created is replaced
         self.results.first_set = next(iter(eval_dataset), None) if isinstance(eval_dataset, dict) else None
         self._whole_state: dict[str, Tensor] | None = None
@@ -285,7 +256,7 @@ class DistillationTrainer(Trainer):
         )
         for callback in (*callbacks, self.divergence):  # the last one takes back a checkpoint that others ask for
             self.add_callback(callback)
-        self._begin(built)
+        self._begin(roles.losses)
         comparable = self.teacher is not None and self.teacher.shares_classes
         self.teacher_memory = TeacherMemory(self.teacher if comparable else None, args.device, kept)
         check_metric_settings(self.model, eval_dataset, args)
@@ -659,17 +630,16 @@ class DistillationTrainer(Trainer):
             # Every rank has seen other images since the last forward: all evaluate with rank 0's BatchNorm statistics.
             for buffer in self.model.buffers():
                 torch.distributed.broadcast(buffer, 0)
-        predicting = description == "Prediction"
-        self._asks_teacher = not predicting
-        self._keep_logits = predicting or self.compute_metrics is not None
-        self._reads_labels = has_labels(dataloader.dataset)
-        by_terms = not predicting and measures_terms(dataloader.dataset, self.model)
-        self._term_metrics = TermMetrics(uncounted_label(dataloader.dataset)) if by_terms else None
-        self._keep_logits = self._keep_logits and not by_terms
-        metrics: Any = self._term_metrics or self._evaluation_metrics(self._keep_logits)
-        probing = not predicting and has_labels(dataloader.dataset) and is_due(self.args, self.state)
-        self._probe = ProbedMetrics(metrics, uncounted_label(dataloader.dataset)) if probing else None
-        metrics = self._probe or metrics
+        measuring = self._measuring = Measuring(
+            dataloader.dataset,
+            self.model,
+            self.args,
+            self.state,
+            is_prediction=description == "Prediction",
+            with_labels=self._evaluation_metrics,
+            users_metrics=self.compute_metrics is not None,
+        )
+        metrics = measuring.metrics
         users = {"compute_metrics": metrics, "preprocess_logits_for_metrics": metrics.preprocess}
         if self.compute_metrics is None:
             prediction_loss_only = None  # `evaluate` takes it for a sign that there is nothing to compute
@@ -678,20 +648,18 @@ class DistillationTrainer(Trainer):
         if streamed:  # nothing to leave out: its padding is marked, and accelerate does not know its length
             self.gather_function = self.accelerator.gather
         try:
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(self._compiling())
-                stack.enter_context(changed_for_now(self, **users))
-                stack.enter_context(own_forward(self.model))
-                if by_terms:
-                    stack.enter_context(self.distiller.evaluating(self.model))
-                if self._probe is not None:
-                    self._probe.embeddings = stack.enter_context(recording_embeddings(self.model))
+            with (
+                self._compiling(),
+                changed_for_now(self, **users),
+                own_forward(self.model),
+                measuring.prepared(self.distiller, self.model),
+            ):
                 output = super().evaluation_loop(
                     dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
                 )
         finally:
             self.model = student
-        if self._keep_logits and output.label_ids is not None:
+        if measuring.keeps_logits and output.label_ids is not None:
             output = output._replace(predictions=metrics.logits(output.predictions))
         if streamed:  # Trainer takes the number of batches
             output = output._replace(num_samples=dataloader.dataset.num_rows)
@@ -721,18 +689,19 @@ class DistillationTrainer(Trainer):
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Return loss, outputs and labels of a batch; the outputs are those that the metrics describe."""
+        measuring = self._measuring
         loss, outputs, labels = self._evaluated(model, inputs, prediction_loss_only)
-        if self._probe is not None and labels is not None:
-            outputs = self._probe.paired(outputs, labels)
+        if measuring is not None and measuring.probe is not None and labels is not None:
+            outputs = measuring.probe.paired(outputs, labels)
         return loss, outputs, labels
 
     def _evaluated(self, model, inputs, prediction_loss_only: bool) -> tuple[Tensor | None, Any, Tensor | None]:
-        inputs = self._prepare_inputs(inputs)
+        inputs, measuring = self._prepare_inputs(inputs), self._measuring
         labels = inputs.get("labels")
-        if self._term_metrics is not None:
-            figures = self._evaluated_terms(inputs, self._term_metrics)
+        if measuring is not None and measuring.terms is not None:
+            figures = self._evaluated_terms(inputs, measuring.terms)
             return (figures.sum(dim=1).mean(), None, None) if prediction_loss_only else (None, figures, labels)
-        labels = labels if self._reads_labels else None
+        labels = labels if measuring is None or measuring.reads_labels else None
         with self.backend.autocast():
             logits = at_least_float32(self.backend.predict(self.distiller, model)(inputs["pixel_values"]))
         self.divergence.watch(logits)
@@ -740,8 +709,9 @@ class DistillationTrainer(Trainer):
             return mean_cross_entropy(logits, labels), None, None
         if labels is None:
             return None, logits, None
-        choice = self.teacher_memory.choice(inputs) if self._asks_teacher else None
-        outputs = (*ranked_predictions(logits, labels), choice, logits if self._keep_logits else None)
+        choice = self.teacher_memory.choice(inputs) if measuring is not None and measuring.asks_teacher else None
+        kept = logits if measuring is not None and measuring.keeps_logits else None
+        outputs = (*ranked_predictions(logits, labels), choice, kept)
         return None, tuple(output for output in outputs if output is not None), labels
 
     def _evaluated_terms(self, inputs: dict[str, Tensor], metrics: TermMetrics) -> Tensor:
