@@ -245,6 +245,7 @@ def test_a_command_of_each_kind(folder, monkeypatch, capsys):
 def test_the_blocks_of_yaml(folder, monkeypatch):
     """Every key is known, and every loss can be built."""
     monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)  # which reading a command does; here only its parts are called
     blocks = [block for _, language, block in BLOCKS if language == "yaml"]
     for number, block in enumerate(blocks):
         file = folder / "blocks" / f"{number}.yaml"

@@ -28,7 +28,8 @@ from ..runs.claims import STATE_NAME, check_run_folder, claimed
 from ..runs.folder import RECIPE_NAME, RESULTS_NAME, ROLES, check_writable
 from ..runs.planned import PlannedRun, check_learns_from_labels, missing_teacher
 from ..runs.writing import write_whole
-from .without_recipe import with_recipe
+from .next_command import next_command
+from .without_recipe import WITHOUT_RECIPE, with_recipe
 
 if TYPE_CHECKING:
     from ..data import ImageSource
@@ -176,17 +177,9 @@ def _train(model_args, data_args, config, recipe, role, name, time_is_up) -> Dis
         measured = f"{trainer.results.text()} " if trainer.results.rows else ""
         print(f"{measured}{trainer.export_folder} holds the {weights}.")
         ready = trainer.has_classifier and has_labels(trainer.train_dataset)
-        print(f"Next: {next_command(role, trainer.export_folder, ready)}")
+        data = data_args if name == WITHOUT_RECIPE["teacher"] else None
+        print(f"Next: {next_command(role, trainer.export_folder, ready, data)}")
     return trainer
-
-
-def next_command(role: str, export: Path, knows_labels: bool = True) -> str:
-    """Return the command that a person is likely to want after a training."""
-    if not knows_labels:
-        return f"hfkd train-teacher --dataset_name LABELLED --student {export}, or hfkd distill with a teacher as well"
-    if role == "teacher":
-        return f"hfkd distill RECIPE --teacher_name_or_path {export}"
-    return f"hfkd visualize {export.parent}, or hfkd export {export} for one ONNX file"
 
 
 def build_trainer(

@@ -14,6 +14,7 @@ from ..recipe.reading import ARGUMENT_CLASSES
 
 INTERPOLATIONS = ("bicubic", "bilinear")
 MAX_WORKERS = 8
+WITHOUT_RECIPE = {role: f"photographs/{role}" for role in ("student", "teacher", "features")}  # recipes of defaults
 SHORT = {
     "dataset_name": "--dataset_name",
     "student_name_or_path": "--student",
@@ -57,8 +58,8 @@ def with_recipe(argv: Sequence[str], role: str = "student") -> list[str]:
     teacher = None if "teacher_prompts" in given else given.get("teacher_name_or_path")
     if role == "student" and _lacks_classifier(teacher, given.get("teacher_checkpoint")):
         named = any(word.startswith("--losses") for word in words)
-        return ["photographs/features", *suited, *([] if named else ["--losses.token_mse.weight=1"]), *words]
-    return [f"photographs/{role}", *suited, *words]
+        return [WITHOUT_RECIPE["features"], *suited, *([] if named else ["--losses.token_mse.weight=1"]), *words]
+    return [WITHOUT_RECIPE[role], *suited, *words]
 
 
 def _lacks_classifier(teacher: str | None, checkpoint: str | None) -> bool:

@@ -1,6 +1,7 @@
 """Data, teacher and student without a recipe; the short forms of their keys; pretrained students."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,11 @@ import torch
 from PIL import Image
 
 from hfkd.cli import main
+from hfkd.commands.next_command import next_command
 from hfkd.commands.train import distill, train_teacher
 from hfkd.commands.without_recipe import with_recipe
 from hfkd.errors import HfkdError
+from hfkd.recipe.arguments import DataArguments
 from hfkd.recipe.reading import load_recipe, parse_recipe
 from hfkd.recipe.yaml_file import dump_yaml, read_yaml
 
@@ -45,7 +48,7 @@ def fetched(monkeypatch):
     return names
 
 
-def test_a_teacher_and_a_student_for_photographs(photos, fetched, monkeypatch):
+def test_a_teacher_and_a_student_for_photographs(photos, fetched, monkeypatch, capsys):
     monkeypatch.setattr("hfkd.training.exports.write_card", lambda *args, **kwargs: None)  # its figure takes long
     train_teacher(["--dataset_name", "photos/", "--student", STUDENT, *SMALL])
     teacher = read_yaml(Path("runs/photos/test_resnet/recipe.yaml"))
@@ -54,7 +57,10 @@ def test_a_teacher_and_a_student_for_photographs(photos, fetched, monkeypatch):
     assert (teacher["crop_pct"], teacher["interpolation"]) == (published.crop_pct, published.interpolation)
     assert "losses" not in teacher or not teacher["losses"]
 
-    trainer = distill([*NAMES, *SMALL])
+    following = capsys.readouterr().out.splitlines()[-1].removeprefix("Next: hfkd distill ")
+    student = "mobilenetv4_conv_small"
+    assert following == f"--dataset_name photos/ --teacher runs/photos/test_resnet/teacher --student {student}"
+    trainer = distill([*shlex.split(following.replace(student, "cifar_resnet8")), *SMALL])
     folder = Path("runs/photos/cifar_resnet8")
     results = json.loads((folder / "results.json").read_text())
     assert results["recipe"] == "photographs/student" and results["teacher"] == STUDENT
@@ -69,6 +75,16 @@ def test_a_teacher_and_a_student_for_photographs(photos, fetched, monkeypatch):
     Path("edited.yaml").write_text(dump_yaml({**recipe, "learning_rate": 1e-3, "output_dir": "runs/edited"}))
     again = parse_recipe(["edited"])[3]
     assert again == recipe | {"learning_rate": 1e-3, "output_dir": "runs/edited"}
+
+
+def test_the_command_for_a_student_names_the_images_in_full():
+    data = DataArguments("my photos/", train_split="train[:90%]", eval_split="train[90%:]", label_column="kind")
+    words = next_command("teacher", Path("runs/photos/teacher"), data_args=data)
+    images = "--dataset_name 'my photos/' --train_split 'train[:90%]' --eval_split 'train[90%:]' --label_column kind"
+    assert words.startswith(f"hfkd distill {images} --teacher runs/photos/teacher --student ")
+    assert (
+        next_command("teacher", Path("runs/t/teacher")) == "hfkd distill RECIPE --teacher_name_or_path runs/t/teacher"
+    )
 
 
 def test_what_suits_the_machine_and_the_student(monkeypatch):
