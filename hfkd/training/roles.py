@@ -9,13 +9,14 @@ from torch import nn
 from transformers import set_seed
 
 from ..losses import build_losses
+from ..losses.base import trains_classifier
 from ..networks.loading import as_teacher
 from ..networks.origins import student_weights, teacher_weights
 from ..networks.teacher import Teacher, TeacherEnsemble
 from ..recipe.arguments import DistillationConfig
 from ..recipe.checks import check_probe, check_without_labels
 from ..teacher_cache.teacher import CachedTeacher
-from .checks import check_mixed, check_roles, trains_classifier
+from .checks import check_mixed, check_roles
 from .loaders import first_set
 from .student import fit_student, load_named_student, own_processor
 from .unlabelled import check_can_measure_terms, has_labels, measures_terms, settle_best_metric
