@@ -16,11 +16,11 @@ from .errors import HfkdError, did_you_mean
 COMMANDS = {
     "distill": ("hfkd.commands.train:distill", "train the student of a recipe"),
     "train-teacher": ("hfkd.commands.train:train_teacher", "train the network of a recipe from the labels alone"),
-    "cache-teacher": ("hfkd.commands.cache_teacher:cache_teacher", "store a teacher's logits for many students"),
+    "cache-teacher": ("hfkd.commands.cache_teacher:cache_teacher", "store a teacher's outputs for many students"),
     "search": ("hfkd.commands.search:search", "find the temperature, weights and learning rate of a recipe"),
     "choose": ("hfkd.commands.choose:choose", "try ways of teaching on held-out images, and say which to take"),
     "recipes": ("hfkd.commands.recipes:recipes", "list, search and copy recipes"),
-    "evaluate": ("hfkd.commands.evaluate:evaluate", "measure a trained model"),
+    "evaluate": ("hfkd.commands.evaluate:evaluate", "measure a trained model, or its features"),
     "reproduce": (
         "hfkd.commands.reproduce:reproduce",
         "repeat runs of the published tables, in slices of time",

@@ -28,6 +28,16 @@ if not torch.cuda.is_available():
     torch.cuda.manual_seed_all = lambda seed: None
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_cache_of_the_user(tmp_path_factory):
+    """Fixtures of whole modules, and processes that tests start, find an empty cache of datasets."""
+    folder = tmp_path_factory.mktemp("datasets")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_DATASETS_CACHE", str(folder))
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def same_draws():
     """Whatever ran before, a test draws the same numbers."""

@@ -1,5 +1,6 @@
 """README and pages: every command is understood, one of each kind runs on a small data set, and the blocks work."""
 
+import ast
 import contextlib
 import io
 import json
@@ -70,7 +71,7 @@ KINDS |= {"scripts/distill.py"}  # here with a vision transformer
 # Without a recipe: architectures without weights to fetch.
 STAND_INS = {"runs/photos/resnet50": "runs/photos/cifar_resnet14", "resnet50": "cifar_resnet14"}
 STAND_INS["mobilenetv4_conv_small"] = "cifar_resnet8"
-TESTED_APART = {"scripts/benchmark/run.py", "export", "reproduce", "search", "visualize"}  # each takes long
+TESTED_APART = {"scripts/benchmark/run.py", "choose", "export", "reproduce", "search", "visualize"}  # each takes long
 RESULTS = "results.json"
 FEW_DIGITS = '"digits", train_split="train[:64]", eval_split="test[:32]"'
 TRAINS = {"distill", "train-teacher", "cache-teacher"}
@@ -255,6 +256,16 @@ def test_the_blocks_of_yaml(folder, monkeypatch):
         for name in [f"{file.with_suffix('')}/{section}" for section in sections] or [file]:
             recipe = load_recipe(name)
             build_losses(recipe.get("losses") or {}, logit_standardization=False)
+    assert len(blocks) >= 6
+
+
+def test_the_blocks_of_python():
+    """Each is valid, and what it imports exists."""
+    blocks = [(place, block) for place, language, block in BLOCKS if language == "python"]
+    for place, block in blocks:
+        for node in ast.walk(ast.parse(block, place)):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                exec(compile(ast.Module([node], []), place, "exec"), {})
     assert len(blocks) >= 6
 
 

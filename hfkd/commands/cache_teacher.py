@@ -15,7 +15,7 @@ from ..networks.loading import as_teacher, input_spec
 from ..recipe.checks import check_without_labels
 from ..recipe.finding import find_recipe
 from ..recipe.parser import ArgumentParser
-from ..recipe.reading import ARGUMENT_CLASSES, parse_recipe
+from ..recipe.reading import ARGUMENT_CLASSES, RECIPE_HELP, parse_recipe
 from ..runs.folder import check_writable
 from ..runs.planned import missing_teacher
 from ..teacher_cache.files import CacheFiles
@@ -95,7 +95,7 @@ def cache_teacher(argv: list[str] | None = None) -> Path:
     """
     given = sys.argv[1:] if argv is None else argv
     argv = with_recipe(given)
-    parser = ArgumentParser((CacheArguments, *ARGUMENT_CLASSES), USAGE)
+    parser = ArgumentParser((CacheArguments, *ARGUMENT_CLASSES), USAGE, RECIPE_HELP)
     path, rest = split_subject(argv, parser, "a recipe")
     parser.check_keys(rest)
     cache_args, rest = parse_known(rest, ArgumentParser((CacheArguments,), USAGE))

@@ -25,7 +25,7 @@ from ..recipe.arguments import DataArguments, DistillationConfig, ModelArguments
 from ..recipe.differences import recipe_differences
 from ..recipe.finding import find_recipe
 from ..recipe.parser import ArgumentParser
-from ..recipe.reading import ARGUMENT_CLASSES, load_recipe, parse_recipe
+from ..recipe.reading import ARGUMENT_CLASSES, RECIPE_HELP, load_recipe, parse_recipe
 from ..recipe.yaml_file import dump_yaml
 from ..runs.claims import check_own, claimed
 from ..runs.folder import check_writable
@@ -238,7 +238,7 @@ class Trainings:
 
 def _parse(argv: list[str]) -> tuple[ChoiceArguments, ModelArguments, DataArguments, DistillationConfig, dict]:
     """Return the settings of the choice, and the results of `parse_recipe` for the other arguments."""
-    parser = ArgumentParser((ChoiceArguments, *ARGUMENT_CLASSES), USAGE)
+    parser = ArgumentParser((ChoiceArguments, *ARGUMENT_CLASSES), USAGE, RECIPE_HELP)
     path, rest = split_subject(argv, parser, "a recipe")
     parser.check_keys(rest)
     choice_args, rest = parse_known(rest, ArgumentParser((ChoiceArguments,), USAGE))

@@ -31,6 +31,7 @@ from .features import FeatureArguments, measure_features
 
 # Keys of DataArguments that only a training reads, and a probe the first.
 OF_TRAINING = ("train_split", "random_flip", "auto_augment", "color_jitter", "random_erasing", "shuffle_buffer_size")
+OF_TRAINING += ("unlabelled_dataset_name", "unlabelled_split", "unlabelled_share")
 USAGE = "hfkd evaluate MODEL [--key value ...]"
 
 

@@ -20,7 +20,7 @@ from ..recipe.arguments import DataArguments, DistillationConfig, ModelArguments
 from ..recipe.differences import recipe_differences
 from ..recipe.finding import find_recipe
 from ..recipe.parser import ArgumentParser
-from ..recipe.reading import ARGUMENT_CLASSES, load_recipe, parse_recipe
+from ..recipe.reading import ARGUMENT_CLASSES, RECIPE_HELP, load_recipe, parse_recipe
 from ..recipe.yaml_file import dump_yaml, read_yaml
 from ..runs.claims import check_own, folders_among
 from ..runs.folder import check_writable
@@ -145,7 +145,7 @@ def search(argv: list[str] | None = None) -> list[SearchedTrial]:
 
 def _parse(argv: list[str]) -> tuple[SearchArguments, ModelArguments, DataArguments, DistillationConfig, dict]:
     """Return the settings of the search, and the results of `parse_recipe` for the other arguments."""
-    parser = ArgumentParser((SearchArguments, *ARGUMENT_CLASSES), USAGE)
+    parser = ArgumentParser((SearchArguments, *ARGUMENT_CLASSES), USAGE, RECIPE_HELP)
     path, rest = split_subject(argv, parser, "a recipe")
     parser.check_keys(rest)
     search_args, rest = parse_known(rest, ArgumentParser((SearchArguments,), USAGE))
