@@ -1,4 +1,4 @@
-"""`hfkd evaluate`: accuracy of a trained model, or what its features are worth."""
+"""`hfkd evaluate`: accuracy of a trained model, or probes of its features."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class FeatureArguments:
     )
     teacher: str | None = field(
         default=None,
-        metadata={"help": "Folder, Hub id or timm architecture: CKA, and cosine, of its features and those of MODEL."},
+        metadata={"help": "Folder, Hub id or timm architecture: Compare its features with MODEL's by CKA and cosine."},
     )
     teacher_checkpoint: str | None = field(
         default=None, metadata={"help": "Weights for a timm architecture that --teacher names."}

@@ -106,7 +106,7 @@ def _read(path: Path, split: ImageSplit, image_size: int) -> Tensor | None:
 
 
 def _shows(images: Tensor, split: ImageSplit) -> bool:
-    """Return whether a few of the images are what their rows decode to."""
+    """Return True if a few of the images are equal to their rows, decoded again."""
     places = np.unique(np.linspace(0, len(split) - 1, _PROBES, dtype=np.int64))
     cells = split.dataset.select_columns(split.image_column).with_format("arrow")[places][split.image_column]
     for row, cell in zip(places.tolist(), cells.to_pylist(), strict=True):

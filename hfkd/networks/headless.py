@@ -53,7 +53,7 @@ class HeadlessNetwork(nn.Module):
         return self.no_classifier
 
     def named_layers(self) -> dict[str, nn.Module]:
-        """Return the modules that a loss can name: those of the backbone, and "last_map"."""
+        """Return the modules that a loss can name: the backbone's own, and "last_map"."""
         return dict(self.backbone.named_modules()) | {LAST_MAP: self.last_map}
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ class HeadlessNetwork(nn.Module):
         return self._average(features) if pooled is None else pooled.flatten(1)
 
     def _features(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the backbone's features, and what it pools of them, if it does."""
+        """Return the backbone's features and its pooled output, if it has one."""
         if self._is_timm:
             features = self.backbone.forward_features(pixel_values)
             return features, self.backbone.forward_head(features)
@@ -148,7 +148,7 @@ def embed(model: nn.Module, pixel_values: Tensor) -> Tensor:
 
 
 def _stages(backbone: nn.Module) -> list[str]:
-    """Return the paths of a backbone's stages: timm's, else those of its outermost list of blocks."""
+    """Return the paths of a backbone's stages: timm's, else the members of its outermost list of blocks."""
     if hasattr(backbone, "feature_info"):
         return [stage["module"] for stage in backbone.feature_info]
     for path, module in backbone.named_modules():

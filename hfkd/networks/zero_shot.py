@@ -27,7 +27,7 @@ PROMPTS_A_BATCH = 256
 
 
 class ZeroShotNetwork(nn.Module):
-    """Classifier of images by the similarity of their features to those of texts.
+    """Classifier of images by the similarity of their features to features of texts.
 
     Args:
         tower: the vision tower, with the pooled features as `pooler_output`.

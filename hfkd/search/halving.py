@@ -46,7 +46,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Plan:
-    """Lengths of the rounds in steps; the last one is that of the final."""
+    """Lengths of the rounds in steps; the final is the last one."""
 
     steps: tuple[int, ...]
 

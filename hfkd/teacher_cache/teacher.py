@@ -63,7 +63,7 @@ class CachedTeacher:
 
     @property
     def shares_classes(self) -> bool:
-        """True if logits are stored, which are those of the data set's classes."""
+        """True if logits are stored, which belong to the data set's classes."""
         return self.has_classifier
 
     # ---- Comparison with a run -------------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ def check_reads_features(losses: nn.ModuleDict, teacher: str) -> None:
 
 
 def reads_classes(loss: DistillationLoss) -> bool:
-    """Return whether a loss reads what depends on the classes: logits, or the classifier."""
+    """Return True if a loss reads logits or the classifier, which depend on the classes."""
     return loss.reads_logits or loss.reads_classifier
 
 

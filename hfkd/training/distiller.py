@@ -88,7 +88,7 @@ class Distiller(nn.Module):
             )
 
     def train(self, mode: bool = True) -> Distiller:
-        """Set the mode of student and losses, except that of frozen norms."""
+        """Set the mode of student and losses; frozen norms stay in evaluation mode."""
         super().train(mode)
         for norm in self.frozen_norms:
             norm.eval()

@@ -44,7 +44,7 @@ def check_label_loss(own: Any, losses: Any, args: DistillationConfig) -> None:
 
 
 def check_weight_count(given: Sequence[str] | None, classes: int) -> None:
-    """Raise HfkdError if class weights are listed whose number is not that of the classes."""
+    """Raise HfkdError if class weights are listed and their number is not the number of classes."""
     if given is not None and list(given) != [BALANCED] and len(given) != classes:
         raise HfkdError(
             f"class_weights has {len(given)} weights, and the data set {classes} classes: give one for each, in the "
