@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from torch.utils.data import Subset
-from transformers import set_seed
+from transformers import PrinterCallback, set_seed
 from transformers.utils import logging
 
 from ..data import IndexedImageSource
@@ -177,7 +177,7 @@ class Trainings:
         step = max(1e-4, (seconds[1] - seconds[0]) / max(1, long - short))
         overhead = max(0.0, seconds[0] - short * step)
         spent = (time.monotonic() - began) / 60
-        return Plan.fit(len(found), minutes - spent, step, overhead, self.longest)
+        return Plan.fit(len(found), minutes, step, overhead, self.longest, spent)
 
     def expect(self, total: int, done: int) -> None:
         """Announce the number of trainings, for the lines that are printed."""
@@ -228,6 +228,7 @@ class Trainings:
             trainer.pop_callback(trainer.run_block)
         self._told = True
         trainer.pop_callback(TeacherReport)
+        trainer.pop_callback(PrinterCallback)  # of transformers, for a dictionary at the end of each training
         return trainer
 
     @staticmethod

@@ -51,14 +51,15 @@ class Plan:
     steps: tuple[int, ...]
 
     @staticmethod
-    def fit(count: int, minutes: float, step: float, overhead: float, longest: int) -> Plan:
+    def fit(count: int, minutes: float, step: float, overhead: float, longest: int, spent: float = 0.0) -> Plan:
         """Return the longest rounds that fit into the time.
 
         Args:
             count: number of candidates.
-            minutes: the time that is left.
+            minutes: the time for the whole choice.
             step, overhead: seconds of a step, and of a training besides its steps.
             longest: steps of the recipe's own schedule, which no training exceeds.
+            spent: minutes that have passed.
 
         Raises:
             HfkdError: if the time is too short; the message says how much is needed.
@@ -66,10 +67,10 @@ class Plan:
         sizes = Plan.sizes(count)
         lengths = [FACTOR**number for number in range(len(sizes))]
         units = sum(size * length for size, length in zip(sizes, lengths, strict=True))
-        left = RESERVE * 60 * minutes - overhead * sum(sizes)
+        left = RESERVE * 60 * (minutes - spent) - overhead * sum(sizes)
         base = min(left / (units * step), longest / lengths[-1])
         if base < min(FEWEST_STEPS, longest / lengths[-1]):
-            needed = math.ceil((FEWEST_STEPS * units * step + overhead * sum(sizes)) / RESERVE / 60)
+            needed = math.ceil((FEWEST_STEPS * units * step + overhead * sum(sizes)) / RESERVE / 60 + spent)
             raise HfkdError(
                 f"minutes: {minutes:.3g} are too few. {sum(sizes)} trainings take {step:.3g} s a step and "
                 f"{overhead:.3g} s besides on this machine: give {needed} or more."

@@ -140,6 +140,13 @@ def _line(logs: dict[str, float]) -> str:
     """Format losses, temperatures and accuracies with four digits each."""
     shown = [key for key in logs if key == "loss" or key.startswith("loss_") or key.endswith("temperature")]
     shown += [key for key in measured(logs) if not key.endswith(("_loss", "_teacher_top1"))]
-    values = [f"{key.removeprefix('eval_').removeprefix('loss_')} {logs[key]:.4g}" for key in shown]
+    values = [f"{_name_in_line(key)} {logs[key]:.4g}" for key in shown]
     speed = [f"{logs['images_per_second']:,.0f} images/s"] if "images_per_second" in logs else []
     return "  ".join(values + speed)
+
+
+def _name_in_line(key: str) -> str:
+    """Return the short name of a figure; a loss term of the evaluation keeps its prefix, unlike one of the training."""
+    if key.startswith("eval_loss_"):
+        return key.replace("eval_loss_", "eval_")
+    return key.removeprefix("eval_").removeprefix("loss_")

@@ -88,6 +88,8 @@ def test_a_plan_fits_into_the_time_and_short_times_are_refused():
     assert Plan.fit(18, 10**6, 0.05, 1.0, longest=900).steps == (100, 300, 900), "no longer than the recipe"
     with pytest.raises(ValueError, match="minutes: 0.5 are too few. .* give 2 or more"):
         Plan.fit(18, minutes=0.5, step=0.05, overhead=1.0, longest=10**6)
+    with pytest.raises(ValueError, match="minutes: 2 are too few. .* give 5 or more"):
+        Plan.fit(18, minutes=2, step=0.05, overhead=1.0, longest=10**6, spent=3.0)
 
 
 def test_the_own_losses_are_a_candidate_unless_they_are_listed():
@@ -105,6 +107,7 @@ def test_on_the_command_line(tmp_path, monkeypatch, capsys):
     words = ["digits/kd_zscore", *data, "--student", "cifar_resnet8", "--teacher", "teacher/teacher"]
     main(["choose", *words, "--minutes", "5", "--choose_dir", "choice"])
     told = capsys.readouterr().out
+    assert "train_runtime" not in told
     text = (tmp_path / "choice/choice.md").read_text()
     assert text in told and "training images that were held out" in text
     trials = json.loads((tmp_path / "choice/trials.json").read_text())["trials"]
