@@ -13,13 +13,16 @@ import torch
 from torch import nn
 
 from .. import __version__
-from ..errors import HfkdError
-from ..export.formats import FORMATS, PREPROCESSING_NAME, FileFormat, FileModel, write_model
+from ..errors import HfkdError, RunError
+from ..export.formats import FORMATS, METADATA, PREPROCESSING_NAME, FileFormat, FileModel, write_model
 from ..export.preprocessing import Preprocessing, preprocessing_of
+from ..export.quantization import set_metadata
 from ..names import architecture_of
 from ..networks.costs import latencies, multiply_adds, parameter_count
 from ..networks.loading import load_pretrained, load_teacher
 from ..networks.teacher import Teacher
+from ..recipe.arguments import DataArguments
+from ..recipe.checks import AT_LEAST_1, NOT_NEGATIVE, check_ranges
 from ..recipe.parser import ArgumentParser
 from ..recipe.reading import load_recipe
 from ..runs.claims import check_own
@@ -27,9 +30,11 @@ from ..runs.finished import teacher_of
 from ..runs.folder import RECIPE_NAME, RESULTS_NAME, check_writable
 from ..runs.reading import read_json, read_results
 from ..runs.tables import markdown_table
-from ..runs.writing import write_whole
+from ..runs.writing import write_whole, writing_by_name
 from .arguments import check_trained, parse_with_subject
+from .reduced_precision import data_of_run, image_sets_of_run, measure, precision_table, write_reduced
 
+PRECISIONS = ("float32", "float16", "int8")
 USAGE = "hfkd export MODEL [--key value ...]"
 
 
@@ -47,6 +52,21 @@ class ExportArguments:
             "choices": list(FORMATS),
         },
     )
+    precision: str = field(
+        default="float32",
+        metadata={
+            "help": "float32; or, for onnx, float16 or int8 (calibrated on training images of MODEL's run), measured "
+            "on its evaluation split.",
+            "choices": list(PRECISIONS),
+        },
+    )
+    max_drop: float = field(
+        default=0.5,
+        metadata={
+            "help": "Top-1 points that int8 may lose: layers stay float, and exit code 1 says that it lost more."
+        },
+    )
+    calibration_images: int = field(default=128, metadata={"help": "Training images that set the ranges of int8."})
     output_dir: str | None = field(
         default=None,
         metadata={"help": "Folder of the file; by default a folder named after the format, beside MODEL's folder."},
@@ -58,6 +78,13 @@ class ExportArguments:
             "architecture with weights. By default the teacher in the recipe of MODEL's run."
         },
     )
+
+    def __post_init__(self):
+        check_ranges(self, {"calibration_images": AT_LEAST_1, "max_drop": NOT_NEGATIVE})
+        if self.precision != "float32" and self.format != "onnx":
+            raise HfkdError(f"--precision {self.precision} needs --format onnx, got {self.format}.")
+        if self.precision != "float32" and self.teacher is not None:
+            raise HfkdError(f"--precision {self.precision} compares with float32, not with a --teacher. Leave one out.")
 
 
 def export(argv: list[str] | None = None) -> Path:
@@ -81,12 +108,15 @@ def export(argv: list[str] | None = None) -> Path:
     file_format = FORMATS[args.format]
     file_format.check_installed()
     check_trained(name)
-    folder = Path(args.output_dir or _beside(name) / args.format)
+    folder = Path(args.output_dir or _beside(name) / _folder_name(args))
     check_writable(folder, "output_dir")
     names = (file_format.file_name, PREPROCESSING_NAME)
     check_own(folder, names, _is_export(folder / PREPROCESSING_NAME), "output_dir")
+    data_args = None if args.precision == "float32" else data_of_run(name)
     model = load_pretrained(name)
     preprocessing = preprocessing_of(model)
+    if data_args is not None:
+        return _export_reduced(name, args, model, preprocessing, data_args, folder)
     teacher = find_teacher(name, args.teacher)
     text = json.dumps(_facts(name, model, preprocessing), indent=2, ensure_ascii=False) + "\n"
     path = folder / file_format.file_name
@@ -98,6 +128,53 @@ def export(argv: list[str] | None = None) -> Path:
         sides = {"teacher": side_of_teacher(teacher, file_format)} | sides
     print(cost_table(sides, file_format))
     return path
+
+
+def _folder_name(args: ExportArguments) -> str:
+    return args.format if args.precision == "float32" else f"{args.format}_{args.precision}"
+
+
+def _export_reduced(
+    name: str,
+    args: ExportArguments,
+    model: nn.Module,
+    preprocessing: Preprocessing,
+    data_args: DataArguments,
+    folder: Path,
+) -> Path:
+    """Write and measure a file of lower precision.
+
+    Raises:
+        RunError: if int8 loses more than `--max_drop`; the file is there.
+    """
+    train_set, eval_set = image_sets_of_run(model, data_args)
+    file_format, size = FORMATS[args.format], preprocessing.image_size
+    path = folder / file_format.file_name
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch, writing_by_name(path) as partial:
+        source = Path(scratch, "float32.onnx")
+        write_model(model, size, file_format, source, "")
+        made = write_reduced(args.precision, source, partial, train_set, args.calibration_images, args.max_drop)
+        figures = measure({"float32": source, args.precision: partial}, eval_set, size)
+        facts = _facts(name, model, preprocessing) | {"precision": args.precision, "made": made, "measured": figures}
+        facts["top1"] = figures[args.precision]["top1"]  # of this file, not of the model
+        text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
+        set_metadata(partial, METADATA, text)
+    write_whole(folder / PREPROCESSING_NAME, text)
+    print(f"{path}, {args.precision}{_in_words(made)}\n\n{precision_table(figures)}")
+    drop = figures["float32"]["top1"] - figures[args.precision]["top1"]
+    if args.precision == "int8" and drop > args.max_drop:
+        raise RunError(
+            f"int8 loses {drop:.2f} points of top-1, and --max_drop allows {args.max_drop:g}. {path} is there all the "
+            "same. Give more --calibration_images, or --precision float16."
+        )
+    return path
+
+
+def _in_words(made: dict[str, Any]) -> str:
+    if not made:
+        return "."
+    return f": calibrated by {made['calibration']}; float layers: {', '.join(made['float_nodes']) or 'none'}."
 
 
 def _is_export(path: Path) -> bool:
