@@ -62,9 +62,7 @@ class ExportArguments:
     )
     max_drop: float = field(
         default=0.5,
-        metadata={
-            "help": "Top-1 points that int8 may lose: layers stay float, and exit code 1 says that it lost more."
-        },
+        metadata={"help": "Top-1 points that int8 may lose: layers stay float; exit code 1 if it loses more."},
     )
     calibration_images: int = field(default=128, metadata={"help": "Training images that set the ranges of int8."})
     output_dir: str | None = field(

@@ -41,7 +41,7 @@ def data_of_run(name: str) -> DataArguments:
     path = Path(name).parent / RECIPE_NAME
     if not path.is_file():
         raise HfkdError(
-            f"A lower --precision is measured on the data of MODEL's run, and there is no {path}. Give runs/.../student."
+            f"A lower --precision needs the data of MODEL's run, and there is no {path}. Give runs/.../student."
         )
     keys = {field.name for field in dataclasses.fields(DataArguments)}
     parser = ArgumentParser((DataArguments,), "hfkd export MODEL")
