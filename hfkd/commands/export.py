@@ -13,15 +13,14 @@ import torch
 from torch import nn
 
 from .. import __version__
-from ..errors import HfkdError, RunError
-from ..export.formats import FORMATS, METADATA, PREPROCESSING_NAME, FileFormat, FileModel, write_model
+from ..errors import HfkdError, did_you_mean
+from ..export.formats import FORMATS, PREPROCESSING_NAME, FileFormat, FileModel, write_model
 from ..export.preprocessing import Preprocessing, preprocessing_of
-from ..export.quantization import set_metadata
+from ..export.quantization import check_runtime
 from ..names import architecture_of
 from ..networks.costs import latencies, multiply_adds, parameter_count
 from ..networks.loading import load_pretrained, load_teacher
 from ..networks.teacher import Teacher
-from ..recipe.arguments import DataArguments
 from ..recipe.checks import AT_LEAST_1, NOT_NEGATIVE, check_ranges
 from ..recipe.parser import ArgumentParser
 from ..recipe.reading import load_recipe
@@ -30,9 +29,9 @@ from ..runs.finished import teacher_of
 from ..runs.folder import RECIPE_NAME, RESULTS_NAME, check_writable
 from ..runs.reading import read_json, read_results
 from ..runs.tables import markdown_table
-from ..runs.writing import write_whole, writing_by_name
+from ..runs.writing import write_whole
 from .arguments import check_trained, parse_with_subject
-from .reduced_precision import data_of_run, image_sets_of_run, measure, precision_table, write_reduced
+from .reduced_precision import data_of_run, export_reduced
 
 PRECISIONS = ("float32", "float16", "int8")
 USAGE = "hfkd export MODEL [--key value ...]"
@@ -55,14 +54,16 @@ class ExportArguments:
     precision: str = field(
         default="float32",
         metadata={
-            "help": "float32; or, for onnx, float16 or int8 (calibrated on training images of MODEL's run), measured "
-            "on its evaluation split.",
-            "choices": list(PRECISIONS),
+            "help": "float32, float16 or int8. The last two need format onnx and the data of MODEL's run: ranges of "
+            "int8 come from training images, and the file is measured on the evaluation split."
         },
     )
     max_drop: float = field(
         default=0.5,
-        metadata={"help": "Top-1 points that int8 may lose: layers stay float; exit code 1 if it loses more."},
+        metadata={
+            "help": "Points of top-1 that the file may lose. Layers of int8 stay float until it loses no more on "
+            "held-out training images; if it does on the evaluation split, the exit code is 1."
+        },
     )
     calibration_images: int = field(default=128, metadata={"help": "Training images that set the ranges of int8."})
     output_dir: str | None = field(
@@ -78,6 +79,13 @@ class ExportArguments:
     )
 
     def __post_init__(self):
+        if self.precision == "bf16":
+            raise HfkdError(
+                "ONNX Runtime cannot run bf16 on a CPU: it has no kernels for convolutions and matrix products. Give "
+                "--precision float16, which is as small, or int8."
+            )
+        if self.precision not in PRECISIONS:
+            raise HfkdError(f"--precision: unknown '{self.precision}'.{did_you_mean(self.precision, PRECISIONS)}")
         check_ranges(self, {"calibration_images": AT_LEAST_1, "max_drop": NOT_NEGATIVE})
         if self.precision != "float32" and self.format != "onnx":
             raise HfkdError(f"--precision {self.precision} needs --format onnx, got {self.format}.")
@@ -86,11 +94,12 @@ class ExportArguments:
 
 
 def export(argv: list[str] | None = None) -> Path:
-    """Write a trained model as one file: `MODEL [--format onnx|torch] [--output_dir DIR] [--teacher NAME]`.
+    """Write a trained model as one file: `MODEL [--format onnx|torch] [--precision int8] [--output_dir DIR] ...`.
 
     MODEL is a folder or a Hub id. The file takes batches of any size, returns the logits that evaluation reads (the
     mean of two heads) and holds the preprocessing of images, which is also in `preprocessing.json` beside it. The
-    command prints size and latency of MODEL and its teacher.
+    command prints size and latency of MODEL and its teacher; for a lower precision, those of the file and of float32,
+    with the top-1 of both.
 
     Returns:
         The path of the file.
@@ -110,11 +119,15 @@ def export(argv: list[str] | None = None) -> Path:
     check_writable(folder, "output_dir")
     names = (file_format.file_name, PREPROCESSING_NAME)
     check_own(folder, names, _is_export(folder / PREPROCESSING_NAME), "output_dir")
-    data_args = None if args.precision == "float32" else data_of_run(name)
+    data_args = None
+    if args.precision != "float32":
+        check_runtime()
+        data_args = data_of_run(name)
     model = load_pretrained(name)
     preprocessing = preprocessing_of(model)
     if data_args is not None:
-        return _export_reduced(name, args, model, preprocessing, data_args, folder)
+        path, facts = folder / file_format.file_name, _facts(name, model, preprocessing)
+        return export_reduced(args.precision, model, data_args, facts, path, args.calibration_images, args.max_drop)
     teacher = find_teacher(name, args.teacher)
     text = json.dumps(_facts(name, model, preprocessing), indent=2, ensure_ascii=False) + "\n"
     path = folder / file_format.file_name
@@ -130,49 +143,6 @@ def export(argv: list[str] | None = None) -> Path:
 
 def _folder_name(args: ExportArguments) -> str:
     return args.format if args.precision == "float32" else f"{args.format}_{args.precision}"
-
-
-def _export_reduced(
-    name: str,
-    args: ExportArguments,
-    model: nn.Module,
-    preprocessing: Preprocessing,
-    data_args: DataArguments,
-    folder: Path,
-) -> Path:
-    """Write and measure a file of lower precision.
-
-    Raises:
-        RunError: if int8 loses more than `--max_drop`; the file is there.
-    """
-    train_set, eval_set = image_sets_of_run(model, data_args)
-    file_format, size = FORMATS[args.format], preprocessing.image_size
-    path = folder / file_format.file_name
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as scratch, writing_by_name(path) as partial:
-        source = Path(scratch, "float32.onnx")
-        write_model(model, size, file_format, source, "")
-        made = write_reduced(args.precision, source, partial, train_set, args.calibration_images, args.max_drop)
-        figures = measure({"float32": source, args.precision: partial}, eval_set, size)
-        facts = _facts(name, model, preprocessing) | {"precision": args.precision, "made": made, "measured": figures}
-        facts["top1"] = figures[args.precision]["top1"]  # of this file, not of the model
-        text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
-        set_metadata(partial, METADATA, text)
-    write_whole(folder / PREPROCESSING_NAME, text)
-    print(f"{path}, {args.precision}{_in_words(made)}\n\n{precision_table(figures)}")
-    drop = figures["float32"]["top1"] - figures[args.precision]["top1"]
-    if args.precision == "int8" and drop > args.max_drop:
-        raise RunError(
-            f"int8 loses {drop:.2f} points of top-1, and --max_drop allows {args.max_drop:g}. {path} is there all the "
-            "same. Give more --calibration_images, or --precision float16."
-        )
-    return path
-
-
-def _in_words(made: dict[str, Any]) -> str:
-    if not made:
-        return "."
-    return f": calibrated by {made['calibration']}; float layers: {', '.join(made['float_nodes']) or 'none'}."
 
 
 def _is_export(path: Path) -> bool:

@@ -1,22 +1,25 @@
-"""Files of lower precision for `hfkd export`: training images to calibrate on, and what the files measure."""
+"""`hfkd export --precision`: training images to calibrate on, and what the file measures on the evaluation split."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import statistics
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from ..data import ImageSource
 from ..data.image_dataset import collate_batch
-from ..errors import HfkdError
-from ..export.formats import read_onnx
-from ..export.quantization import StaticQuantizer, write_float16
+from ..errors import HfkdError, RunError
+from ..export.formats import FORMATS, METADATA, PREPROCESSING_NAME, read_onnx, write_model
+from ..export.quantization import StaticQuantizer, has_int8_instructions, set_metadata, write_float16
 from ..networks.class_matching import class_names_of
 from ..networks.costs import latencies
 from ..networks.loading import input_spec
@@ -25,6 +28,7 @@ from ..recipe.parser import ArgumentParser, to_argv
 from ..recipe.reading import load_recipe
 from ..runs.folder import RECIPE_NAME
 from ..runs.tables import markdown_table
+from ..runs.writing import write_whole, writing_by_name
 from .build import evaluation_set, load_splits
 from .evaluate import with_classes_of
 
@@ -36,7 +40,7 @@ def data_of_run(name: str) -> DataArguments:
     """Read the data settings from the recipe of MODEL's run.
 
     Raises:
-        HfkdError: there is no recipe, or one that names no training split or streams its images.
+        HfkdError: there is no recipe, or one that streams its images.
     """
     path = Path(name).parent / RECIPE_NAME
     if not path.is_file():
@@ -48,50 +52,116 @@ def data_of_run(name: str) -> DataArguments:
     recipe = {key: value for key, value in load_recipe(path).items() if key in keys}
     (data_args,) = parser.parse(to_argv(recipe, parser))
     if data_args.streaming:
-        raise HfkdError(f"{path} streams its images, and a lower --precision needs their rows. Set streaming to false.")
+        raise HfkdError(f"{path} streams its images, and a lower --precision draws from all. Set streaming to false.")
     return data_args
 
 
-def image_sets_of_run(model: nn.Module, data_args: DataArguments) -> tuple[ImageSource | None, ImageSource]:
+def export_reduced(
+    precision: str,
+    model: nn.Module,
+    data_args: DataArguments,
+    facts: dict[str, Any],
+    path: Path,
+    calibration_images: int,
+    max_drop: float,
+) -> Path:
+    """Write the ONNX file of a lower precision, measure it beside the float32 file, and print both.
+
+    Args:
+        facts: description that is written into the file.
+
+    Raises:
+        HfkdError: if there are too few images to calibrate on, or ONNX Runtime cannot convert the model.
+        RunError: if the file loses more than `max_drop` points of top-1; it is there all the same.
+    """
+    train_set, eval_set = _image_sets(model, data_args)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    facts = {**facts, "top1": None, "precision": precision}  # the top-1 of the model is not that of the file
+    text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
+    with tempfile.TemporaryDirectory() as scratch, writing_by_name(path) as partial:
+        source = Path(scratch, "float32.onnx")
+        write_model(model, facts["image_size"], FORMATS["onnx"], source, text)
+        made: dict[str, Any] = {}
+        if precision == "int8":
+            images = read_calibration(train_set, eval_set, calibration_images)
+            made = dataclasses.asdict(StaticQuantizer(source, *images).quantize(partial, max_drop))
+            made["calibration_images"] = calibration_images
+        else:
+            write_float16(source, partial)
+        set_metadata(partial, METADATA, text)
+        figures = measure({"float32": source, precision: partial}, eval_set, facts["image_size"])
+    facts |= {"top1": figures[precision]["top1"], "made": made, "measured": figures}
+    write_whole(path.with_name(PREPROCESSING_NAME), json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    print(f"{path}, {precision}{_in_words(made)}\n\n{precision_table(figures, len(eval_set))}")
+    _check_drop(figures, precision, path, max_drop)
+    return path
+
+
+def _check_drop(figures: dict[str, dict[str, float]], precision: str, path: Path, max_drop: float) -> None:
+    drop = figures["float32"]["top1"] - figures[precision]["top1"]
+    if drop > max_drop:
+        advice = "Give more --calibration_images, or --precision float16." if precision == "int8" else "Keep float32."
+        raise RunError(
+            f"{precision} loses {drop:.2f} points of top-1, and --max_drop allows {max_drop:g}. {path} is there all "
+            f"the same. {advice}"
+        )
+
+
+def _in_words(made: dict[str, Any]) -> str:
+    if not made:
+        return "."
+    kept = ", ".join(made["float_layers"]) or "none"
+    return (
+        f": {made['int8_layers']} layers, ranges by {made['calibration']} of {made['calibration_images']} training "
+        f"images. Layers that stay float: {kept}. Operators that stay float: {', '.join(made['float_operators'])}."
+    )
+
+
+def _image_sets(model: nn.Module, data_args: DataArguments) -> tuple[ImageSource, ImageSource]:
     """Load the training and evaluation images, both prepared as for the evaluation, without augmentation."""
-    splits = load_splits(data_args, class_names_of(model))
     spec = input_spec(model)
     train, evaluation = (
-        None if split is None else evaluation_set(with_classes_of(model, split), spec, data_args) for split in splits
+        evaluation_set(with_classes_of(model, split), spec, data_args)
+        for split in load_splits(data_args, class_names_of(model))
     )
     return train, evaluation
 
 
-def write_reduced(
-    precision: str, source: Path, path: Path, train_set: ImageSource | None, images: int, max_drop: float
-) -> dict[str, Any]:
-    """Write the file of a lower precision from the float32 file; return how it was made."""
-    if precision == "float16":
-        write_float16(source, path)
-        return {}
-    calibration, held_out = calibration_rows(0 if train_set is None else len(train_set), images)
-    pixels, (held_out_pixels, labels) = _read(train_set, calibration)[0], _read(train_set, held_out)
-    return dataclasses.asdict(StaticQuantizer(source, pixels, held_out_pixels, labels).quantize(path, max_drop))
+def read_calibration(train_set: ImageSource, eval_set: ImageSource, wanted: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw training images for the calibration and, apart from them, held-out ones.
 
+    No image is among them twice, and none that the evaluation split holds, too.
 
-def calibration_rows(available: int, wanted: int) -> tuple[list[int], list[int]]:
-    """Draw the rows of the calibration and, apart from them, of the held-out images.
+    Returns:
+        The calibration images (wanted, 3, H, W), the held-out ones (M, 3, H, W), and the labels (M,) of the latter.
 
     Raises:
         HfkdError: if there are not more images than the calibration takes.
     """
-    if available <= wanted:
+    known = {_digest(image) for batch in _batches(eval_set) for image in batch["pixel_values"]}
+    rows = torch.randperm(len(train_set), generator=torch.Generator().manual_seed(0)).tolist()
+    images: list[Tensor] = []
+    labels: list[Tensor] = []
+    for batch in _batches(Subset(train_set, rows)):
+        for image, label in zip(batch["pixel_values"], batch["labels"], strict=True):
+            if label != ImageSource.IGNORED and _digest(image) not in known:
+                known.add(_digest(image))
+                images.append(image)
+                labels.append(label)
+        if len(images) >= wanted + HELD_OUT:
+            break
+    if len(images) <= wanted:
         raise HfkdError(
-            f"The training split has {available} images, and calibration takes {wanted} and compares on others. "
-            "Give a smaller --calibration_images."
+            f"{len(images)} different training images are not in the evaluation split, too, and calibration takes "
+            f"{wanted} and compares on others. Give a smaller --calibration_images, or a run whose splits are apart."
         )
-    rows = torch.randperm(available, generator=torch.Generator().manual_seed(0)).tolist()
-    return rows[:wanted], rows[wanted : wanted + HELD_OUT]
+    held_out = slice(wanted, wanted + HELD_OUT)
+    return torch.stack(images[:wanted]), torch.stack(images[held_out]), torch.stack(labels[held_out])
 
 
-def _read(dataset: ImageSource, rows: list[int]) -> tuple[Tensor, Tensor]:
-    batches = list(_batches(torch.utils.data.Subset(dataset, rows)))
-    return torch.cat([batch["pixel_values"] for batch in batches]), torch.cat([batch["labels"] for batch in batches])
+def _digest(image: Tensor) -> bytes:
+    """Return a digest of an image's pixels."""
+    return hashlib.blake2b(image.numpy().tobytes(), digest_size=16).digest()
 
 
 def _batches(dataset) -> Iterator[dict[str, Tensor]]:
@@ -128,14 +198,22 @@ def _median_latencies(paths: dict[str, Path], image_size: int, threads: int) -> 
     return latencies(models, dict.fromkeys(models, image_size), statistic=statistics.median)
 
 
-def precision_table(figures: dict[str, dict[str, float]]) -> str:
+def precision_table(figures: dict[str, dict[str, float]], images: int) -> str:
     """Return a Markdown table with a column for each file."""
     forms = {
         "top1": ("top-1, %", "{:.2f}"),
         "agreement": ("same class as float32, %", "{:.2f}"),
         "bytes": ("bytes", "{:,}"),
-        "ms_1_thread": ("ms an image, 1 thread, median", "{:.2f}"),
-        "ms_all_threads": (f"ms an image, {torch.get_num_threads()} threads, median", "{:.2f}"),
+        "ms_1_thread": ("ms an image, 1 thread", "{:.2f}"),
+        "ms_all_threads": (f"ms an image, all threads ({torch.get_num_threads()})", "{:.2f}"),
     }
     rows = [[label, *(form.format(each[key]) for each in figures.values())] for key, (label, form) in forms.items()]
-    return markdown_table(["", *figures], rows, compact=True)
+    note = (
+        f"Measured in ONNX Runtime on the evaluation split of {images:,} images. Latency: CPU, one image, median of 30."
+    )
+    if "int8" in figures and not has_int8_instructions():
+        note += (
+            "\nThis CPU has no instructions for int8 (VNNI, AMX or dot product): int8 may be slower than float32 here, "
+            "and sums of products may saturate, which costs accuracy."
+        )
+    return f"{markdown_table(['', *figures], rows, compact=True)}\n\n{note}"
