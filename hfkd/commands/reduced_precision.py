@@ -75,6 +75,7 @@ def export_reduced(
         RunError: if the file loses more than `max_drop` points of top-1; it is there all the same.
     """
     train_set, eval_set = _image_sets(model, data_args)
+    images = read_calibration(train_set, eval_set, calibration_images) if precision == "int8" else None
     path.parent.mkdir(parents=True, exist_ok=True)
     facts = {**facts, "top1": None, "precision": precision}  # the top-1 of the model is not that of the file
     text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
@@ -82,8 +83,7 @@ def export_reduced(
         source = Path(scratch, "float32.onnx")
         write_model(model, facts["image_size"], FORMATS["onnx"], source, text)
         made: dict[str, Any] = {}
-        if precision == "int8":
-            images = read_calibration(train_set, eval_set, calibration_images)
+        if images is not None:
             made = dataclasses.asdict(StaticQuantizer(source, *images).quantize(partial, max_drop))
             made["calibration_images"] = calibration_images
         else:
