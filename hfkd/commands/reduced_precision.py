@@ -76,20 +76,23 @@ def export_reduced(
     """
     train_set, eval_set = _image_sets(model, data_args)
     images = read_calibration(train_set, eval_set, calibration_images) if precision == "int8" else None
-    path.parent.mkdir(parents=True, exist_ok=True)
     facts = {**facts, "top1": None, "precision": precision}  # the top-1 of the model is not that of the file
     text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
-    with tempfile.TemporaryDirectory() as scratch, writing_by_name(path) as partial:
-        source = Path(scratch, "float32.onnx")
-        write_model(model, facts["image_size"], FORMATS["onnx"], source, text)
-        made: dict[str, Any] = {}
-        if images is not None:
-            made = dataclasses.asdict(StaticQuantizer(source, *images).quantize(partial, max_drop))
-            made["calibration_images"] = calibration_images
-        else:
-            write_float16(source, partial)
-        set_metadata(partial, METADATA, text)
-        figures = measure({"float32": source, precision: partial}, eval_set, facts["image_size"])
+    made: dict[str, Any] = {}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as scratch, writing_by_name(path) as partial:
+            source = Path(scratch, "float32.onnx")
+            write_model(model, facts["image_size"], FORMATS["onnx"], source, text)
+            if images is not None:
+                made = dataclasses.asdict(StaticQuantizer(source, *images).quantize(partial, max_drop))
+                made["calibration_images"] = calibration_images
+            else:
+                write_float16(source, partial)
+            set_metadata(partial, METADATA, text)
+            figures = measure({"float32": source, precision: partial}, eval_set, facts["image_size"])
+    except OSError as error:
+        raise RunError(f"{path} could not be written ({error}). An earlier file is unchanged.") from error
     facts |= {"top1": figures[precision]["top1"], "made": made, "measured": figures}
     write_whole(path.with_name(PREPROCESSING_NAME), json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
     print(f"{path}, {precision}{_in_words(made)}\n\n{precision_table(figures, len(eval_set))}")

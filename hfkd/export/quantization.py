@@ -220,6 +220,8 @@ def write_float16(source: Path, path: Path) -> None:
     try:
         onnx.save(convert_float_to_float16(onnx.load(source), keep_io_types=True), path)
         read_onnx(path)
+    except OSError:
+        raise
     except Exception as error:  # each library raises its own
         reason = str(error).strip().partition("\n")[0]
         raise HfkdError(f"ONNX Runtime cannot run this model in float16 ({reason}). Keep float32.") from error
