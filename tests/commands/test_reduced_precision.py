@@ -55,7 +55,7 @@ def trained(pixels, labels):
     data = ImageDataset(images, torch.from_numpy(labels), CLASSES, transform=NoAugmentation(), **mean_and_std(model))
     batch = data.__getitems__(range(len(data)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    for _ in range(12):
+    for _ in range(25):
         for rows in torch.randperm(len(data)).split(64):
             logits = model.train()(batch["pixel_values"][rows]).logits
             optimizer.zero_grad()
@@ -133,7 +133,7 @@ def check_measured(place, path, printed, precision, tolerance):
 
 
 def test_int8(place, exported):
-    path, printed = exported("int8", "--calibration_images", str(CALIBRATION))
+    path, printed = exported("int8", "--calibration_images", str(CALIBRATION), "--max_drop", "20")
     assert path == place[0] / "run/onnx_int8/model.onnx"
     assert float((place[3].argmax(1) == place[2]).float().mean()) > 0.7  # a network that has learnt something
     facts = check_measured(place, path, printed, "int8", tolerance=0.15)
@@ -148,7 +148,7 @@ def test_int8(place, exported):
 
 def test_calibration_reads_no_test_image(place, exported):
     """The white corner of test images, which are among the training images too, is outside the range of the input."""
-    path, _ = exported("int8", "--calibration_images", str(CALIBRATION))
+    path, _ = exported("int8", "--calibration_images", str(CALIBRATION), "--max_drop", "20")
     graph = onnx.load(path).graph
     values = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
     (reader,) = [node for node in graph.node if node.op_type == "QuantizeLinear" and node.input[0] == "pixel_values"]
@@ -218,7 +218,7 @@ def test_a_cpu_without_int8_instructions_is_told(monkeypatch):
         (["--precision", "int4"], "unknown 'int4'. Did you mean 'int8'"),
         (["--precision", "int8", "--teacher", "x"], "not with a --teacher"),
         (["--precision", "int8", "--calibration_images", "0"], "calibration_images must be 1 or more"),
-        (["--precision", "int8", "--max_drop", "-1"], "max_drop must be"),
+        (["--precision", "int8", "--max_drop", "-1"], "max_drop must not be negative"),
     ],
 )
 def test_bad_arguments(arguments, message):
