@@ -20,7 +20,7 @@ from ..networks.loading import input_spec, load_pretrained
 from ..networks.sources import resolve_name
 from ..recipe.arguments import DataArguments, DistillationConfig
 from ..recipe.checks import AT_LEAST_1, NOT_NEGATIVE, check_ranges
-from ..recipe.parser import ArgumentParser, to_argv
+from ..recipe.parser import HELP_WORDS, ArgumentParser, to_argv
 from ..recipe.reading import load_recipe
 from ..runs.finished import read_run
 from ..runs.folder import RECIPE_NAME, RESULTS_NAME
@@ -61,7 +61,8 @@ def evaluate(argv: list[str] | None = None) -> dict[str, float]:
         RunError: if the model's logits or features are not finite.
     """
     argv = sys.argv[1:] if argv is None else argv
-    name, data_args, args, features = parse_model(argv, USAGE, FeatureArguments, probing=True)
+    probing = any(word.partition("=")[0] in ("--probe", "--teacher", *HELP_WORDS) for word in argv)
+    name, data_args, args, features = parse_model(argv, USAGE, FeatureArguments, probing=probing)
     if features.probe or features.teacher:
         metrics = measure_features(name, data_args, args, features)
         shown = list(metrics)

@@ -13,15 +13,17 @@ import torch
 from torch import nn
 
 from .. import __version__
-from ..errors import HfkdError
+from ..errors import HfkdError, did_you_mean
 from ..export.formats import FORMATS, PREPROCESSING_NAME, FileFormat, FileModel, output_name, write_model
 from ..export.preprocessing import Preprocessing, preprocessing_of
+from ..export.quantization import check_runtime
 from ..names import architecture_of
 from ..networks.class_matching import class_names_of
 from ..networks.costs import latencies, multiply_adds, parameter_count
 from ..networks.headless import is_headless
 from ..networks.loading import load_network, load_teacher
 from ..networks.teacher import Teacher
+from ..recipe.checks import AT_LEAST_1, NOT_NEGATIVE, check_ranges
 from ..recipe.parser import ArgumentParser
 from ..recipe.reading import load_recipe
 from ..runs.claims import check_own
@@ -31,7 +33,9 @@ from ..runs.reading import read_json, read_results
 from ..runs.tables import markdown_table
 from ..runs.writing import write_whole
 from .arguments import check_trained, parse_with_subject
+from .reduced_precision import data_of_run, export_reduced
 
+PRECISIONS = ("float32", "float16", "int8")
 USAGE = "hfkd export MODEL [--key value ...]"
 
 
@@ -49,6 +53,21 @@ class ExportArguments:
             "choices": list(FORMATS),
         },
     )
+    precision: str = field(
+        default="float32",
+        metadata={
+            "help": "float32, float16 or int8. The last two need format onnx and the data of MODEL's run: ranges of "
+            "int8 come from training images, and the file is measured on the evaluation split."
+        },
+    )
+    max_drop: float = field(
+        default=0.5,
+        metadata={
+            "help": "Points of top-1 that the file may lose. Layers of int8 stay float until it loses no more on "
+            "held-out training images; if it does on the evaluation split, the exit code is 1."
+        },
+    )
+    calibration_images: int = field(default=128, metadata={"help": "Training images that set the ranges of int8."})
     output_dir: str | None = field(
         default=None,
         metadata={"help": "Folder of the file; by default a folder named after the format, beside MODEL's folder."},
@@ -61,13 +80,28 @@ class ExportArguments:
         },
     )
 
+    def __post_init__(self):
+        if self.precision == "bf16":
+            raise HfkdError(
+                "ONNX Runtime cannot run bf16 on a CPU: it has no kernels for convolutions and matrix products. Give "
+                "--precision float16, which is as small, or int8."
+            )
+        if self.precision not in PRECISIONS:
+            raise HfkdError(f"--precision: unknown '{self.precision}'.{did_you_mean(self.precision, PRECISIONS)}")
+        check_ranges(self, {"calibration_images": AT_LEAST_1, "max_drop": NOT_NEGATIVE})
+        if self.precision != "float32" and self.format != "onnx":
+            raise HfkdError(f"--precision {self.precision} needs --format onnx, got {self.format}.")
+        if self.precision != "float32" and self.teacher is not None:
+            raise HfkdError(f"--precision {self.precision} compares with float32, not with a --teacher. Leave one out.")
+
 
 def export(argv: list[str] | None = None) -> Path:
-    """Write a trained model as one file: `MODEL [--format onnx|torch] [--output_dir DIR] [--teacher NAME]`.
+    """Write a trained model as one file: `MODEL [--format onnx|torch] [--precision int8] [--output_dir DIR] ...`.
 
     MODEL is a folder or a Hub id. The file takes batches of any size and returns the logits that evaluation reads (the
     mean of two heads), or the embedding of a network without a classifier. It holds the preprocessing of images, which
-    is also in `preprocessing.json` beside it. The command prints size and latency of MODEL and its teacher.
+    is also in `preprocessing.json` beside it. The command prints size and latency of MODEL and its teacher; for a lower
+    precision, those of the file and of float32, with the top-1 of both.
 
     Returns:
         The path of the file.
@@ -83,12 +117,24 @@ def export(argv: list[str] | None = None) -> Path:
     file_format = FORMATS[args.format]
     file_format.check_installed()
     check_trained(name)
-    folder = Path(args.output_dir or _beside(name) / args.format)
+    folder = Path(args.output_dir or _beside(name) / _folder_name(args))
     check_writable(folder, "output_dir")
     names = (file_format.file_name, PREPROCESSING_NAME)
     check_own(folder, names, _is_export(folder / PREPROCESSING_NAME), "output_dir")
+    data_args = None
+    if args.precision != "float32":
+        check_runtime()
+        data_args = data_of_run(name)
     model = load_network(name).eval()
     preprocessing = preprocessing_of(model)
+    if data_args is not None and is_headless(model):
+        raise HfkdError(
+            f"--precision {args.precision} is judged by the top-1, and {name} has no classifier. Fine-tune it first, or "
+            "export it in float32."
+        )
+    if data_args is not None:
+        path, facts = folder / file_format.file_name, _facts(name, model, preprocessing)
+        return export_reduced(args.precision, model, data_args, facts, path, args.calibration_images, args.max_drop)
     teacher = find_teacher(name, args.teacher)
     text = json.dumps(_facts(name, model, preprocessing), indent=2, ensure_ascii=False) + "\n"
     path = folder / file_format.file_name
@@ -101,6 +147,10 @@ def export(argv: list[str] | None = None) -> Path:
         sides = {"teacher": side_of_teacher(teacher, file_format)} | sides
     print(cost_table(sides, file_format))
     return path
+
+
+def _folder_name(args: ExportArguments) -> str:
+    return args.format if args.precision == "float32" else f"{args.format}_{args.precision}"
 
 
 def _is_export(path: Path) -> bool:

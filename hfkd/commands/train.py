@@ -214,12 +214,14 @@ def build_trainer(
     losses = build_losses(config.losses, config.logit_standardization)  # type: ignore[arg-type]  # a mapping by now
     if not model_args.teacher_cache:
         check_teachers(model_args, losses)
-    cached = open_cache(model_args) if model_args.teacher_cache else None
+    teacher: Any = open_cache(model_args) if model_args.teacher_cache else None
+    if not (teacher or model_args.teacher_prompts):  # a teacher that cannot be loaded is told before data are
+        teacher = load_teachers(model_args) or None
     splits = load_splits(data_args)
     check_probe(config, splits[1].has_labels)
     if not splits[0].has_labels:
         check_without_labels(losses, config, f"the images of {splits[0].name}")
-    teacher = cached or load_teachers(model_args, splits[1].class_names) or None
+    teacher = teacher or load_teachers(model_args, splits[1].class_names) or None
     set_seed(config.seed)  # the student's initial weights are part of the recipe
     has_classifier = trains_classifier(losses.values(), config.ce_weight)
     if has_classifier and not splits[0].has_labels:

@@ -183,11 +183,12 @@ def _write_onnx(program: ExportedProgram, path: Path, preprocessing: str) -> Non
     converted.save(path, external_data=False)
 
 
-def _read_onnx(path: Path) -> FileModel:
+def read_onnx(path: Path, threads: int | None = None) -> FileModel:
+    """Open an ONNX file with ONNX Runtime on the CPU; by default with as many threads as torch."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
+    options.intra_op_num_threads = threads or torch.get_num_threads()
     # Otherwise its threads keep spinning for a while and slow down the next work.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -204,6 +205,6 @@ def _read_torch(path: Path) -> FileModel:
 
 
 FORMATS = {
-    "onnx": FileFormat("model.onnx", "ONNX Runtime", ("onnx", "onnxscript", "onnxruntime"), _write_onnx, _read_onnx),
+    "onnx": FileFormat("model.onnx", "ONNX Runtime", ("onnx", "onnxscript", "onnxruntime"), _write_onnx, read_onnx),
     "torch": FileFormat("model.pt2", "torch.export", (), _write_torch, _read_torch),
 }

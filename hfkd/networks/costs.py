@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -35,13 +35,17 @@ def multiply_adds(model: nn.Module, image_size: int) -> int:
 
 @torch.inference_mode()
 def latencies(
-    models: Mapping[str, nn.Module], image_sizes: Mapping[str, int], batch_size: int = 1, rounds: int = 30
+    models: Mapping[str, nn.Module],
+    image_sizes: Mapping[str, int],
+    batch_size: int = 1,
+    rounds: int = 30,
+    statistic: Callable[[list[float]], float] = min,
 ) -> dict[str, float]:
     """Measure the milliseconds of a forward pass of `batch_size` images on the CPU, in float32.
 
     The models take turns, so that a slow moment of the machine slows all of them. The fastest round counts. Other work
-    on the machine only adds time, and adds more to a long forward pass than to a short one, so medians would not be
-    comparable.
+    on the machine only adds time, and adds more to a long forward pass than to a short one, so medians of
+    different networks would not be comparable; `statistic` can be statistics.median for files of one network.
     """
     times: dict[str, list[float]] = {name: [] for name in models}
     images = {name: torch.randn(batch_size, 3, size, size) for name, size in image_sizes.items()}
@@ -52,7 +56,7 @@ def latencies(
             ended = time.perf_counter()
         if turn >= 3:  # the first rounds allocate memory
             times[name].append(1000 * (ended - started))
-    return {name: min(values) for name, values in times.items()}
+    return {name: statistic(values) for name, values in times.items()}
 
 
 @contextmanager

@@ -78,7 +78,7 @@ def test_from_a_recipe_to_a_student(recipe, capsys):
     main(["cache-teacher", recipe, "--disable_tqdm", "false"])
     size, *progress, end = capsys.readouterr().out.splitlines()
     assert size == "runs/cache/digits/kd will take 0.0 MiB."
-    assert [line.rpartition(" classifies ")[2] for line in progress] == [
+    assert [line.rpartition(" sees ")[2] for line in progress] == [
         "20 evaluation images.",
         "128 images of 2 epochs.",
     ]

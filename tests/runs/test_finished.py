@@ -73,6 +73,7 @@ def test_the_teacher_of_a_recipe():
         "teacher_name_or_path": ["runs/a/teacher", "runs/b/teacher"],
         "teacher_checkpoint": None,
         "teacher_class_indices": [1, 0],
+        "teacher_prompts": None,
     }
     ensemble = teacher_of(settings)
     assert ensemble.members == [("runs/a/teacher", None), ("runs/b/teacher", None)] and ensemble.settings == settings
