@@ -163,6 +163,12 @@ def with_teacher_classes(
     if isinstance(teacher, CachedTeacher):
         names = teacher.facts["evaluation"]["class_names"]
         if eval_split.has_labels and eval_split.class_names != names:
+            unknown = [name for name in eval_split.class_names if name not in names]
+            if unknown:
+                raise HfkdError(
+                    f"{eval_split.name} has the class {unknown[0]!r}, which is none of those of the teacher cache "
+                    f"{teacher.files.folder}: name the eval_split for which it was written."
+                )
             eval_split = eval_split.renumbered(names, [names.index(name) for name in eval_split.class_names])
     elif not teacher[0].has_classifier:
         return splits

@@ -20,6 +20,7 @@ from transformers.utils import logging
 from ..data import IndexedImageSource
 from ..errors import HfkdError, RunError
 from ..losses import build_losses
+from ..losses.base import trains_classifier
 from ..networks.loading import check_model, input_spec
 from ..recipe.arguments import DataArguments, DistillationConfig, ModelArguments
 from ..recipe.differences import recipe_differences
@@ -46,7 +47,14 @@ from .without_recipe import with_recipe
 USAGE = "hfkd choose RECIPE [--minutes M] [--key value ...]"
 SETTINGS_NAME, PAGE_NAME, BEST_NAME = "choice.yaml", "choice.md", "best.yaml"
 TIMED_STEPS = 5, 25  # of the two trainings whose difference is the time of a step
-NO_TEACHER = dict.fromkeys(("teacher_name_or_path", "teacher_recipe", "teacher_cache", "teacher_checkpoint"))
+# Of every training: nothing is measured before its end, nor ends it.
+TRAINING_SETTINGS = TRIAL_SETTINGS | {
+    "eval_strategy": "no",
+    "early_stopping_patience": "null",
+    "early_stopping_threshold": "0",
+    "logging_strategy": "no",
+    "disable_tqdm": "true",
+}
 
 
 @dataclass
@@ -102,7 +110,7 @@ def choose(argv: list[str] | None = None) -> str:
             _, model_args, data_args, config, recipe = _parse(argv)
         trainings = Trainings(model_args, data_args, config, choice_args.held_out, folder)
         own = Candidate(OWN, config.losses, config.ce_weight, config.logit_standardization)  # type: ignore[arg-type]
-        found = candidates(own)
+        found = trainings.fitting(candidates(own if _has_top1(config) else None))
         journal = Journal(folder / TRIALS_NAME)
         if journal.plan is None:
             journal.plan = trainings.plan(found, choice_args.minutes)
@@ -163,17 +171,39 @@ class Trainings:
         self._number = self._total = 0
         self._told = False
 
+    def fitting(self, found: list[Candidate]) -> list[Candidate]:
+        """Return the candidates that networks, teacher cache and data allow; a line tells of each other one.
+
+        Raises:
+            HfkdError: if none of them has a teacher, or not even the student alone can be trained.
+        """
+        kept, refused = [], None
+        for candidate in found:
+            with tempfile.TemporaryDirectory(dir=self.folder, prefix="training-") as output_dir:
+                try:
+                    self._trainer(candidate, self._settings(candidate, 1, self.config.seed, output_dir))
+                    kept.append(candidate)
+                except HfkdError as error:
+                    if not candidate.losses:
+                        raise
+                    refused = error
+                    print(f"{candidate.name} is left out. {error}", flush=True)
+        gc.collect()
+        if refused is not None and not any(candidate.losses for candidate in kept):
+            raise refused
+        return kept
+
     def plan(self, found: list[Candidate], minutes: float) -> Plan:
-        """Return the lengths of the rounds that fit into the time, by the time that KD takes here.
+        """Return the lengths of the rounds that fit into the time, by the time that a taught student takes here.
 
         Raises:
             HfkdError: if the time is too short.
         """
         began = time.monotonic()
-        kd = next(each for each in found if set(each.losses) == {"kd"})
+        taught = min((each for each in found if each.losses), key=lambda each: set(each.losses) != {"kd"})
         short, long = (min(steps, self.longest) for steps in TIMED_STEPS)
-        self.train(kd, short, self.config.seed)  # which prepares what later trainings find
-        seconds = [self.train(kd, steps, self.config.seed).seconds for steps in (short, long)]
+        self.train(taught, short, self.config.seed)  # which prepares what later trainings find
+        seconds = [self.train(taught, steps, self.config.seed).seconds for steps in (short, long)]
         step = max(1e-4, (seconds[1] - seconds[0]) / max(1, long - short))
         overhead = max(0.0, seconds[0] - short * step)
         spent = (time.monotonic() - began) / 60
@@ -189,6 +219,9 @@ class Trainings:
         set_seed(seed)
         with tempfile.TemporaryDirectory(dir=self.folder, prefix="training-") as output_dir:
             trainer = self._trainer(candidate, self._settings(candidate, steps, seed, output_dir))
+            if self._told:
+                trainer.pop_callback(trainer.run_block)
+            self._told = True
             try:
                 trainer.train()
                 right = [self._right(trainer, images) for images in (self.chosen_by, self.judged)]
@@ -224,9 +257,6 @@ class Trainings:
     def _trainer(self, candidate: Candidate, config: DistillationConfig) -> DistillationTrainer:
         teacher = self.teacher if candidate.losses else None
         trainer = DistillationTrainer(self.make_student(), teacher, config, train_dataset=self.train_set)
-        if self._told:
-            trainer.pop_callback(trainer.run_block)
-        self._told = True
         trainer.pop_callback(TeacherReport)
         trainer.pop_callback(PrinterCallback)  # of transformers, for a dictionary at the end of each training
         return trainer
@@ -235,6 +265,12 @@ class Trainings:
     def _right(trainer: DistillationTrainer, images: Subset) -> np.ndarray:
         found = trainer.predict(images)
         return found.predictions.argmax(axis=1) == found.label_ids
+
+
+def _has_top1(config: DistillationConfig) -> bool:
+    """Return whether a recipe trains a classifier."""
+    losses = build_losses(config.losses, config.logit_standardization)  # type: ignore[arg-type]  # a mapping by now
+    return trains_classifier(losses.values(), config.ce_weight)
 
 
 def _parse(argv: list[str]) -> tuple[ChoiceArguments, ModelArguments, DataArguments, DistillationConfig, dict]:
@@ -247,8 +283,7 @@ def _parse(argv: list[str]) -> tuple[ChoiceArguments, ModelArguments, DataArgume
         word.partition("=")[0] in ("--output_dir", "--output-dir") for word in rest
     ):
         raise HfkdError("output_dir is the folder of a run, and a choice has many: give --choose_dir.")
-    quiet = TRIAL_SETTINGS | {"eval_strategy": "no", "logging_strategy": "no", "disable_tqdm": "true"}
-    settings = [f"--{key}={value}" for key, value in quiet.items()]
+    settings = [f"--{key}={value}" for key, value in TRAINING_SETTINGS.items()]
     return choice_args, *parse_recipe([path, *rest, *settings], command="hfkd choose")
 
 
@@ -268,11 +303,11 @@ def _claim_folder(folder: Path, settings: dict[str, Any]) -> None:
 
 def _best_recipe(name: str, folder: Path, recipe: dict[str, Any], taken: Candidate) -> dict[str, Any]:
     """Return the recipe that trains the chosen candidate with the whole schedule."""
-    written, trial_only = load_recipe(name), {*TRIAL_ONLY_KEYS, "logging_strategy", "disable_tqdm"}
+    written, trial_only = load_recipe(name), {*TRIAL_ONLY_KEYS, *TRAINING_SETTINGS}
     given = {key: value for key, value in recipe.items() if written.get(key) != value and key not in trial_only}
     best: dict[str, Any] = {"extends": find_recipe(name).reference(folder)} | given | taken.keys()
     if not taken.losses:
-        best |= NO_TEACHER
+        best |= {key: None for key in recipe if key.startswith("teacher_")}
     return best | {"published_top1": None, "output_dir": str(folder / "best")}
 
 

@@ -60,7 +60,8 @@ class MixedImageDataset(IndexedImageSource):
         labelled.bad_rows, unlabelled.bad_rows = self.bad_rows.split([len(labelled.bad_rows), len(unlabelled.bad_rows)])
         self.unlabelled_images = unlabelled_images
         self.labelled_images = batch_size - unlabelled_images
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))  # of the last pass, and its number
+        self._orders: dict[int, np.ndarray] = {}  # of the passes that an epoch comes to, by their numbers
+        self._orders_epoch = -1
 
     @property
     def parts(self) -> tuple[IndexedImageSource, IndexedImageSource]:
@@ -108,6 +109,8 @@ class MixedImageDataset(IndexedImageSource):
         places = (self.epoch * len(self) + rows) * each + slots // len(labelled_rows)
         number = len(self.unlabelled)
         passes = places // number
+        if self._orders_epoch != self.epoch:
+            self._orders, self._orders_epoch = {}, self.epoch
         found = np.empty_like(places)
         for one in np.unique(passes).tolist():
             found[passes == one] = self._pass(one)[places[passes == one] % number]
@@ -115,7 +118,7 @@ class MixedImageDataset(IndexedImageSource):
 
     def _pass(self, number: int) -> np.ndarray:
         """Return the order of the images without labels in one pass over them."""
-        if self._order[0] != number:
+        if number not in self._orders:
             generator = np.random.default_rng([self.seed, number])
-            self._order = number, generator.permutation(len(self.unlabelled))
-        return self._order[1]
+            self._orders[number] = generator.permutation(len(self.unlabelled))
+        return self._orders[number]

@@ -171,7 +171,7 @@ def check_without_labels(losses: Any, config: Any, where: str) -> None:
         where: name of the training images in the message.
 
     Raises:
-        HfkdError: if a loss, or a `ce_weight` that was given, needs labels.
+        HfkdError: if a loss, class weights, or a `ce_weight` that was given need labels.
     """
     reading = [name for name, loss in losses.items() if loss.reads_labels]
     if reading:
@@ -183,6 +183,10 @@ def check_without_labels(losses: Any, config: Any, where: str) -> None:
         raise HfkdError(
             f"{where[0].upper()}{where[1:]} have no labels, and there is no loss to learn from without them: name a "
             "teacher and a loss, or the label_column."
+        )
+    if config.class_weights:
+        raise HfkdError(
+            f"class_weights weigh the cross-entropy with the labels, and {where} have none: leave them out."
         )
     if config.ce_weight > 0:
         if config.written is None or "ce_weight" in config.written:

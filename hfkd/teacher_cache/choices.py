@@ -17,12 +17,13 @@ import datasets
 import timm
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import logging
 
 from ..data import ImageSource, IndexedImageSource
 from ..errors import HfkdError
 from ..networks.teacher import Teacher, TeacherEnsemble
+from ..networks.zero_shot import ZeroShotNetwork
 from .files import CHOICE_DTYPE, map_rows, write_rows
 from .identity import describe_teacher
 
@@ -43,8 +44,9 @@ class KeptChoices:
         # The same weights under another structure or in other class names say something else.
         modules = [repr(member.model) for member in teacher.members]
         names = [str(getattr(getattr(member.model, "config", None), "id2label", None)) for member in teacher.members]
+        texts = [_digest_of_texts(member.model) for member in teacher.members]
         versions = [module.__version__ for module in (torch, timm, transformers)]
-        self._facts = [describe_teacher(teacher), modules, names, versions, arithmetic]
+        self._facts = [describe_teacher(teacher), modules, names, texts, versions, arithmetic]
 
     def read(self, dataset: ImageSource) -> Tensor | None:
         """Return the classes (N,) int64 for the rows of a data set; None if they are not kept."""
@@ -72,6 +74,13 @@ class KeptChoices:
             return None
         key = hashlib.sha256(json.dumps([*self._facts, dataset.identity()]).encode()).hexdigest()[:32]
         return Path(datasets.config.HF_DATASETS_CACHE, "hfkd_teachers", f"{key}.bin")
+
+
+def _digest_of_texts(model: nn.Module) -> str | None:
+    """Return the hash of a zero-shot classifier's text features, which are not in its state; None for others."""
+    if not isinstance(model, ZeroShotNetwork):
+        return None
+    return hashlib.sha256(model.classifier.features.cpu().numpy().tobytes()).hexdigest()
 
 
 def kept_choices(teacher: Any, args: Any) -> KeptChoices | None:

@@ -159,10 +159,17 @@ def check_mixed(train_dataset: Any, teacher: Any, args: DistillationConfig) -> N
     """Check that the settings suit batches of images with and without labels.
 
     Raises:
-        HfkdError: for mixup, CutMix or a teacher cache.
+        HfkdError: for mixup, CutMix, a teacher cache, or another batch size than the data set was made for.
     """
-    if not unlabelled_images(train_dataset):
+    source = image_source(train_dataset)
+    if not isinstance(source, MixedImageDataset):
         return
+    size = source.labelled_images + source.unlabelled_images
+    if args.per_device_train_batch_size != size:
+        raise HfkdError(
+            f"per_device_train_batch_size is {args.per_device_train_batch_size}, and the MixedImageDataset was made "
+            f"for batches of {size}: give both the same number."
+        )
     if args.mixes:
         raise HfkdError(
             "mixup and cutmix would mix images with labels and images without: leave them at 0, or train on images "

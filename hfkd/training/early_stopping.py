@@ -26,12 +26,14 @@ class EarlyStopping(EarlyStoppingCallback):
             state.max_steps = state.global_step
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
+        name = args.metric_for_best_model.removeprefix("eval_")
+        if f"eval_{name}" not in metrics:  # of another evaluation set, or between two probes
+            return
         super().on_evaluate(args, state, control, metrics, **kwargs)
         if not self.is_over:
             return
         self.results.planned_steps = state.global_step
         if state.is_world_process_zero:
-            name = args.metric_for_best_model.removeprefix("eval_")
             print(f"Training ends: {name} has not improved for {self.early_stopping_patience} evaluations.", flush=True)
 
     @property

@@ -33,8 +33,11 @@ def check_label_loss(own: Any, losses: Any, args: DistillationConfig) -> None:
         losses: the losses beside it.
 
     Raises:
-        HfkdError: for class weights or label smoothing beside a `compute_loss_func`, or label smoothing beside losses.
+        HfkdError: for class weights, label smoothing or a `ce_weight` of 0 beside a `compute_loss_func`, or label
+            smoothing beside losses.
     """
+    if own is not None and args.ce_weight == 0:
+        raise HfkdError("ce_weight, the weight of compute_loss_func, is 0: leave one of them out.")
     for key in ("class_weights", "label_smoothing_factor"):
         if own is not None and getattr(args, key):
             raise HfkdError(

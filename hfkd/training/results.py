@@ -80,7 +80,6 @@ class ResultsWriter(TrainerCallback):
             return
         if self.measure not in finite:  # the run has diverged
             return
-            return
         now = time.perf_counter()
         epoch = round(state.epoch or 0.0, 4)
         row = {"epoch": epoch, "step": state.global_step, "seconds": round(now - self._started, 2)}

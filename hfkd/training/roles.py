@@ -64,8 +64,7 @@ def cast_roles(
         dataset = evaluated if train_dataset is None else train_dataset
         model = load_named_student(model, dataset, trains_classifier(built.values(), args.ce_weight))
         processor = own_processor(model)
-    check_roles(model, teacher, built, args)
-    check_mixed(train_dataset, teacher, args)
+    check_settings(model, teacher, built, args, train_dataset)
     if evaluated is not None:
         check_probe(args, has_labels(evaluated))
     by_terms = evaluated is not None and measures_terms(evaluated, model)
@@ -74,3 +73,17 @@ def cast_roles(
         settle_best_metric(args)
     student = fit_student(model, teacher, built, args, train_dataset, evaluated)
     return Roles(student, teacher, built, weights, processor, by_terms)
+
+
+def check_settings(
+    model: nn.Module, teacher: Any, losses: nn.ModuleDict, args: DistillationConfig, train_dataset: Any
+) -> None:
+    """Check that settings, which each trial of a search has anew, suit student, teacher, losses and training images.
+
+    Raises:
+        HfkdError: if they do not.
+    """
+    if not has_labels(train_dataset):
+        check_without_labels(losses, args, "the training images")
+    check_roles(model, teacher, losses, args)
+    check_mixed(train_dataset, teacher, args)

@@ -51,7 +51,6 @@ from .checks import (
     check_best_metric,
     check_given_optimizer,
     check_metric_settings,
-    check_roles,
     check_types,
     smallest_batch,
     unlabelled_images,
@@ -89,7 +88,7 @@ from .preemption import StopOnSigterm
 from .probes import KNN, between_probes
 from .pushes import Pushes
 from .results import ResultsWriter, run_facts
-from .roles import cast_roles
+from .roles import cast_roles, check_settings
 from .run_block import RunBlock
 from .student import (
     batch_spec,
@@ -105,6 +104,7 @@ from .unlabelled import (
     evaluated_batch,
     has_labels,
     measures_terms,
+    total_of,
     uncounted_label,
 )
 
@@ -335,7 +335,10 @@ class DistillationTrainer(Trainer):
         classes = dry_run(self.distiller, self.teacher, batch, self.train_dataset, eval_set, autocast)
         self.num_classes = classes
         if self.args.mixes:
-            self._mixup = Mixup(self.args.mixup, self.args.cutmix, label_smoothing=0.0, num_classes=max(1, classes))
+            source = image_source(self.train_dataset)
+            mixed = classes if source is None else max(classes, source.num_classes)  # the student may have none
+            self._mixes_labels = mixed > 0 and has_labels(self.train_dataset)
+            self._mixup = Mixup(self.args.mixup, self.args.cutmix, label_smoothing=0.0, num_classes=max(1, mixed))
         return batch
 
     def _first_images(self, dataset) -> dict[str, Tensor] | None:
@@ -368,7 +371,7 @@ class DistillationTrainer(Trainer):
         with torch.no_grad(), self.distiller.evaluating(self.model):
             batch: Any = self._first_images(dataset)
             self._evaluated_terms(batch, metrics)
-        return ["loss", *metrics.names] if metrics.names else []
+        return list(total_of(dict.fromkeys(metrics.names, 0.0)))
 
     def _hp_search_setup(self, trial):
         # Trainer calls it in every `train()`, after model_init has made a student. It sets the values of the trial, and
@@ -378,7 +381,8 @@ class DistillationTrainer(Trainer):
             return
         args = self.args
         losses = build_losses(args.losses, args.logit_standardization)
-        check_roles(self.model, self.teacher, losses, args)
+        check_label_loss(self._label_loss, losses, args)
+        check_settings(self.model, self.teacher, losses, args, self.train_dataset)
         self.model = fit_student(
             self.model, self.teacher, losses, args, self.train_dataset, first_set(self.eval_dataset)
         )
@@ -487,9 +491,9 @@ class DistillationTrainer(Trainer):
         batch = {**inputs, "progress": progress, "step": torch.full((), self.state.global_step, device=device)}
         if self._mixup is not None:
             # It draws from numpy's generator, whose state is in Trainer's checkpoints, and which no hfkd data set uses.
-            labels, labelled = batch["labels"], has_labels(self.train_dataset)
-            mixed = self._mixup(batch["pixel_values"], labels if labelled else torch.zeros_like(labels))
-            batch["pixel_values"], batch["labels"] = mixed[0], mixed[1] if labelled else labels
+            labels = batch["labels"] if self._mixes_labels else torch.zeros_like(batch["labels"])
+            batch["pixel_values"], labels = self._mixup(batch["pixel_values"], labels)
+            batch["labels"] = labels if self._mixes_labels else batch["labels"]
         self.distiller.attach_taps()  # unless they are; an earlier `train()` has removed them
         teacher = self.teacher(batch) if self.distiller.needs_teacher else None
         with self.backend.autocast():
@@ -700,7 +704,7 @@ class DistillationTrainer(Trainer):
         labels = inputs.get("labels")
         if measuring is not None and measuring.terms is not None:
             figures = self._evaluated_terms(inputs, measuring.terms)
-            return (figures.sum(dim=1).mean(), None, None) if prediction_loss_only else (None, figures, labels)
+            return (measuring.terms.loss(figures), None, None) if prediction_loss_only else (None, figures, labels)
         labels = labels if measuring is None or measuring.reads_labels else None
         with self.backend.autocast():
             logits = at_least_float32(self.backend.predict(self.distiller, model)(inputs["pixel_values"]))

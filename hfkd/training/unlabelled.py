@@ -87,6 +87,11 @@ class TermMetrics:
             columns.append(torch.zeros(len(labels), device=labels.device).masked_scatter(counts, 100.0 * agreeing))
         return torch.stack(columns, dim=1) if columns else torch.zeros(len(labels), 0, device=labels.device)
 
+    def loss(self, figures: Tensor) -> Tensor:
+        """Return the sum of the terms, 0-d, of the figures (B, T) of a batch: all but the agreement."""
+        terms = [column for column, name in enumerate(self.names) if name != AGREEMENT]
+        return figures[:, terms].sum(dim=1).mean()
+
     def __call__(self, prediction: EvalPrediction, compute_result: bool | None = None) -> dict[str, float]:
         """Return the mean figures over all images; see `EvaluationMetrics.__call__`."""
         figures, labels = prediction.predictions, prediction.label_ids

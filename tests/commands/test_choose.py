@@ -99,16 +99,22 @@ def test_the_own_losses_are_a_candidate_unless_they_are_listed():
 
 
 def test_on_the_command_line(tmp_path, monkeypatch, capsys):
-    """With few candidates: real trainings of the digits, from the plan to the recipe that is then trained."""
+    """With few candidates: real trainings of the digits, from the plan to the recipe that is then trained.
+
+    Several teachers have no features in common, which one of the candidates reads.
+    """
     few = [each for each in candidates() if each.name == ALONE or set(each.losses) == {"kd"}][:4]
+    few.append(next(each for each in candidates() if each.name == "KD and PKT"))
     monkeypatch.setattr("hfkd.commands.choose.candidates", lambda own: few)
     data = ["--dataset_name", "digits", "--num_train_epochs", "0.2", "--learning_rate", "0.02", "--bf16", "false"]
     main(["train-teacher", "digits/teacher", *data, "--output_dir", "teacher", "--student", "cifar_resnet8"])
-    words = ["digits/kd_zscore", *data, "--student", "cifar_resnet8", "--teacher", "teacher/teacher"]
+    words = ["digits/kd_zscore", *data, "--student", "cifar_resnet8", "--teacher", "teacher/teacher", "teacher/teacher"]
+    words += ["--early_stopping_patience", "1"]
     main(["choose", *words, "--minutes", "5", "--choose_dir", "choice"])
     told = capsys.readouterr().out
     assert "train_runtime" not in told
     text = (tmp_path / "choice/choice.md").read_text()
+    assert "KD and PKT is left out. Losses read the teacher's layers" in told
     assert text in told and "training images that were held out" in text
     trials = json.loads((tmp_path / "choice/trials.json").read_text())["trials"]
     assert len(trials) == sum(Plan.sizes(4)) and {len(trial["judged"]) for trial in trials} == {144}
@@ -119,7 +125,7 @@ def test_on_the_command_line(tmp_path, monkeypatch, capsys):
         main(["choose", *words, "--learning_rate", "0.03", "--choose_dir", "choice"])
     assert "holds another choice" in capsys.readouterr().err
     best = yaml.safe_load((tmp_path / "choice/best.yaml").read_text())
-    assert best["output_dir"] == "choice/best" and "max_steps" not in best
+    assert best["output_dir"] == "choice/best" and "max_steps" not in best and "early_stopping_patience" not in best
     main(["distill", "choice/best.yaml", "--max_steps", "1"])
 
 

@@ -5,10 +5,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers import config
+from transformers import TrainerControl, TrainerState
 
 from hfkd.commands.train import train_teacher
 from hfkd.recipe.reading import parse_recipe
 from hfkd.runs.finished import read_run
+from hfkd.training.early_stopping import EarlyStopping
+from hfkd.training.results import ResultsWriter
 
 RECIPE = {
     "student_name_or_path": "cifar_resnet8",
@@ -68,3 +72,14 @@ def test_a_metric_that_no_evaluation_gives():
     Path("r.yaml").write_text(yaml.safe_dump(RECIPE | {"metric_for_best_model": "top11"}))
     with pytest.raises(ValueError, match="no evaluation gives 'top11'"):
         train_teacher(RUN)
+
+
+def test_an_evaluation_without_the_metric_does_not_count(caplog):
+    """As of `knn`, which is measured every few epochs."""
+    arguments = config(metric_for_best_model="knn", early_stopping_patience=1, eval_strategy="epoch")
+    callback = EarlyStopping(arguments, ResultsWriter())
+    state, control = TrainerState(best_metric=50.0), TrainerControl()
+    callback.on_evaluate(arguments, state, control, {"eval_top1": 10.0})
+    assert not control.should_training_stop and not caplog.records
+    callback.on_evaluate(arguments, state, control, {"eval_knn": 10.0})
+    assert control.should_training_stop

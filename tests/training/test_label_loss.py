@@ -10,7 +10,7 @@ import yaml
 from helpers import Plain, config, images
 
 from hfkd import DistillationTrainer
-from hfkd.commands.train import train_teacher
+from hfkd.commands.train import distill, train_teacher
 from hfkd.data.subsets import training_labels
 from hfkd.training.label_loss import class_weights
 
@@ -95,3 +95,16 @@ def test_weights_that_do_not_fit():
         class_weights(["1", "2"], images(20))
     with pytest.raises(ValueError, match="balanced counts the labels.*TensorDataset does not know"):
         class_weights(["balanced"], torch.utils.data.TensorDataset(torch.zeros(2)))
+
+
+def test_a_loss_function_of_no_weight_is_refused():
+    with pytest.raises(ValueError, match="ce_weight, the weight of compute_loss_func, is 0"):
+        DistillationTrainer(
+            Plain(), Plain(), config(ce_weight=0.0, losses={"kd": {}}), compute_loss_func=F.cross_entropy
+        )
+
+
+def test_class_weights_without_labels_are_refused():
+    Path("r.yaml").write_text(yaml.safe_dump(RECIPE | {"losses": {"kd": {}}, "label_column": "none"}))
+    with pytest.raises(ValueError, match="class_weights weigh the cross-entropy .* and .* have none"):
+        distill(["r.yaml", "--class_weights", "balanced", "--teacher", "cifar_resnet8"])

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from hfkd import DistillationTrainer, load_student
+from hfkd.data import ImageDataset
 
 SETTINGS = {"eval_strategy": "epoch", "num_train_epochs": 2, "lr_scheduler_type": "cosine", "logging_strategy": "epoch"}
 
@@ -129,3 +130,13 @@ def test_what_does_not_go_with_it(arguments, message):
         DistillationTrainer(
             **{"teacher": Plain(), "args": config(), "model_init": lambda: Plain()} | data() | arguments
         )
+
+
+def test_a_trial_may_not_learn_from_labels_that_are_not_there():
+    source = images(16)
+    labels = torch.full((16,), source.IGNORED)
+    dataset = ImageDataset(source.images, labels, [], transform=source.transform, mean=source.mean, std=source.std)
+    settings = config(losses={"kd": {}}, ce_weight=0.0)
+    trainer = DistillationTrainer(None, plain_teacher(), settings, train_dataset=dataset, model_init=lambda: Plain())
+    with pytest.raises(ValueError, match="ce_weight is 1, .* and the training images have none"):
+        trainer.hyperparameter_search(lambda trial: {"ce_weight": 1.0}, n_trials=1, backend="optuna")

@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from helpers import Plain, config, images, train_logs
@@ -53,6 +54,42 @@ def test_loss_terms_are_those_of_the_images():
     terms = [value for name, value in metrics.items() if name.startswith("eval_loss_")]
     assert len(terms) > 2 and metrics["eval_loss"] == pytest.approx(sum(terms)) != before["eval_loss"]
     assert [row["eval_loss"] for row in trainer.results.rows] == [before["eval_loss"], metrics["eval_loss"]]
+
+
+def test_the_loss_alone_is_that_of_the_terms():
+    """Without the agreement, which is 100 % here."""
+    network = Plain()
+    losses = {"kd": {}, "token_mse": MAPS}
+    settings = {"per_device_eval_batch_size": 5, "ce_weight": 0.0}
+    found = []
+    for alone in (False, True):
+        arguments = config(**settings, prediction_loss_only=alone)
+        pair = copy.deepcopy(network), copy.deepcopy(network)
+        evaluated = unlabelled(10, 1, augment=False)
+        trainer = DistillationTrainer(
+            *pair, arguments, train_dataset=unlabelled(), eval_dataset=evaluated, losses=losses
+        )
+        found.append(trainer.evaluate())
+    assert found[0]["eval_agreement"] == 100 and "eval_agreement" not in found[1]
+    assert found[1]["eval_loss"] == pytest.approx(found[0]["eval_loss"], rel=1e-5)
+
+
+def test_an_agreement_without_terms_is_no_loss():
+    """`dkd` reads labels, so that nothing of it is measured here."""
+    evaluated = unlabelled(8, 1, augment=False)
+    settings = {"ce_weight": 1.0, "eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
+    with pytest.raises(HfkdError, match="no evaluation gives 'loss'"):
+        trainer_of({"dkd": {}}, images(16), evaluated, **settings)
+    trainer_of({"dkd": {}}, images(16), evaluated, metric_for_best_model="agreement", **settings)
+
+
+def test_a_backbone_learns_from_mixed_images_with_labels():
+    network = timm.create_model("cifar_resnet8", num_classes=0)
+    arguments = config(ce_weight=0.0, mixup=0.8, dataloader_drop_last=True, max_steps=1)
+    pair = network, copy.deepcopy(network)
+    trainer = DistillationTrainer(*pair, arguments, train_dataset=images(16), losses={"token_mse": {}})
+    trainer.train()
+    assert train_logs(trainer)[0]["loss_token_mse"] > 0
 
 
 def test_images_that_do_not_count():
