@@ -129,8 +129,8 @@ def export(argv: list[str] | None = None) -> Path:
     preprocessing = preprocessing_of(model)
     if data_args is not None and is_headless(model):
         raise HfkdError(
-            f"--precision {args.precision} is judged by the top-1, and {name} has no classifier. Fine-tune it first, or "
-            "export it in float32."
+            f"--precision {args.precision} is judged by the top-1, and {name} has no classifier. Fine-tune "
+            "it first, or export it in float32."
         )
     if data_args is not None:
         path, facts = folder / file_format.file_name, _facts(name, model, preprocessing)
