@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from ..data import ImageSource, IndexedImageSource
+from ..data import ImageDataset, ImageSource, IndexedImageSource
 from ..errors import HfkdError
 from ..networks.teacher import Teacher, TeacherEnsemble
 from ..networks.zero_shot import ZeroShotNetwork
@@ -72,7 +73,10 @@ class KeptChoices:
         """Return the file for a data set; None for a stream, whose rows have no number."""
         if not isinstance(dataset, IndexedImageSource):
             return None
-        key = hashlib.sha256(json.dumps([*self._facts, dataset.identity()]).encode()).hexdigest()[:32]
+        facts = [*self._facts, dataset.identity()]
+        if isinstance(dataset, ImageDataset):  # in memory: every image, where the identity reads a sample
+            facts.append(zlib.crc32(dataset.images.cpu().contiguous().numpy().data))
+        key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
         return Path(datasets.config.HF_DATASETS_CACHE, "hfkd_teachers", f"{key}.bin")
 
 
