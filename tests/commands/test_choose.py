@@ -54,9 +54,9 @@ def test_a_planted_gain_is_found_and_said_to_be_sure(tmp_path):
 
 
 def test_where_distillation_gives_nothing_it_says_so(tmp_path):
-    verdicts = [chosen(tmp_path, lambda candidate: 60.0, seed=seed)[0] for seed in range(40)]
+    verdicts = [chosen(tmp_path, lambda candidate: 60.0, seed=seed)[0] for seed in range(16)]
     claimed = [gains(rounds[-1])[0].is_sure for rounds in verdicts]
-    assert sum(claimed) <= 2, "the better of two finalists, at 95 %"
+    assert sum(claimed) <= 1, "the better of two finalists, at 95 %"
     text = page(verdicts[claimed.index(False)], "2,000 images", "hfkd distill best.yaml")
     assert text.startswith("# Take the student alone\n")
     assert chosen(tmp_path, lambda candidate: 60.0 if candidate.name == ALONE else 40.0, seed=99)[0][-1]
