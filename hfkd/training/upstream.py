@@ -17,11 +17,11 @@ from typing import Any
 from ..errors import HfkdError
 
 KNOWN_TO_WORK = {
-    "transformers": "5.4.0 and 5.20.2 to 5.24.0",
-    "accelerate": "1.11.0 and 1.15.0",
-    "datasets": "4.4.0 and 5.2.0",
+    "transformers": "5.20.2 to 5.24.0",
+    "accelerate": "1.15.0",
+    "datasets": "5.2.0",
     "timm": "1.0.31",
-    "torch": "2.10.0, 2.14.1 and 2.15.0",
+    "torch": "2.14.1 and 2.15.0",
 }
 
 # Methods of transformers' Trainer that `trainer.py` overrides, with the parameters that they are called with. One that
