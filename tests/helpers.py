@@ -99,6 +99,17 @@ def config(output_dir="run", **changes):
     return DistillationConfig(**(defaults | changes))
 
 
+# Recipe of a short run of a small network on the digits.
+DIGITS_RECIPE = {
+    "student_name_or_path": "cifar_resnet8",
+    "dataset_name": "digits",
+    "image_size": 16,
+    "random_flip": False,
+    "eval_split": "test[:20]",
+    "per_device_train_batch_size": 16,
+}
+
+
 def train_logs(trainer):
     """The log entries of training steps."""
     return [entry for entry in trainer.state.log_history if "loss" in entry]

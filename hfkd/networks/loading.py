@@ -202,43 +202,40 @@ def load_teacher(
     if prompts:
         network, whole = load_zero_shot(name_or_path, class_names, prompts)
         return Teacher(network, public_name(name_or_path, whole), input_spec(whole), hub_id=hub_id(name_or_path))
-    origin: str | None = None
-    headless: bool | None = None  # the model tells
-    model: nn.Module
-    if device_map is not None and _is_architecture(name_or_path):
-        raise HfkdError(
-            f"teacher_device_map is for models of transformers, and {name_or_path} is a timm architecture: name a "
-            "folder or a Hub id."
-        )
-    if not _is_architecture(name_or_path):
-        if checkpoint is not None:
+    if _is_architecture(name_or_path):
+        if device_map is not None:
             raise HfkdError(
-                f"teacher_checkpoint={checkpoint} is for a timm architecture, but teacher_name_or_path="
-                f"{name_or_path} holds its own weights. Name an architecture such as cifar_resnet56, or leave "
-                "teacher_checkpoint out."
+                f"teacher_device_map is for models of transformers, and {name_or_path} is a timm architecture: name a "
+                "folder or a Hub id."
             )
-        headless = lacks_classifier(name_or_path, trust_remote_code=trust_remote_code)
-        if headless:
-            model = load_backbone(name_or_path, device_map, trust_remote_code)
-        else:
-            model = load_pretrained(name_or_path, device_map=device_map, trust_remote_code=trust_remote_code)
-        origin = hub_id(name_or_path)
+        model, origin = _architecture_with_weights(name_or_path, checkpoint)
+        if checkpoint is not None:
+            _set_input(model, name_or_path, image_size, image_mean, image_std)
+        has_classifier = None  # the model tells
     elif checkpoint is not None:
-        model = load_architecture(name_or_path, checkpoint)
-        _set_input(model, name_or_path, image_size, image_mean, image_std)
-    elif has_tag(name_or_path) or (
-        (published := timm.get_pretrained_cfg(name_or_path)) is not None and published.has_weights
-    ):
-        model = create_pretrained(name_or_path)
-        cfg: Any = model.pretrained_cfg
-        origin = cfg.get("hf_hub_id")
-    else:
         raise HfkdError(
-            f"The architecture {name_or_path} has no pretrained weights to teach with. Give teacher_checkpoint, or "
-            "train it with `hfkd train-teacher` and give the folder that it writes."
+            f"teacher_checkpoint={checkpoint} is for a timm architecture, but teacher_name_or_path={name_or_path} "
+            "holds its own weights. Name an architecture such as cifar_resnet56, or leave teacher_checkpoint out."
         )
-    name = public_name(name_or_path, model)
-    return Teacher(model, name, input_spec(model), class_indices, origin, None if headless is None else not headless)
+    else:
+        has_classifier = not lacks_classifier(name_or_path, trust_remote_code=trust_remote_code)
+        load = load_pretrained if has_classifier else load_backbone
+        model = load(name_or_path, device_map=device_map, trust_remote_code=trust_remote_code)
+        origin = hub_id(name_or_path)
+    return Teacher(model, public_name(name_or_path, model), input_spec(model), class_indices, origin, has_classifier)
+
+
+def _architecture_with_weights(name: str, checkpoint: str | None) -> tuple[nn.Module, str | None]:
+    """Return a timm architecture with the weights of a file or timm's own, and the Hub id of the latter."""
+    if checkpoint is not None:
+        return load_architecture(name, checkpoint), None
+    if has_tag(name) or ((published := timm.get_pretrained_cfg(name)) is not None and published.has_weights):
+        model: Any = create_pretrained(name)
+        return model, model.pretrained_cfg.get("hf_hub_id")
+    raise HfkdError(
+        f"The architecture {name} has no pretrained weights to teach with. Give teacher_checkpoint, or train it with "
+        "`hfkd train-teacher` and give the folder that it writes."
+    )
 
 
 def _set_input(

@@ -1,4 +1,4 @@
-"""What one pass over a data set measures: an evaluation with labels or without, a probe of features, a prediction."""
+"""One pass over a data set: an evaluation with labels or without, a probe of features, a prediction."""
 
 from __future__ import annotations
 

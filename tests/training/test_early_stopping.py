@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import config
+from helpers import DIGITS_RECIPE, config
 from transformers import TrainerControl, TrainerState
 
 from hfkd.commands.train import train_teacher
@@ -14,14 +14,8 @@ from hfkd.runs.finished import read_run
 from hfkd.training.early_stopping import EarlyStopping
 from hfkd.training.results import ResultsWriter
 
-RECIPE = {
-    "student_name_or_path": "cifar_resnet8",
-    "dataset_name": "digits",
-    "image_size": 16,
-    "random_flip": False,
+RECIPE = DIGITS_RECIPE | {
     "train_split": "train[:32]",
-    "eval_split": "test[:20]",
-    "per_device_train_batch_size": 16,
     "num_train_epochs": 6,
     "learning_rate": 0.0,  # nothing ever improves
     "lr_scheduler_type": "constant",

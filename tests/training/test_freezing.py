@@ -9,21 +9,15 @@ import safetensors.torch
 import timm
 import torch
 import yaml
-from helpers import config, images
+from helpers import DIGITS_RECIPE, config, images
 
 from hfkd import DistillationTrainer, load_student
 from hfkd.cli import main
 from hfkd.commands.train import train_teacher
 from hfkd.training.freezing import frozen_names
 
-RECIPE = {
-    "student_name_or_path": "cifar_resnet8",
-    "dataset_name": "digits",
-    "image_size": 16,
-    "random_flip": False,
+RECIPE = DIGITS_RECIPE | {
     "train_split": "train[:48]",
-    "eval_split": "test[:20]",
-    "per_device_train_batch_size": 16,
     "num_train_epochs": 2,
     "optim": "sgd",
     "optim_args": "momentum=0.9",

@@ -7,20 +7,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from helpers import Plain, config, images
+from helpers import DIGITS_RECIPE, Plain, config, images
 
 from hfkd import DistillationTrainer
 from hfkd.commands.train import distill, train_teacher
 from hfkd.data.subsets import training_labels
 from hfkd.training.label_loss import class_weights
 
-RECIPE = {
-    "student_name_or_path": "cifar_resnet8",
-    "dataset_name": "digits",
-    "image_size": 16,
-    "random_flip": False,
+RECIPE = DIGITS_RECIPE | {
     "train_split": "train[:32]",
-    "eval_split": "test[:20]",
     "per_device_train_batch_size": 32,
     "max_steps": 1,
     "optim": "sgd",

@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 import yaml
-from helpers import Plain, config, images
+from helpers import DIGITS_RECIPE, Plain, config, images
 from timm.optim import param_groups_layer_decay
 
 import hfkd.models  # noqa: F401  (registers the architectures)
@@ -14,14 +14,8 @@ from hfkd import DistillationTrainer, load_student
 from hfkd.commands.train import train_teacher
 from hfkd.training.optimization import layer_scales
 
-RECIPE = {
-    "student_name_or_path": "cifar_resnet8",
-    "dataset_name": "digits",
-    "image_size": 16,
-    "random_flip": False,
+RECIPE = DIGITS_RECIPE | {
     "train_split": "train[:48]",
-    "eval_split": "test[:20]",
-    "per_device_train_batch_size": 16,
     "num_train_epochs": 2,
     "learning_rate": 0.1,
     "weight_decay": 0.01,
