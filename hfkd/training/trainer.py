@@ -199,10 +199,7 @@ class DistillationTrainer(Trainer):
         if (model is None) == (model_init is None):
             raise HfkdError("Give a model, or model_init, which makes one: one of the two.")
         if model is None:
-            if losses is not None:
-                raise HfkdError("With model_init every training builds its own losses: give them as args.losses.")
-            set_seed(args.seed)
-            model = self.call_model_init()
+            model = self._first_model(losses, args)
         given = args.losses if losses is None else losses
         roles = cast_roles(model, teacher, given, args, train_dataset, eval_dataset)
         self.teacher = roles.teacher
@@ -243,19 +240,7 @@ class DistillationTrainer(Trainer):
         self._steps_per_epoch = 1  # known once training begins, when a schedule that a user has created is replaced
         self.results.first_set = next(iter(eval_dataset), None) if isinstance(eval_dataset, dict) else None
         self._whole_state: dict[str, Tensor] | None = None
-        # Block and report come before the clocks of the others.
-        callbacks = (
-            self.run_block,
-            TeacherReport(self),
-            self._continue_log,
-            *([EarlyStopping(args, self.results)] if args.early_stopping_patience else []),
-            self.results,
-            self.stop_on_sigterm,
-            self.pushes,
-            EndWhereDone(),
-        )
-        for callback in (*callbacks, self.divergence):  # the last one takes back a checkpoint that others ask for
-            self.add_callback(callback)
+        self._add_own_callbacks()
         self._begin(roles.losses)
         comparable = self.teacher is not None and self.teacher.shares_classes
         self.teacher_memory = TeacherMemory(self.teacher if comparable else None, args.device, kept)
@@ -265,6 +250,28 @@ class DistillationTrainer(Trainer):
             find_classifier(self.model)
         if asks_for_best(args) and eval_dataset is not None:
             check_best_metric(args.metric_for_best_model, eval_dataset, self._metric_names())
+
+    def _first_model(self, losses: Any, args: DistillationConfig) -> nn.Module:
+        """Return the model that `model_init` makes before the first training."""
+        if losses is not None:
+            raise HfkdError("With model_init every training builds its own losses: give them as args.losses.")
+        set_seed(args.seed)
+        return self.call_model_init()
+
+    def _add_own_callbacks(self) -> None:
+        # Block and report come before the clocks of the others.
+        callbacks = (
+            self.run_block,
+            TeacherReport(self),
+            self._continue_log,
+            *([EarlyStopping(self.args, self.results)] if self.args.early_stopping_patience else []),
+            self.results,
+            self.stop_on_sigterm,
+            self.pushes,
+            EndWhereDone(),
+        )
+        for callback in (*callbacks, self.divergence):  # the last one takes back a checkpoint that others ask for
+            self.add_callback(callback)
 
     @property
     def has_classifier(self) -> bool:
