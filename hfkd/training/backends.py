@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from ..errors import HfkdError
-from ..networks.features import logits_of
+from ..networks.features import prediction_of
 from ..networks.loading import exported_state_dict
 from ..recipe.arguments import DistillationConfig
 from . import fsdp, zero
@@ -57,8 +57,8 @@ class OneDevice:
         return self.accelerator.autocast()
 
     def predict(self, distiller: Distiller, model: nn.Module) -> Callable[[Tensor], Tensor]:
-        """Return the function from images (B, 3, H, W) to the model's logits (B, C) for evaluation."""
-        return functools.partial(logits_of, model)
+        """Return the function from images (B, 3, H, W) to what the model is evaluated by: logits or embeddings."""
+        return functools.partial(prediction_of, model)
 
 
 class FullyShardedDataParallel(OneDevice):

@@ -19,7 +19,7 @@ from ..networks.features import (
     forward_views,
     has_two_heads,
     is_classifier_of,
-    logits_of,
+    prediction_of,
     remove_taps,
     train_heads_apart,
 )
@@ -126,8 +126,8 @@ class Distiller(nn.Module):
             self.classifiers, outputs.classifier = [], None
 
     def logits(self, pixel_values: Tensor) -> Tensor:
-        """Return the student's logits (B, C), for evaluation."""
-        return logits_of(self.student, pixel_values)
+        """Return the student's logits (B, C), or the embedding (B, D) of one without a classifier, for evaluation."""
+        return prediction_of(self.student, pixel_values)
 
     def forward(self, batch: dict[str, Tensor], teacher: Outputs | None) -> dict[str, Tensor]:
         """Return weighted loss terms by name (`loss_ce`, `loss_kd`, `loss_mlkd_class_correlation`, ...), each 0-d.

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..networks.embeddings import recording_embeddings
+from ..networks.headless import is_headless
 from ..recipe.arguments import DistillationConfig
 from .distiller import Distiller
 from .metrics import EvaluationMetrics
@@ -30,7 +31,7 @@ class Measuring:
 
     Attributes:
         asks_teacher: whether the teacher's choices are compared.
-        reads_labels: whether the images have labels.
+        reads_labels: whether the images have labels that the outputs of the student are compared with.
         keeps_logits: whether the outputs of a step hold the logits.
         terms: figures of an evaluation without labels, or of a student without a classifier; None with labels.
         probe: figures that include `knn`; None where it is not due.
@@ -49,7 +50,7 @@ class Measuring:
     ):
         uncounted = uncounted_label(dataset)
         self.asks_teacher = not is_prediction
-        self.reads_labels = has_labels(dataset)
+        self.reads_labels = has_labels(dataset) and not (is_prediction and is_headless(student))
         by_terms = not is_prediction and measures_terms(dataset, student)
         self.terms = TermMetrics(uncounted) if by_terms else None
         self.keeps_logits = (is_prediction or users_metrics) and not by_terms

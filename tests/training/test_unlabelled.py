@@ -115,6 +115,20 @@ def test_predictions_without_labels_are_logits():
     assert output.predictions.shape == (6, 10) and output.label_ids is None
 
 
+@pytest.mark.parametrize("labelled", [True, False])
+def test_predictions_of_a_backbone_are_embeddings(labelled):
+    network = timm.create_model("cifar_resnet8", num_classes=0)
+    data = images(6, augment=False) if labelled else unlabelled(6, augment=False)
+    arguments = config(ce_weight=0.0)
+    pair = network, copy.deepcopy(network)
+    trainer = DistillationTrainer(*pair, arguments, train_dataset=images(16), losses={"token_mse": {}})
+    output = trainer.predict(data)
+    with torch.no_grad():
+        expected = network.eval()(torch.stack([row["pixel_values"] for row in data]))
+    assert output.label_ids is None and "test_top1" not in output.metrics
+    torch.testing.assert_close(torch.from_numpy(output.predictions), expected)
+
+
 @pytest.mark.parametrize("settings", [{"mixup": 0.8}, {"cutmix": 1.0}])
 def test_mixing_without_labels(settings, monkeypatch):
     trainer = trainer_of({"kd": {}}, dataloader_drop_last=True, **settings)
