@@ -1,6 +1,7 @@
 """`hfkd export`: each kind of student as one file that other runtimes read, and the costs beside its teacher's."""
 
 import contextlib
+import hashlib
 import importlib.util
 import io
 import json
@@ -173,7 +174,7 @@ def test_a_distilled_deit_gives_the_mean_of_its_heads(place, exported):
     np.testing.assert_allclose(given, (heads[0] + heads[1]) / 2, rtol=0, atol=1e-5)
 
 
-def test_what_the_file_says(exported):
+def test_what_the_file_says(place, exported):
     facts = json.loads((exported("cnn")[0] / "preprocessing.json").read_text())
     preparation = facts.pop("preparation")
     assert preparation.startswith("Resize an RGB image, its shorter side to 40 pixels (bilinear, antialiased), cut out")
@@ -189,6 +190,7 @@ def test_what_the_file_says(exported):
         "top1": 81.25,
         "dataset": "pets",
         "eval_split": "test",
+        "weights": hashlib.sha256((place / "runs/cnn/student/model.safetensors").read_bytes()).hexdigest(),
         "hfkd_version": hfkd.__version__,
     }
     facts = json.loads((exported("vit")[0] / "preprocessing.json").read_text())
