@@ -51,8 +51,8 @@ class ComparisonArguments:
     measure: str | None = field(
         default=None,
         metadata={
-            "help": "onnx: a second table, with the float32, float16 and int8 files that `hfkd export` left in each run, "
-            "beside the teacher: top-1, agreement with float32, bytes and latency.",
+            "help": "onnx: a second table, of the float32, float16 and int8 files that `hfkd export` left in each run, "
+            "and of the teacher: top-1, agreement with float32, bytes and latency.",
             "choices": ["onnx"],
         },
     )

@@ -22,9 +22,9 @@ from .rows import Row
 from .savings import ROUNDS, UNREADABLE, teacher_networks
 
 LEGEND = (
-    "Top-1 and agreement: percent of the evaluation images in ONNX Runtime, measured by hfkd export; for a float32 file "
-    "without a lower precision beside it, and for a teacher, the top-1 of the run. Latency: one image on this CPU, the "
-    "fastest of {} rounds, in which all files take turns."
+    "Top-1 and agreement: percent of the evaluation images in ONNX Runtime, measured by hfkd export; for a float32 "
+    "file without a lower precision beside it, and for a teacher, the top-1 of the run. Latency: one image on this "
+    "CPU, the fastest of {} rounds, in which all files take turns."
 )
 
 

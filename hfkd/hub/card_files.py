@@ -37,7 +37,7 @@ def files_section(folder: Path, results: dict[str, Any]) -> str | None:
     )
     note = (
         f"These weights in ONNX, measured in ONNX Runtime; accuracy in percent of {images_in_words(results)}, latency "
-        "of one image (median) on the CPU of the export. `preprocessing.json` beside each file says how to prepare images."
+        "of one image (median) on the CPU of the export. `preprocessing.json` beside a file says how to prepare images."
     )
     return f"{HEADING}\n\n{note}\n\n{table}"
 
