@@ -10,10 +10,12 @@ from pathlib import Path
 from transformers.utils import logging
 
 from ..comparison.figure import save_comparison
+from ..comparison.files import files_text
 from ..comparison.rows import Row, compared, evaluated_on
 from ..comparison.savings import savings_text
 from ..comparison.table import csv_text, is_report, legend, terminal_table, text_table
 from ..errors import HfkdError, unknown_key_error
+from ..export.formats import FORMATS
 from ..recipe.parser import ArgumentParser
 from ..runs.claims import check_own
 from ..runs.finished import find_runs
@@ -23,7 +25,7 @@ from ..runs.writing import write_whole
 from .arguments import parse_known
 
 NAMES = ("compare.md", "compare.csv", "compare.png")
-USAGE = "hfkd compare RUN [RUN ...] [--output_dir DIR] [--teacher NAME_OR_PATH]"
+USAGE = "hfkd compare RUN [RUN ...] [--output_dir DIR] [--teacher NAME_OR_PATH] [--measure onnx]"
 DESCRIPTION = (
     "Each RUN is a run's folder or one with runs below it. Runs that differ only in their seed are one row. The\n"
     "report is also written as compare.md, with compare.csv and the curves in compare.png."
@@ -46,10 +48,18 @@ class ComparisonArguments:
             "is not where a run's recipe says."
         },
     )
+    measure: str | None = field(
+        default=None,
+        metadata={
+            "help": "onnx: a second table, of the float32, float16 and int8 files that `hfkd export` left in each run, "
+            "and of the teacher: top-1, agreement with float32, bytes and latency.",
+            "choices": ["onnx"],
+        },
+    )
 
 
 def compare(argv: list[str] | None = None) -> list[Row]:
-    """Compare runs, print and write the comparison: `RUN [RUN ...] [--output_dir DIR] [--teacher NAME_OR_PATH]`.
+    """Compare runs, print and write the comparison: `RUN [RUN ...] [--output_dir DIR] [--measure onnx] ...`.
 
     Returns:
         The rows of the table.
@@ -64,20 +74,24 @@ def compare(argv: list[str] | None = None) -> list[Row]:
     args, paths = parse_known(argv, parser)
     options = [path for path in paths if path.startswith("-")]
     if options:
-        raise unknown_key_error(options[0].lstrip("-").partition("=")[0], ["output_dir", "teacher"], "the command line")
+        raise unknown_key_error(
+            options[0].lstrip("-").partition("=")[0], ["output_dir", "teacher", "measure"], "the command line"
+        )
     if not paths:
         raise HfkdError(f"Name the runs to compare: {USAGE}.")
+    if args.measure == "onnx":
+        FORMATS["onnx"].check_installed()
     folder = Path(args.output_dir)
     check_own(folder, NAMES, is_report(folder / NAMES[0]), "output_dir")
     logging.disable_progress_bar()  # for loading weights
     runs, left_out = find_runs(paths)
     rows = compared(runs)
     check_writable(folder, "output_dir")
-    report(rows, left_out, args.teacher, folder)
+    report(rows, left_out, args, folder)
     return rows
 
 
-def report(rows: Sequence[Row], left_out: Sequence[str], teacher: str | None, folder: Path) -> None:
+def report(rows: Sequence[Row], left_out: Sequence[str], args: ComparisonArguments, folder: Path) -> None:
     """Print the comparison and write its files."""
     known = next((run for row in rows for run in row.runs if run.results["dataset"] is not None), None)
     title = f"# {plain(evaluated_on(known)) if known else 'Data set not recorded'}"
@@ -85,9 +99,12 @@ def report(rows: Sequence[Row], left_out: Sequence[str], teacher: str | None, fo
     more = ["Left out:\n" + "\n".join(f"- {reason}" for reason in left_out)] if left_out else []
     parts = [title, table, legend(table), *more]
     print("\n\n".join([title, shown, legend(shown), *more]), flush=True)
-    savings = savings_text(rows, teacher)
+    savings = savings_text(rows, args.teacher)
     if savings:
         parts.append("## Savings of the students\n\n" + "\n".join(f"- {plain(line)}" for line in savings.splitlines()))
+        print(f"\n{parts[-1]}")
+    if args.measure == "onnx":
+        parts.append(f"## Files for ONNX Runtime\n\n{files_text(rows, args.teacher)}")
         print(f"\n{parts[-1]}")
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / NAMES[0], "\n\n".join(parts) + "\n")

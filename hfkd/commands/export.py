@@ -14,9 +14,10 @@ from torch import nn
 
 from .. import __version__
 from ..errors import HfkdError, did_you_mean
-from ..export.formats import FORMATS, PREPROCESSING_NAME, FileFormat, FileModel, output_name, write_model
+from ..export.formats import FORMATS, FileFormat, FileModel, output_name, write_model
 from ..export.preprocessing import Preprocessing, preprocessing_of
 from ..export.quantization import check_runtime
+from ..hub.card import update_files
 from ..names import architecture_of
 from ..networks.class_matching import class_names_of
 from ..networks.costs import latencies, multiply_adds, parameter_count
@@ -29,13 +30,13 @@ from ..recipe.reading import load_recipe
 from ..runs.claims import check_own
 from ..runs.finished import teacher_of
 from ..runs.folder import RECIPE_NAME, RESULTS_NAME, check_writable
+from ..runs.onnx_files import PRECISIONS, PREPROCESSING_NAME, onnx_folder, weights_digest
 from ..runs.reading import read_json, read_results
 from ..runs.tables import markdown_table
 from ..runs.writing import write_whole
 from .arguments import check_trained, parse_with_subject
 from .reduced_precision import data_of_run, export_reduced
 
-PRECISIONS = ("float32", "float16", "int8")
 USAGE = "hfkd export MODEL [--key value ...]"
 
 
@@ -134,12 +135,16 @@ def export(argv: list[str] | None = None) -> Path:
         )
     if data_args is not None:
         path, facts = folder / file_format.file_name, _facts(name, model, preprocessing)
-        return export_reduced(args.precision, model, data_args, facts, path, args.calibration_images, args.max_drop)
+        try:
+            return export_reduced(args.precision, model, data_args, facts, path, args.calibration_images, args.max_drop)
+        finally:  # a file that loses too much is there, too
+            update_files(Path(name))
     teacher = find_teacher(name, args.teacher)
     text = json.dumps(_facts(name, model, preprocessing), indent=2, ensure_ascii=False) + "\n"
     path = folder / file_format.file_name
     exported = write_model(model, preprocessing.image_size, file_format, path, text)
     write_whole(folder / PREPROCESSING_NAME, text)
+    update_files(Path(name))
     how = folder / PREPROCESSING_NAME
     print(f"{path} gives the model's {output_name(model)}; {how} says how to prepare its images.\n")
     sides = {"student": Side(model, preprocessing.image_size, exported, path.stat().st_size)}
@@ -150,7 +155,7 @@ def export(argv: list[str] | None = None) -> Path:
 
 
 def _folder_name(args: ExportArguments) -> str:
-    return args.format if args.precision == "float32" else f"{args.format}_{args.precision}"
+    return onnx_folder(args.precision) if args.format == "onnx" else args.format
 
 
 def _is_export(path: Path) -> bool:
@@ -179,6 +184,7 @@ def _facts(name: str, model: nn.Module, preprocessing: Preprocessing) -> dict[st
         "top1": results.get(results.get("exported"), {}).get("top1"),
         "dataset": dataset.get("name"),
         "eval_split": dataset.get("eval_split"),
+        "weights": weights_digest(Path(name)),
         "hfkd_version": __version__,
     }
 

@@ -16,11 +16,12 @@ from ..hub.repository import ensure_repository, export_files, upload
 from ..recipe.parser import ArgumentParser
 from ..runs.claims import check_own
 from ..runs.folder import CONFIG_NAME, RESULTS_NAME, ROLES, WEIGHTS_NAME
+from ..runs.onnx_files import PREPROCESSING_NAME, export_command, onnx_files
 from ..runs.reading import read_results
 from .arguments import parse_with_subject
 
 USAGE = "hfkd push FOLDER --hub_model_id me/name [--key value ...]"
-DESCRIPTION = "Uploads what a run exported, with its card, to the Hub."
+DESCRIPTION = "Uploads what a run exported, with its card and the ONNX files of `hfkd export`, to the Hub."
 PARTS = (CONFIG_NAME, WEIGHTS_NAME, RESULTS_NAME)  # every export holds these
 
 
@@ -46,7 +47,8 @@ class PushArguments:
 def push(argv: list[str] | None = None) -> CommitInfo:
     """Upload an export and print its address: `FOLDER --hub_model_id me/name`.
 
-    FOLDER is an export, or a run's folder that holds one. Its card is written again, for the repository. If a push is
+    FOLDER is an export, or a run's folder that holds one. Its card is written again, for the repository, and its ONNX
+    files go with it. If a push is
     cut off, the same command completes it, without sending again the files that the Hub has stored.
 
     Raises:
@@ -71,10 +73,19 @@ def push(argv: list[str] | None = None) -> CommitInfo:
             f"{folder}: no card can be written from its {RESULTS_NAME} and recipe ({type(error).__name__}: {error}). "
             "Give the folder that a run of hfkd wrote."
         ) from error
-    commit = upload(export_files(folder), repo_id, message="Upload with hfkd push", **access)
+    commit = upload(export_files(folder) | _onnx(folder), repo_id, message="Upload with hfkd push", **access)
     place = f"/tree/{args.hub_revision}" if args.hub_revision else ""
     print(f"Pushed {folder} to {commit.repo_url}{place}")
     return commit
+
+
+def _onnx(folder: Path) -> dict[str, Path]:
+    """Return the ONNX files of an export's weights by their path in the repository, and print which are of others."""
+    files, reasons = onnx_files(folder)
+    for precision, reason in reasons.items():
+        print(f"Not pushed: {reason}. Export again: {export_command(folder, precision)}")
+    paths = [path for file in files for path in (file.path, file.path.with_name(PREPROCESSING_NAME))]
+    return {f"{path.parent.name}/{path.name}": path for path in paths}
 
 
 def _given_metadata(folder: Path) -> dict[str, Any]:

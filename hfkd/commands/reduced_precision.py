@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Subset
 from ..data import ImageSource
 from ..data.image_dataset import collate_batch
 from ..errors import HfkdError, RunError
-from ..export.formats import FORMATS, METADATA, PREPROCESSING_NAME, read_onnx, write_model
+from ..export.formats import FORMATS, METADATA, read_onnx, write_model
 from ..export.quantization import StaticQuantizer, has_int8_instructions, set_metadata, write_float16
 from ..networks.class_matching import class_names_of
 from ..networks.costs import latencies
@@ -27,6 +27,7 @@ from ..recipe.arguments import DataArguments
 from ..recipe.parser import ArgumentParser, to_argv
 from ..recipe.reading import load_recipe
 from ..runs.folder import RECIPE_NAME
+from ..runs.onnx_files import PREPROCESSING_NAME
 from ..runs.tables import markdown_table
 from ..runs.writing import write_whole, writing_by_name
 from .build import evaluation_set, load_splits

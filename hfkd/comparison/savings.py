@@ -60,7 +60,7 @@ def savings_text(rows: Sequence[Row], teacher: str | None = None, rounds: int = 
     networks, pairs = Networks(), {}
     for row in rows:
         try:
-            members = [networks.add(model) for model in _teacher(row, teacher)]
+            members = [networks.add(model) for model in teacher_networks(row, teacher)]
             pairs[row.label] = [networks.add(_student(row))], members
         except UNREADABLE as error:
             pairs[row.label] = str(error)
@@ -82,7 +82,7 @@ def _student(row: Row) -> nn.Module:
     return load_pretrained(str(folder))
 
 
-def _teacher(row: Row, given: str | None) -> list[nn.Module]:
+def teacher_networks(row: Row, given: str | None) -> list[nn.Module]:
     """Load the teacher's networks, several of an ensemble: those that the recipe names, else the one given.
 
     Raises:

@@ -15,12 +15,12 @@ from ..errors import HfkdError, RunError, require
 from ..names import architecture_of
 from ..networks.features import prediction_of
 from ..networks.headless import is_headless
+from ..runs.onnx_files import ONNX_NAME, PREPROCESSING_NAME
 from ..runs.writing import writing_by_name
 
 INPUT = "pixel_values"
 OUTPUT = "output_name"  # key in the meta data of a program's graph
 METADATA = "preprocessing"  # key in an ONNX file
-PREPROCESSING_NAME = "preprocessing.json"  # beside a file, and in a torch.export archive
 TOLERANCE = 1e-4
 LARGEST_ONNX = 2**31  # bytes, the limit of a protobuf message
 
@@ -205,6 +205,6 @@ def _read_torch(path: Path) -> FileModel:
 
 
 FORMATS = {
-    "onnx": FileFormat("model.onnx", "ONNX Runtime", ("onnx", "onnxscript", "onnxruntime"), _write_onnx, read_onnx),
+    "onnx": FileFormat(ONNX_NAME, "ONNX Runtime", ("onnx", "onnxscript", "onnxruntime"), _write_onnx, read_onnx),
     "torch": FileFormat("model.pt2", "torch.export", (), _write_torch, _read_torch),
 }

@@ -13,7 +13,7 @@ from ..names import hub_id, is_local
 from ..runs.folder import CONFIG_NAME, RECIPE_NAME, RESULTS_NAME
 from ..runs.reading import read_results
 from ..runs.writing import write_whole
-from . import card_text, card_usage
+from . import card_files, card_text, card_usage
 from .curves import save_curves
 
 logger = logging.get_logger(__name__)
@@ -39,6 +39,8 @@ def write_card(
     finetuned_from: str | None = None,
 ) -> None:
     """Write README.md and training_curves.png into an export, from its results.json, recipe.yaml and config.json.
+
+    ONNX files of its weights, which `hfkd export` writes beside the folder, have a section of their own.
 
     Args:
         folder: the export; only results.json must exist.
@@ -73,12 +75,21 @@ def write_card(
         card_text.heading(title),
         card_text.summary(results),
         card_text.results_section(results, _draw(results, folder / FIGURE_NAME)),
+        card_files.files_section(folder, results),
         card_usage.usage_section(config, repo_id, results),
         card_text.method_section(results),
         card_text.training_section(results, recipe),
     ]
     body = "\n\n".join(section for section in sections if section)
     write_whole(folder / CARD_NAME, str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}\n")))
+
+
+def update_files(folder: Path) -> None:
+    """Write the ONNX files beside an export into its card, if it has one; the rest of the card stays as it is."""
+    card, results = folder / CARD_NAME, folder / RESULTS_NAME
+    if card.is_file() and results.is_file():
+        section = card_files.files_section(folder, read_results(results))
+        write_whole(card, card_files.with_files(card.read_text(encoding="utf-8"), section))
 
 
 def _text_of(path: Path) -> str | None:

@@ -51,10 +51,7 @@ def results_section(results: dict[str, Any], figure: str | None) -> str | None:
     """Return the table of measured accuracies and the curves; None for a run without an evaluation."""
     if "last" not in results:
         return None
-    data, images = results["dataset"], "the evaluation images"
-    if data:
-        split = data.get("eval_split")
-        images = f"{f'the split {code(split)}' if split else images} of {code(data['name'])}"
+    images = images_in_words(results)
     best = f"the best epoch is the one with {best_words(results.get('best_by', BY_TOP1))} there"
     parts = ["## Results"]
     if "top1" in results["last"]:
@@ -75,6 +72,15 @@ def results_section(results: dict[str, Any], figure: str | None) -> str | None:
         parts += ["Also measured, for these weights:", _table(["metric", "value"], rows)]
     parts += [f"![Accuracy and loss terms over the epochs]({figure})"] if figure else []
     return "\n\n".join(parts)
+
+
+def images_in_words(results: dict[str, Any]) -> str:
+    """Return which images a run is evaluated on."""
+    data, images = results.get("dataset"), "the evaluation images"
+    if not data:
+        return images
+    split = data.get("eval_split")
+    return f"{f'the split {code(split)}' if split else images} of {code(data['name'])}"
 
 
 def _measured(results: dict[str, Any]) -> list[list[str]]:
