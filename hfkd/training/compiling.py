@@ -116,7 +116,7 @@ def described(choice: dict[str, Any], left: int) -> str:
     goes_on = "compiled" if choice["compiled"] else "eager"
     return (
         f"{eager} and {1000 * choice['compiled_seconds']:,.1f} ms compiled. Compiling took "
-        f"{choice['compiling_seconds']:,.0f} s, and the {left:,} steps left take {choice['saved_seconds']:+,.0f} s less. "
+        f"{choice['compiling_seconds']:,.0f} s, and saves {choice['saved_seconds']:,.0f} s over the {left:,} steps left. "
         f"Training goes on {goes_on}."
     )
 

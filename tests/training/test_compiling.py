@@ -76,8 +76,10 @@ def test_it_pays(run, capsys):
         "compiling_seconds": 150.0,
         "saved_seconds": 5 * 60.0,
     }
-    line = "a step takes 100,000.0 ms eager and 40,000.0 ms compiled. Compiling took 150 s, and the 5 steps left take "
-    assert f"torch_compile auto: {line}+300 s less. Training goes on compiled." in capsys.readouterr().out
+    line = "a step takes 100,000.0 ms eager and 40,000.0 ms compiled. Compiling took 150 s, and saves "
+    assert (
+        f"torch_compile auto: {line}300 s over the 5 steps left. Training goes on compiled." in capsys.readouterr().out
+    )
     assert trainer.teacher.model._compiled_call_impl is not None
 
     resumed, compiled, again = run(eager=1.0, output_dir="resumed", resume="run/checkpoint-10")
@@ -93,7 +95,7 @@ def test_it_does_not_pay(run, capsys, compiled, first):
     trainer, steps, chosen = run(eager=100.0, compiled=compiled, first=first)
     assert steps == [*COMPILED] and chosen["compiled"] is False
     assert chosen["compiling_seconds"] == first and chosen["saved_seconds"] == 5 * (100.0 - compiled)
-    assert "less. Training goes on eager." in capsys.readouterr().out
+    assert "over the 5 steps left. Training goes on eager." in capsys.readouterr().out
     assert trainer.teacher.model._compiled_call_impl is None
 
 
