@@ -2,14 +2,19 @@
 
 import contextlib
 import importlib.util
+import json
 import math
 import re
+import sys
+import time
 
 import pytest
 import torch
 from helpers import ROOT, run_script
 from interrupting import in_child
 
+import hfkd.data.datasets
+from hfkd.cli import main as hfkd_main
 from hfkd.losses import LOSSES
 from hfkd.recipe.finding import packaged_names
 from hfkd.recipe.reading import load_recipe
@@ -22,6 +27,7 @@ SPEED_ROWS = {
     "trainer: resnet20, labels alone",
     "trainer: resnet56 -> resnet20, KD + Z-score",
     "reference: resnet32x4 -> resnet8x4, KD + Z-score",
+    "released: resnet32x4 -> resnet8x4, KD + Z-score",
     "cache: resnet20, KD from all logits",
     "cache: resnet20, KD from the largest 16",
 }
@@ -43,10 +49,11 @@ def tables(tmp_path_factory):
     printed = tmp_path_factory.mktemp("benchmark") / "printed.txt"
 
     def benchmark():
-        sections = "methods data jpeg trainer reference cache profile".split()
+        sections = "methods data jpeg trainer reference released cache profile".split()
         torch.compiler.set_stance("force_eager")  # compiling takes longer than all of this; other tests do
         with printed.open("w") as file, contextlib.redirect_stdout(file):
-            run_script("benchmark/run.py", "--quick", "--threads", "1", "--torch_compile", "--only", *sections)
+            words = ("--quick", "--threads", "1", "--torch_compile", "--json", str(printed.with_name("rows.json")))
+            run_script("benchmark/run.py", *words, "--only", *sections)
 
     assert in_child(benchmark) == 0
     first, *others = printed.read_text().splitlines()
@@ -57,6 +64,9 @@ def tables(tmp_path_factory):
     headers = [number - 1 for number in rules]
     tables = [rows[start:end] for start, end in zip(headers, [*headers[1:], None], strict=True)]
     assert headers[0] == 0 and [{len(cells) for cells in table} for table in tables] == [{7}, {8}, {3}]
+    written = json.loads(printed.with_name("rows.json").read_text())["rows"]
+    assert [row["name"] for row in written] == [cells[0] for table in tables for cells in table[2:]]
+    assert all(min(row["ours"] + row["theirs"]) > 0 for row in written if "ours" in row)
     return [table[2:] for table in tables]
 
 
@@ -97,12 +107,18 @@ def test_prints_where_the_time_goes(tables):
     assert min(shares["backward"], shares["teacher, forward"]) > shares["data"]
 
 
-@pytest.fixture(scope="module")
-def meters():
-    spec = importlib.util.spec_from_file_location("meters", ROOT / "scripts/benchmark/meters.py")
+def benchmark_module(name, monkeypatch):
+    """A file of the benchmark as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"scripts/benchmark/{name}.py")
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)  # where dataclasses look up its types
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def meters(monkeypatch):
+    return benchmark_module("meters", monkeypatch)
 
 
 def test_step_bytes_counts_what_lives_at_one_moment(meters):
@@ -166,3 +182,100 @@ def test_a_part_within_another_is_taken_out_of_it(meters, monkeypatch):
     assert clock.take() == {"rest": 5, "inner": 10, "outer": 3}
     inner(4)
     assert clock.take() == {"rest": 0, "inner": 4, "outer": 0}, "counted from the last call"
+
+
+# ---- Everything that a GPU is lent for, on a CPU -------------------------------------------------------------------
+
+GPU = ("--out", "out", "--device", "cpu", "--quick", "--minutes", "10", "--pair", "cifar100/resnet56-resnet20")
+TRAINING = {
+    "methods": "kd",
+    "epochs_scale": "0.005",
+    "dataset_name": "digits",
+    "label_column": "label",
+    "image_size": "8",
+    "random_flip": "false",
+    "train_split": "train[:64]",
+    "eval_split": "test[:10]",
+}
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """The command, and the seconds given to each part that it starts.
+
+    Trainings run in a forked process; the other parts end with the codes of `ends`, which the tests of `run.py` cover.
+    """
+    module = benchmark_module("gpu", monkeypatch)
+    digits = hfkd.data.datasets._digits()
+    monkeypatch.setattr("hfkd.data.datasets._digits", lambda: digits)
+    monkeypatch.setattr("hfkd.training.exports.write_card", lambda *args, **kwargs: None)  # its figure takes long
+    ends = dict.fromkeys(("tests", "data", "eager", "compiled", "released"), 0)
+    asked = {}
+
+    def call(command, log, seconds, changes):
+        assert changes == {"CUDA_VISIBLE_DEVICES": ""}
+        asked[log.stem] = seconds
+        log.write_text("| ratio |\n3 passed")
+        if log.stem == "rows":
+            return in_child(lambda: hfkd_main(command[2:]))
+        if "--json" in command and ends[log.stem] == 0:
+            module.Path(command[-1]).write_text(json.dumps({"seed": 0, "rows": [{"name": log.stem}]}))
+        return ends[log.stem]
+
+    def run():
+        asked.clear()
+        monkeypatch.setattr(sys, "argv", ["gpu.py", *GPU, *(f"--{key}={TRAINING[key]}" for key in TRAINING)])
+        try:
+            module.main()
+        except SystemExit as end:
+            return end.code, dict(asked)
+        return 0, dict(asked)
+
+    module.ends, module.run_once, module.real_call = ends, run, module.call
+    monkeypatch.setattr(module, "call", call)
+    return module
+
+
+def test_a_gpu_is_measured_in_parts_that_go_on(gpu, capsys):
+    gpu.ends |= {"tests": 1, "eager": None}
+    code, asked = gpu.run_once()
+    assert code == 1 and list(asked) == ["tests", "data", "eager", "compiled", "released", "rows"]
+    assert [asked[name] for name in list(asked)[:-1]] == pytest.approx([72, 36, 60, 96, 60]), "their share of 600 s"
+    assert 500 < asked["rows"] < 700, "what the others left"
+    parts = json.loads(gpu.Path("out/results.json").read_text())["parts"]
+    assert parts["tests"]["state"] == "failed with exit code 1, see tests.log"
+    assert parts["eager"]["state"] == "the time was up" and "rows" not in parts["eager"]
+    assert parts["data"]["rows"] == [{"name": "data"}] and parts["data"]["seed"] == 0
+    assert [row["run"] for row in parts["rows"]["rows"]] == ["cifar100/teachers/resnet56", GPU[-1] + "/kd"]
+    assert parts["rows"]["hardware"]["gpu"] == "no GPU" and parts["rows"]["seconds"] > 0
+
+    gpu.ends["tests"] = 0
+    assert gpu.run_once() == (75, {"tests": 72, "eager": 60}), "the others are done"
+    gpu.ends["eager"] = 0
+    capsys.readouterr()
+    assert gpu.run_once() == (0, {"eager": 60})
+    assert "6 of 6 parts are done" in capsys.readouterr().out
+    tables = gpu.Path("out/results.md").read_text()
+    assert tables.count("| ratio |") == 4 and "3 passed" in tables and "| cifar100/resnet56-resnet20/kd |" in tables
+
+    parts = json.loads(gpu.Path("out/results.json").read_text())["parts"]
+    parts["data"]["hardware"]["gpu"] = "another"
+    gpu.Path("out/results.json").write_text(json.dumps({"parts": parts}))
+    assert gpu.run_once() == (0, {"data": 36}), "measured by another machine"
+
+
+def test_a_part_ends_when_its_time_is_up(gpu):
+    log, started = gpu.Path("log"), time.monotonic()
+    assert gpu.real_call(["-c", "import os; print(os.environ['X']); exit(3)"], log, 60, {"X": "seen"}) == 3
+    assert log.read_text() == "seen\n"
+    waits = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60); print(1)'])"
+    assert gpu.real_call(["-c", waits], log, 1, {}) is None
+    assert time.monotonic() - started < 30 and log.read_text() == ""
+
+
+def test_a_gpu_must_be_there(gpu, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", "out"])
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main()
+    assert "no CUDA device is found. Give --device cpu --quick" in capsys.readouterr().err
+    assert not gpu.Path("out").exists()

@@ -71,7 +71,15 @@ KINDS |= {"scripts/distill.py"}  # here with a vision transformer
 # Without a recipe: architectures without weights to fetch.
 STAND_INS = {"runs/photos/resnet50": "runs/photos/cifar_resnet14", "resnet50": "cifar_resnet14"}
 STAND_INS["mobilenetv4_conv_small"] = "cifar_resnet8"
-TESTED_APART = {"scripts/benchmark/run.py", "choose", "export", "reproduce", "search", "visualize"}  # each takes long
+TESTED_APART = {
+    "scripts/benchmark/run.py",
+    "scripts/benchmark/gpu.py",
+    "choose",
+    "export",
+    "reproduce",
+    "search",
+    "visualize",
+}  # each takes long
 RESULTS = "results.json"
 FEW_DIGITS = '"digits", train_split="train[:64]", eval_split="test[:32]"'
 TRAINS = {"distill", "train-teacher", "cache-teacher"}

@@ -33,6 +33,7 @@ SHARE = Range("must be 0 or above and at most 1", lambda value: 0 <= value <= 1)
 BELOW_1 = Range("must be 0 or above and below 1", lambda value: 0 <= value < 1)
 PERCENT = Range("must be 0 or above and at most 100", lambda value: 0 <= value <= 100)
 SEED = Range("must be 0 or above and below 2**32", lambda value: 0 <= value < 2**32)
+AUTO = "auto"  # torch_compile that is chosen by measuring
 BALANCED = "balanced"  # class_weights from the labels
 RANGES = {
     # Model and data
@@ -218,6 +219,8 @@ def check_training(config: Any) -> None:
             load_best_model_at_end or early stopping, or optim_args that the optimizer does not take.
     """
     check_ranges(config)
+    if isinstance(config.torch_compile, str) and config.torch_compile != AUTO:  # from code
+        raise HfkdError(f"torch_compile must be true, false or auto, got {config.torch_compile!r}.")
     for key in ("neftune_noise_alpha", "use_liger_kernel"):
         if getattr(config, key, None):
             raise HfkdError(f"{key} is for language models: leave it out.")

@@ -16,8 +16,10 @@ from collections.abc import Sequence
 from typing import Any, get_type_hints
 
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import string_to_bool
 
 from ..errors import HfkdError, unknown_key_error
+from .checks import AUTO
 from .yaml_file import parse_yaml
 
 NULLS = ("null", "Null", "NULL", "~")  # YAML's
@@ -71,6 +73,8 @@ class ArgumentParser(HfArgumentParser):
         for option in self._actions:
             if option.dest == "help":
                 continue
+            if option.dest == "torch_compile":
+                option.type = _switch_or_auto
             if option.option_strings[0] != f"--{option.dest}":  # `--no_random_flip` means `--random_flip false`
                 option.help = argparse.SUPPRESS
             del option.option_strings[1:]  # `--batch-size` is still accepted
@@ -193,6 +197,18 @@ class Inherited:
     """Base class for the help group of keys that are inherited unchanged from transformers' TrainingArguments."""
 
     _argument_group_name = "training (transformers' TrainingArguments)"
+
+
+def _switch_or_auto(text: str) -> bool | str:
+    """Return the value of a switch that may be left to measuring.
+
+    Raises:
+        argparse.ArgumentTypeError: for any other text.
+    """
+    try:
+        return text if text == AUTO else string_to_bool(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"must be true, false or auto, got {text!r}") from None
 
 
 def _help_groups(argument_class: type) -> list[type]:

@@ -8,6 +8,7 @@ the names of other libraries that all of this relies on.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import time
@@ -40,6 +41,7 @@ from ..networks.headless import is_headless
 from ..networks.loading import exported_state_dict
 from ..networks.teacher import Teacher, TeacherEnsemble
 from ..recipe.arguments import DistillationConfig
+from ..recipe.checks import AUTO
 from ..runs.writing import finite_or_none, use_umask
 from ..teacher_cache.choices import kept_choices
 from ..teacher_cache.teacher import CachedTeacher
@@ -55,6 +57,7 @@ from .checks import (
     smallest_batch,
     unlabelled_images,
 )
+from .compiling import CompileChoice
 from .distiller import Distiller
 from .divergence import Divergence
 from .dry_run import check_single_image, dry_run
@@ -317,8 +320,18 @@ class DistillationTrainer(Trainer):
         self.distiller.to(args.device)
         if smallest_batch(self.train_dataset, losses, args) == 1 and batch is not None:
             check_single_image(self.distiller, self.teacher, batch, self.backend.autocast())
-        if args.torch_compile and self.teacher is not None:
+        self._choose_compiling()
+        if args.torch_compile and self.compile_choice is None and self.teacher is not None:
             self.teacher.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+
+    def _choose_compiling(self) -> None:
+        """Have the first steps of `train()` choose, where the user leaves it to them."""
+        self.pop_callback(CompileChoice)
+        self.compile_choice: CompileChoice | None = None
+        if self.args.torch_compile == AUTO:
+            mean = functools.partial(self.accelerator.reduce, reduction="mean")
+            self.compile_choice = CompileChoice(self.teacher, self.args, self.results, mean)
+            self.add_callback(self.compile_choice)
 
     def _place_images(self, losses: nn.ModuleDict) -> None:
         views: list[Any] = [loss.views for loss in losses.values()]
@@ -503,6 +516,7 @@ class DistillationTrainer(Trainer):
             batch["labels"] = labels if self._mixes_labels else batch["labels"]
         self.distiller.attach_taps()  # unless they are; an earlier `train()` has removed them
         teacher = self.teacher(batch) if self.distiller.needs_teacher else None
+        model = model if self.compile_choice is None else self.compile_choice.network(model)
         with self.backend.autocast():
             terms = model(batch, teacher)
         loss = self.term_log.add(terms, len(inputs["labels"]))

@@ -93,10 +93,12 @@ ATTRIBUTES = {
     "_signature_columns compute_metrics preprocess_logits_for_metrics",
     "transformers.TrainingArguments": "_n_gpu",
     "transformers.core_model_loading.revert_weight_conversion": "_weight_conversions",
+    "accelerate.utils.other.extract_model_from_parallel": "_orig_mod",
     "accelerate.data_loader.DataLoaderAdapter": "base_dataloader",
     "accelerate.hooks.add_hook_to_module": "_hf_hook",
     "accelerate.utils.FullyShardedDataParallelPlugin": "fsdp_version cpu_ram_efficient_loading mixed_precision_policy",
     "accelerate.utils.DeepSpeedPlugin": "zero_stage hf_ds_config deepspeed_config",
+    "torch.nn.Module": "_compiled_call_impl",
     "torch.nn.parallel.DistributedDataParallel": "_ddp_params_and_buffers_to_ignore",
     "timm.data.auto_augment.AugmentOp": "aug_fn",
 }

@@ -5,7 +5,8 @@ import itertools
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -208,6 +209,12 @@ class ShareRow:
 def _quartiles(ratios: np.ndarray) -> tuple[str, str]:
     low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
     return f"{middle:.2f}", f"{low:.2f} .. {high:.2f}"
+
+
+def record(row: Row | MethodRow | ShareRow) -> dict[str, Any]:
+    """Return a row as JSON holds it, with the images/s of every round in place of a meter."""
+    values = {field.name: getattr(row, field.name) for field in fields(row)}
+    return {name: value.measured.tolist() if isinstance(value, Meter) else value for name, value in values.items()}
 
 
 def print_table(rows: Sequence[Row] | Sequence[MethodRow] | Sequence[ShareRow]) -> None:

@@ -1,15 +1,19 @@
 """Measure how fast hfkd is and what each method costs, in one run on random images.
 
 python scripts/benchmark/run.py [--quick] [--pairs 11] [--batch_size 64] [--threads N] [--torch_compile] [--only ...]
+                                [--json FILE]
 
-data       Images/s of finished batches (float32, cropped, flipped, normalised) from one CPU thread: the weak view, and
-           the weak and the strong view. torchvision's transforms on one PIL image at a time give the scale.
+data       Images/s of finished batches (float32, cropped, flipped, normalised) from one CPU thread, or made on the GPU:
+           the weak view, and the weak and the strong view. torchvision's transforms on one PIL image at a time, on the
+           CPU, give the scale.
 jpeg       The same from files: JPEGs of 500 x 375 are decoded, cropped at random, resized to 224, flipped and
            normalised, as one DataLoader worker does it, against PIL and torchvision's transforms on the same files.
 trainer    A step of DistillationTrainer as the recipe runs it, against a loop written by hand with the same batches,
            networks, losses, optimizer, precision, memory format and compile setting. The ratio is the cost of Trainer.
 reference  The same against the loop of the published code: float32, contiguous, eager, the loss written out.
-           With --torch_compile these two sections compile Trainer; the published loop stays eager.
+released   The same with the loaders of the published code as well, which make one PIL image at a time; on CUDA with its
+           eight worker processes. Its meters and progress bar, which wait for the device in every step, are left out.
+           With --torch_compile these three sections compile Trainer; the published loop stays eager.
 cache      A step of KD with resnet20 that reads the teacher's logits from a cache, all or the largest 16, against one
            from the labels alone: make the batch, forward, backward and update, without the rest of Trainer.
 methods    A step of each method of hfkd.losses.LOSSES that has a recipe for resnet32x4 -> resnet8x4, against one of the
@@ -29,11 +33,13 @@ random, because they cost the same.
 """
 
 import argparse
+import json
+from pathlib import Path
 
 import torch
-from meters import DEVICE, print_table
+from meters import DEVICE, print_table, record
 from pipelines import data_rows, jpeg_rows
-from steps import cache_rows, method_rows, profile_rows, reference_rows, trainer_rows
+from steps import cache_rows, method_rows, profile_rows, reference_rows, released_rows, trainer_rows
 from transformers.utils import logging
 
 SECTIONS = {
@@ -41,10 +47,14 @@ SECTIONS = {
     "jpeg": jpeg_rows,
     "trainer": trainer_rows,
     "reference": reference_rows,
+    "released": released_rows,
     "cache": cache_rows,
     "methods": method_rows,
     "profile": profile_rows,
 }
+
+
+SEED = 0  # of images and weights
 
 
 def machine(args: argparse.Namespace) -> str:
@@ -63,12 +73,14 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, help="Rounds of each contender (11; quick: 2).")
     parser.add_argument("--batch_size", type=int, help="Images a step (64; quick: 8).")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of a step.")
-    parser.add_argument("--torch_compile", action="store_true", help="Compile in the sections trainer and reference.")
+    parser.add_argument("--torch_compile", action="store_true", help="Compile Trainer's steps, except in profile.")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="Sections to run (all).")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="Write the rows of the tables there as well.")
     args = parser.parse_args()
     args.pairs = args.pairs or (2 if args.quick else 11)
     args.batch_size = args.batch_size or (8 if args.quick else 64)
     logging.set_verbosity_error()
+    torch.manual_seed(SEED)
     print(machine(args), flush=True)
     tables: dict[type, list] = {}
     for section in args.only:
@@ -77,6 +89,9 @@ def main() -> None:
             tables.setdefault(type(row), []).append(row)
     for table in tables.values():
         print_table(table)
+    if args.json:
+        rows = [record(row) for table in tables.values() for row in table]
+        args.json.write_text(json.dumps({"machine": machine(args), "seed": SEED, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
