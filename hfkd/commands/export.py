@@ -17,7 +17,7 @@ from ..errors import HfkdError, did_you_mean
 from ..export.formats import FORMATS, FileFormat, FileModel, output_name, write_model
 from ..export.preprocessing import Preprocessing, preprocessing_of
 from ..export.quantization import check_runtime
-from ..hub.card import update_files
+from ..hub.card import update_card
 from ..names import architecture_of
 from ..networks.class_matching import class_names_of
 from ..networks.costs import latencies, multiply_adds, parameter_count
@@ -138,13 +138,13 @@ def export(argv: list[str] | None = None) -> Path:
         try:
             return export_reduced(args.precision, model, data_args, facts, path, args.calibration_images, args.max_drop)
         finally:  # a file that loses too much is there, too
-            update_files(Path(name))
+            update_card(Path(name))
     teacher = find_teacher(name, args.teacher)
     text = json.dumps(_facts(name, model, preprocessing), indent=2, ensure_ascii=False) + "\n"
     path = folder / file_format.file_name
     exported = write_model(model, preprocessing.image_size, file_format, path, text)
     write_whole(folder / PREPROCESSING_NAME, text)
-    update_files(Path(name))
+    update_card(Path(name))
     how = folder / PREPROCESSING_NAME
     print(f"{path} gives the model's {output_name(model)}; {how} says how to prepare its images.\n")
     sides = {"student": Side(model, preprocessing.image_size, exported, path.stat().st_size)}

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..data import ImageSource
 from ..errors import HfkdError, did_you_mean
+from ..hub.card import CARD_NAME, update_card
+from ..hub.card_probes import record_probes
+from ..names import last_part
 from ..networks.embeddings import collect_embeddings
 from ..networks.features import EMBEDDING
 from ..networks.loading import load_teacher
 from ..networks.probes import PROBES, linear_cka, mean_cosine, top1
 from ..networks.teacher import Teacher
 from ..recipe.arguments import DataArguments
+from ..runs.folder import RESULTS_NAME
 from ..training.loaders import plain_loader
 from .build import evaluation_set, load_splits
 
@@ -82,11 +87,30 @@ def measure_features(name: str, data_args: DataArguments, args, wanted: FeatureA
         (known,), known_labels = embed(splits[0], [network])
         for probe in wanted.probe:
             metrics[f"eval_{probe}"] = top1(PROBES[probe](features, known, known_labels), labels)
+        _record(Path(name), splits, (len(known_labels), len(labels)), metrics)
     for other in others:
         metrics["eval_cka"] = linear_cka(features, other)
         if features.shape == other.shape:
             metrics["eval_cosine"] = mean_cosine(features, other)
     return metrics
+
+
+def _record(folder: Path, splits, counts: tuple[int, int], metrics: dict[str, float]) -> None:
+    """Write probes into the results and the card of an export; other networks have none."""
+    if not all((folder / file).is_file() for file in (RESULTS_NAME, CARD_NAME)):
+        return
+    images = {
+        "dataset": last_part(splits[1].source),
+        "train_split": splits[0].split,
+        "train_images": counts[0],
+        "eval_split": splits[1].split,
+        "eval_images": counts[1],
+    }
+    try:
+        record_probes(folder, images, {key.removeprefix("eval_"): value for key, value in metrics.items()})
+        update_card(folder)
+    except OSError as error:
+        print(f"The card of {folder} was not changed: {error}.")
 
 
 def _prepare(networks: list[Teacher], bf16: bool) -> torch.device:

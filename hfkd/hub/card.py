@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ from ..names import hub_id, is_local
 from ..runs.folder import CONFIG_NAME, RECIPE_NAME, RESULTS_NAME
 from ..runs.reading import read_results
 from ..runs.writing import write_whole
-from . import card_files, card_text, card_usage
+from . import card_files, card_probes, card_text, card_usage
 from .curves import save_curves
 
 logger = logging.get_logger(__name__)
 
 CARD_NAME = "README.md"
 FIGURE_NAME = "training_curves.png"
+BEFORE = re.compile(r"^## Use$", re.MULTILINE)  # heading that sections are written before
 # Entries of results.json that every card shows.
 REQUIRED = (
     *("role", "student", "teacher", "base_models", "parameters", "teacher_parameters", "losses", "ce_weight"),
@@ -75,7 +77,7 @@ def write_card(
         card_text.heading(title),
         card_text.summary(results),
         card_text.results_section(results, _draw(results, folder / FIGURE_NAME)),
-        card_files.files_section(folder, results),
+        *measured_since(folder, results).values(),
         card_usage.usage_section(config, repo_id, results),
         card_text.method_section(results),
         card_text.training_section(results, recipe),
@@ -84,12 +86,25 @@ def write_card(
     write_whole(folder / CARD_NAME, str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}\n")))
 
 
-def update_files(folder: Path) -> None:
-    """Write the ONNX files beside an export into its card, if it has one; the rest of the card stays as it is."""
-    card, results = folder / CARD_NAME, folder / RESULTS_NAME
-    if card.is_file() and results.is_file():
-        section = card_files.files_section(folder, read_results(results))
-        write_whole(card, card_files.with_files(card.read_text(encoding="utf-8"), section))
+def measured_since(folder: Path, results: dict[str, Any]) -> dict[str, str | None]:
+    """Return by their headings the sections on what commands measured after the run."""
+    return {
+        card_probes.HEADING: card_probes.probes_section(results),
+        card_files.HEADING: card_files.files_section(folder, results),
+    }
+
+
+def update_card(folder: Path) -> None:
+    """Write what was measured after the run into an export's card, if it has one; the rest of it stays as it is."""
+    path, results = folder / CARD_NAME, folder / RESULTS_NAME
+    if not (path.is_file() and results.is_file()):
+        return
+    card = path.read_text(encoding="utf-8")
+    for heading, section in measured_since(folder, read_results(results)).items():
+        card = re.sub(rf"^{heading}\n.*?(?=^## |\Z)", "", card, flags=re.DOTALL | re.MULTILINE)
+        if section is not None:
+            card = BEFORE.sub(lambda found, text=section: f"{text}\n\n{found[0]}", card, count=1)
+    write_whole(path, card)
 
 
 def _text_of(path: Path) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,6 @@ from ..runs.tables import markdown_table, without_empty_columns
 from .card_text import code, images_in_words
 
 HEADING = "## Files for ONNX Runtime"
-SECTION = re.compile(rf"^{HEADING}\n.*?(?=^## |\Z)", re.DOTALL | re.MULTILINE)
-NEXT_HEADING = re.compile(r"^## Use$", re.MULTILINE)
 COLUMNS = {  # key of a measurement: heading of its column, form of its cells
     "top1": ("top-1", "{:.2f}"),
     "agreement": ("same class as float32", "{:.2f}"),
@@ -44,11 +41,3 @@ def files_section(folder: Path, results: dict[str, Any]) -> str | None:
 
 def _cell(value: float | None, form: str) -> str:
     return "" if value is None else form.format(value)
-
-
-def with_files(card: str, section: str | None) -> str:
-    """Return a card with this section of ONNX files in place of an earlier one; the rest stays as it is."""
-    card = SECTION.sub("", card)
-    if section is None:
-        return card
-    return NEXT_HEADING.sub(lambda found: f"{section}\n\n{found[0]}", card, count=1)

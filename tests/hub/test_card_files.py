@@ -9,7 +9,7 @@ from helpers import RESULTS
 from hub_stand_in import writable_hub
 
 from hfkd.commands.push import push
-from hfkd.hub.card import update_files, write_card
+from hfkd.hub.card import update_card, write_card
 
 HEADING = "## Files for ONNX Runtime"
 EPOCH = {"epoch": 1.0, "step": 10, "top1": 70.2, "top5": 90.0}
@@ -44,7 +44,7 @@ def test_the_card_shows_what_was_measured(student):
     before = card(student)
     assert HEADING not in before
     path = onnx_file(student, "int8")
-    update_files(student)
+    update_card(student)
     # float32 was measured beside int8, although there is no file of it.
     found = rows(student)
     assert list(found) == [("", "float32"), ("`onnx_int8/model.onnx`", "int8")]
@@ -60,19 +60,19 @@ def test_the_card_shows_what_was_measured(student):
     place = card(student).index(HEADING)
     assert card(student).index("## Results") < place < card(student).index("## Use\n")
     updated = card(student)
-    update_files(student)
+    update_card(student)
     assert card(student) == updated
     write_card(student)
     assert card(student) == updated, "a card that is written anew has the same section"
     (student / "model.safetensors").write_bytes(b"trained further")
-    update_files(student)
+    update_card(student)
     assert card(student) == before
 
 
 def test_a_float32_file_alone(student):
     """Of a file that was not measured the card says the run's top-1, and nothing else."""
     path = onnx_file(student, "float32")
-    update_files(student)
+    update_card(student)
     assert rows(student) == {("`onnx/model.onnx`", "float32"): {"top-1": "70.20", "bytes": str(path.stat().st_size)}}
 
 
@@ -80,10 +80,10 @@ def test_other_text_of_the_card_stays(student):
     path = student / "README.md"
     path.write_text(card(student).replace("## Results", "A sentence of mine.\n\n## Results"))
     onnx_file(student, "float16")
-    update_files(student)
+    update_card(student)
     assert "A sentence of mine.\n\n## Results" in card(student) and HEADING in card(student)
     path.unlink()
-    update_files(student)
+    update_card(student)
     assert not path.exists()
 
 
