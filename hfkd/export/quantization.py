@@ -94,9 +94,12 @@ class StaticQuantizer:
 
         If none does, the best one is written.
         """
-        ranges = {method: self._ranges(method) for method in CALIBRATIONS}
+        ranges = {"MinMax": self._ranges("MinMax")}
+        for method in CALIBRATIONS[1:]:
+            with contextlib.suppress(ValueError):  # there is no histogram of activations that are all but constant
+                ranges[method] = self._ranges(method)
         # The error of the logits tells methods apart better than top-1, of which one image is a tenth of a point.
-        method = min(CALIBRATIONS, key=lambda each: self._measure(path, ranges[each], self.layers)[1])
+        method = min(ranges, key=lambda each: self._measure(path, ranges[each], self.layers)[1])
         tried = {}
         for layers in self._choices(path, ranges[method]):
             tried[layers] = kept, _ = self._measure(path, ranges[method], layers)

@@ -96,6 +96,23 @@ def test_a_model_without_layers_is_refused(tmp_path):
         StaticQuantizer(tmp_path / "float32.onnx", torch.zeros(1), torch.zeros(1), torch.zeros(1))
 
 
+def test_an_operator_that_onnx_runtime_does_not_know_is_refused(tmp_path):
+    unknown = NO_LAYERS.replace('"": 20', '"": 20, "mine": 1').replace("Relu(", "mine.Unknown(")
+    onnx.save(onnx.parser.parse_model(unknown), tmp_path / "float32.onnx")
+    with pytest.raises(HfkdError, match="cannot prepare this model for int8 .Incomplete symbolic shape.*float16"):
+        StaticQuantizer(tmp_path / "float32.onnx", torch.zeros(1), torch.zeros(1), torch.zeros(1))
+
+
+def test_activations_without_a_histogram(tmp_path):
+    """Dead units: all outputs of the first layer are the same large number but for its last digits."""
+    model = OutlierWeights()
+    with torch.no_grad():
+        model.conv.bias.fill_(-1e6)
+    quantizer = quantizer_of(model, torch.randn(48, 3, 8, 8), tmp_path)
+    made = quantizer.quantize(tmp_path / "int8.onnx", max_drop=0)
+    assert made.calibration == "MinMax" and made.held_out_top1 == 100
+
+
 def test_an_old_onnx_runtime_is_refused(monkeypatch):
     check_runtime()
     monkeypatch.setattr(onnxruntime, "__version__", "1.9.0")
