@@ -178,7 +178,7 @@ def _train(model_args, data_args, config, recipe, role, name, time_is_up) -> Dis
         print(f"{measured}{trainer.export_folder} holds the {weights}.")
         ready = trainer.has_classifier and has_labels(trainer.train_dataset)
         data = data_args if name == WITHOUT_RECIPE["teacher"] else None
-        print(f"Next: {next_command(role, trainer.export_folder, ready, data)}")
+        print(f"Next: {next_command(role, trainer.export_folder, ready, data, name)}")
     return trainer
 
 
