@@ -195,7 +195,8 @@ def build_trainer(
     from transformers import set_seed
     from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperPreTrainedModel
 
-    from ..networks.loading import check_model, input_spec, load_processor
+    from ..networks.input_spec import input_spec, load_processor
+    from ..networks.loading import check_model
     from ..training.label_loss import check_weight_count
     from ..training.student import check_layer_names
     from ..training.trainer import DistillationTrainer
