@@ -13,7 +13,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for type checkers and editors, which do not run __getattr__
-    from .networks.loading import input_spec, load_student, load_teacher
+    from .networks.input_spec import input_spec
+    from .networks.loading import load_student, load_teacher
     from .networks.teacher import Teacher
     from .recipe.arguments import DataArguments, DistillationConfig, ModelArguments
     from .teacher_cache.teacher import CachedTeacher
@@ -40,7 +41,7 @@ _HOMES = {
     "DistillationTrainer": "training.trainer",
     "ModelArguments": "recipe.arguments",
     "Teacher": "networks.teacher",
-    "input_spec": "networks.loading",
+    "input_spec": "networks.input_spec",
     "load_student": "networks.loading",
     "load_teacher": "networks.loading",
 }

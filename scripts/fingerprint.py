@@ -103,7 +103,9 @@ RUNS = {
 
 NO_RESULT = {"seconds", "versions", "git_commit"}
 NO_RESULT_ENDS = ("runtime", "_per_second")
-CARD_ROWS_OF_TIME = re.compile(r"\| (time, with evaluations|training images/s|versions|commit of hfkd) ")
+CARD_LINES_OF_TIME = re.compile(
+    r"\| (time, with evaluations|training images/s|versions|commit of hfkd) |Install hfkd first, "
+)
 
 
 # ---- Running -------------------------------------------------------------------------------------------------------
@@ -231,7 +233,7 @@ def fingerprint(run: Path, role: str) -> dict[str, Any]:
     import yaml
 
     card = Path(run, role, "README.md").read_text().splitlines(keepends=True)
-    lines = [line for line in card if not CARD_ROWS_OF_TIME.match(line)]
+    lines = [line for line in card if not CARD_LINES_OF_TIME.match(line)]
     return {
         "recipe": yaml.safe_load(Path(run, "recipe.yaml").read_text()),
         "results": timeless(json.loads(Path(run, "results.json").read_text())),

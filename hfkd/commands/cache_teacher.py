@@ -11,7 +11,8 @@ from pathlib import Path
 from ..errors import HfkdError
 from ..losses import DistillationLoss, build_losses
 from ..losses.base import trains_classifier
-from ..networks.loading import as_teacher, input_spec
+from ..networks.input_spec import input_spec
+from ..networks.loading import as_teacher
 from ..recipe.checks import check_without_labels
 from ..recipe.finding import find_recipe
 from ..recipe.parser import ArgumentParser

@@ -21,7 +21,8 @@ from ..data import IndexedImageSource
 from ..errors import HfkdError, RunError
 from ..losses import build_losses
 from ..losses.base import trains_classifier
-from ..networks.loading import check_model, input_spec
+from ..networks.input_spec import input_spec
+from ..networks.loading import check_model
 from ..recipe.arguments import DataArguments, DistillationConfig, ModelArguments
 from ..recipe.differences import recipe_differences
 from ..recipe.finding import find_recipe

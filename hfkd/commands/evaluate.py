@@ -16,7 +16,8 @@ from ..data import ImageSource
 from ..errors import HfkdError, RunError
 from ..names import NO_LABELS
 from ..networks.class_matching import class_names_of
-from ..networks.loading import input_spec, load_pretrained
+from ..networks.input_spec import input_spec
+from ..networks.loading import load_pretrained
 from ..networks.sources import resolve_name
 from ..recipe.arguments import DataArguments, DistillationConfig
 from ..recipe.checks import AT_LEAST_1, NOT_NEGATIVE, check_ranges

@@ -22,7 +22,7 @@ from ..export.formats import FORMATS, METADATA, read_onnx, write_model
 from ..export.quantization import StaticQuantizer, has_int8_instructions, set_metadata, write_float16
 from ..networks.class_matching import class_names_of
 from ..networks.costs import latencies
-from ..networks.loading import input_spec
+from ..networks.input_spec import input_spec
 from ..recipe.arguments import DataArguments
 from ..recipe.parser import ArgumentParser, to_argv
 from ..recipe.reading import load_recipe

@@ -178,7 +178,7 @@ def _train(model_args, data_args, config, recipe, role, name, time_is_up) -> Dis
         print(f"{measured}{trainer.export_folder} holds the {weights}.")
         ready = trainer.has_classifier and has_labels(trainer.train_dataset)
         data = data_args if name == WITHOUT_RECIPE["teacher"] else None
-        print(f"Next: {next_command(role, trainer.export_folder, ready, data)}")
+        print(f"Next: {next_command(role, trainer.export_folder, ready, data, name)}")
     return trainer
 
 
@@ -195,7 +195,8 @@ def build_trainer(
     from transformers import set_seed
     from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperPreTrainedModel
 
-    from ..networks.loading import check_model, input_spec, load_processor
+    from ..networks.input_spec import input_spec, load_processor
+    from ..networks.loading import check_model
     from ..training.label_loss import check_weight_count
     from ..training.student import check_layer_names
     from ..training.trainer import DistillationTrainer

@@ -25,7 +25,8 @@ from ..figures.tables import LeftOutError, Table, is_table, panel_title, write_c
 from ..losses.checks import count, positive
 from ..names import last_part
 from ..networks.features import EMBEDDING
-from ..networks.loading import as_teacher, input_spec
+from ..networks.input_spec import input_spec
+from ..networks.loading import as_teacher
 from ..networks.teacher import Teacher, TeacherEnsemble
 from ..recipe.arguments import DataArguments, ModelArguments
 from ..runs.claims import check_own

@@ -19,6 +19,7 @@ from ..runs.published import PublishedRun, departures, processes, published_runs
 
 # Runs that differ in these keys alone share a row, which shows their mean.
 OF_ONE_RUN = WITHOUT_EFFECT.union(SEEDS)
+DEFAULTS = "photographs/"  # recipes of runs that were started without one
 
 
 @dataclass(frozen=True)
@@ -156,18 +157,24 @@ def _labels(groups: Sequence[list[FinishedRun]]) -> list[str]:
     firsts = [group[0] for group in groups]
     labels = []
     for run in firsts:
+        name = _name(run)
         namesakes = [
-            _settings(other, settings_of(other.recipe)) for other in firsts if other.name == run.name and other.recipe
+            _settings(other, settings_of(other.recipe)) for other in firsts if _name(other) == name and other.recipe
         ]
         own = _settings(run, run.recipe)  # a default that is written out is shown
         keys = [key for key in sorted(set().union(*namesakes)) if len({str(each.get(key)) for each in namesakes}) > 1]
         words = [f"{key} {_written(own.get(key))}" for key in keys] if run.recipe else []
         words += [] if run.is_whole and not run.diverged else [_state(run)]
-        labels.append(f"{run.name} ({', '.join(words)})" if words else run.name)
+        labels.append(f"{name} ({', '.join(words)})" if words else name)
     seen = Counter(labels)
     return [
         label if seen[label] == 1 else f"{label} in {run.folder}" for label, run in zip(labels, firsts, strict=True)
     ]
+
+
+def _name(run: FinishedRun) -> str:
+    """Return the name of the recipe, or of the folder: runs without a recipe all have that of the defaults."""
+    return run.folder.name if run.name.startswith(DEFAULTS) else run.name
 
 
 def _state(run: FinishedRun) -> str:

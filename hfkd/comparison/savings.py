@@ -14,7 +14,8 @@ from ..errors import NotFoundError
 from ..models.checkpoints import load_architecture
 from ..names import architecture_of, hub_id
 from ..networks.costs import latencies, multiply_adds, parameter_count
-from ..networks.loading import input_spec, load_pretrained
+from ..networks.input_spec import input_spec
+from ..networks.loading import load_pretrained
 from ..runs.finished import RecipeTeacher
 from .rows import Row
 

@@ -14,7 +14,7 @@ from transformers import AutoImageProcessor, PreTrainedModel
 from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperPreTrainedModel
 
 from ..errors import HfkdError
-from ..networks.loading import input_spec
+from ..networks.input_spec import input_spec
 
 
 @dataclass(frozen=True)

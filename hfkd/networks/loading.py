@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from timm.layers import PatchEmbed, trunc_normal_
 from timm.models.pit import ConvEmbedding
 from torch import nn
-from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel, TimmWrapperConfig
+from transformers import AutoModelForImageClassification, PreTrainedModel, TimmWrapperConfig
 from transformers.models.timm_wrapper import TimmWrapperForImageClassification, TimmWrapperModel
 from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperPreTrainedModel
 
@@ -20,8 +20,8 @@ from ..errors import HfkdError, nearest
 from ..models.checkpoints import load_architecture
 from ..names import hub_id, public_name
 from .backbones import is_backbone, lacks_classifier, load_backbone
-from .channels import check_channels
-from .features import InputSpec, timm_model_of
+from .features import timm_model_of
+from .input_spec import input_spec, known_input_spec
 from .sharding import gathered
 from .sources import (
     check_loaded,
@@ -372,18 +372,6 @@ def check_model(name_or_path: str, trust_remote_code: bool = False) -> None:
         read_config(name_or_path, trust_remote_code)
 
 
-def load_processor(name_or_path: Any, trust_remote_code: bool = False) -> Any:
-    """Return the image processor of a folder or a Hub id.
-
-    Raises:
-        NotFoundError: if there is none.
-    """
-    try:
-        return AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise not_found_error("image processor", name_or_path, error) from error
-
-
 def _is_architecture(name_or_path: str) -> bool:
     """Return True for a timm architecture, False for a folder or a Hub id.
 
@@ -443,57 +431,6 @@ def wrap_timm(
     # The wrapper builds a model and initialises it in transformers' way. The given model keeps timm's initialisation.
     wrapper.timm_model = model
     return wrapper
-
-
-def input_spec(model: nn.Module) -> InputSpec:
-    """Return input size and normalisation of a timm model, or of a transformers model from a folder or the Hub.
-
-    Raises:
-        HfkdError: for a network of another number of channels than three, a transformers model whose image processor is
-            not supported, or a damaged configuration.
-    """
-    check_channels(model)
-    if isinstance(model, TimmWrapperPreTrainedModel):
-        # The timm model has a pretrained_cfg as well, but timm makes it anew when a folder is loaded.
-        cfg: Any = getattr(model.config, "pretrained_cfg", None)
-    elif isinstance(model, PreTrainedModel):
-        trusted = type(model).__module__.startswith("transformers_modules.")  # its code runs already
-        return _processor_input_spec(load_processor(model.name_or_path, trusted), model.name_or_path)
-    else:
-        cfg = model.pretrained_cfg
-    try:
-        return InputSpec(cfg["input_size"][-1], tuple(cfg["mean"]), tuple(cfg["std"]))
-    except (LookupError, TypeError) as error:
-        raise HfkdError(
-            "The configuration of the model does not hold the size and the normalisation of its images: pretrained_cfg "
-            f"in its config.json needs input_size, mean and std, and is {cfg!r:.80}."
-        ) from error
-
-
-def _processor_input_spec(processor, name_or_path: str | None) -> InputSpec:
-    # Processors differ in their attributes. One without an attribute does not take that step.
-    crops = getattr(processor, "do_center_crop", False)
-    size = (getattr(processor, "crop_size", None) if crops else None) or processor.size
-    side = size.get("height") or size.get("shortest_edge")
-    if side is None or getattr(processor, "do_flip_channel_order", False):
-        raise HfkdError(
-            f"The image processor of {name_or_path} is not supported (size {dict(size)}, BGR: "
-            f"{bool(getattr(processor, 'do_flip_channel_order', False))}): expected a side in pixels and RGB."
-        )
-    if not getattr(processor, "do_normalize", False):
-        return InputSpec(side, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-    return InputSpec(side, tuple(processor.image_mean), tuple(processor.image_std))
-
-
-def known_input_spec(model: nn.Module) -> InputSpec | None:
-    """Return `input_spec`, or None for a model without information on its input."""
-    if isinstance(model, PreTrainedModel) and not isinstance(model, TimmWrapperPreTrainedModel):
-        try:
-            return input_spec(model)
-        except OSError:  # made from a configuration, or saved without its image processor
-            return None
-    has_config = isinstance(model, TimmWrapperPreTrainedModel) or hasattr(model, "pretrained_cfg")
-    return input_spec(model) if has_config else None
 
 
 def exported_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:

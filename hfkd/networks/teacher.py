@@ -252,6 +252,10 @@ class Teacher:
         """Compile the network with torch.compile."""
         self.model.compile(**options)
 
+    def uncompile(self) -> None:
+        """Run the network as before `compile`."""
+        self.model._compiled_call_impl = None
+
     def parameter_count(self) -> int:
         """Return the number of parameters."""
         return parameter_count(self.model)

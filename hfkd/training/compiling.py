@@ -87,7 +87,7 @@ class CompileChoice(TrainerCallback, ExportableState):
             if compiled:
                 member.compile(backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode)
             elif isinstance(member, Teacher):
-                member.model._compiled_call_impl = None  # which `compile` has set
+                member.uncompile()
 
     def _choose(self, state: Any, eager_seconds: float, left: int, **measured: float) -> None:
         pays = False

@@ -16,7 +16,8 @@ from ..data.subsets import image_source
 from ..errors import HfkdError
 from ..networks.channels import check_channels
 from ..networks.features import AFFINE, InputSpec, remove_taps, settle_layers
-from ..networks.loading import known_input_spec, load_processor, load_student, wrap_timm
+from ..networks.input_spec import known_input_spec, load_processor
+from ..networks.loading import load_student, wrap_timm
 from ..networks.simkd_rebuild import with_teacher_classifier
 from ..networks.teacher import Teacher, TeacherEnsemble, check_placement
 from ..recipe.arguments import DistillationConfig

@@ -68,6 +68,21 @@ def test_seeds_of_one_recipe_are_one_row():
     assert (second["published"], second["difference"], second["note"]) == ("71.43", "-", "other losses.kd.temperature")
 
 
+def test_runs_without_a_recipe_are_named_by_their_folders():
+    for folder, changes in {
+        "small": {},
+        "long": {"num_train_epochs": 30.0},
+        "again/long": {"learning_rate": 0.5},
+    }.items():
+        finished_run(f"runs/{folder}", [60.0], recipe=changes, name="photographs/student")
+    names = [row["run"] for row in cells(text_table(rows_of("runs")))]
+    assert sorted(names) == [
+        "long (learning_rate 0.05, num_train_epochs 30)",
+        "long (learning_rate 0.5, num_train_epochs 240)",
+        "small",
+    ]
+
+
 def test_the_csv_equals_the_table():
     finished_run("runs/1", [60.0, 71.0], 1)
     finished_run("runs/2", [60.0, 72.5], 2)

@@ -16,7 +16,7 @@ from hfkd import load_student
 from hfkd.commands.build import evaluation_set, load_splits
 from hfkd.commands.evaluate import evaluate
 from hfkd.commands.train import build_trainer, distill, train_teacher
-from hfkd.networks.loading import input_spec
+from hfkd.networks.input_spec import input_spec
 from hfkd.recipe.arguments import DataArguments
 from hfkd.recipe.reading import parse_recipe
 from hfkd.runs.folder import environment

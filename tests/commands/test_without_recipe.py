@@ -82,9 +82,19 @@ def test_the_command_for_a_student_names_the_images_in_full():
     words = next_command("teacher", Path("runs/photos/teacher"), data_args=data)
     images = "--dataset_name 'my photos/' --train_split 'train[:90%]' --eval_split 'train[90%:]' --label_column kind"
     assert words.startswith(f"hfkd distill {images} --teacher runs/photos/teacher --student ")
-    assert (
-        next_command("teacher", Path("runs/t/teacher")) == "hfkd distill RECIPE --teacher_name_or_path runs/t/teacher"
-    )
+
+
+@pytest.mark.parametrize(
+    "teacher, student",
+    [
+        ("cifar100/teachers/resnet56", "cifar100/resnet56-resnet20/kd_zscore"),
+        ("cifar100/teachers/wrn_40_2", "cifar100/wrn_40_2-mobilenetv2/kd_zscore"),
+        ("mine/teacher", "RECIPE"),
+    ],
+)
+def test_the_command_for_a_student_names_its_recipe(teacher, student):
+    words = next_command("teacher", Path("runs/t/teacher"), recipe=teacher)
+    assert words == f"hfkd distill {student} --teacher_name_or_path runs/t/teacher"
 
 
 def test_what_suits_the_machine_and_the_student(monkeypatch):
