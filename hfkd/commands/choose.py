@@ -147,7 +147,7 @@ class Trainings:
         check_model(model_args.student_name_or_path, model_args.trust_remote_code)
         if not model_args.teacher_cache:
             check_teachers(model_args, build_losses({"kd": {}}, False))  # nearly all candidates read logits
-        self.config, self.folder = config, folder
+        self.config, self.folder, self.outputs_limit = config, folder, model_args.outputs_limit(by_default=True)
         splits = load_splits(data_args)
         if not splits[0].has_labels:
             raise HfkdError(
@@ -256,7 +256,13 @@ class Trainings:
 
     def _trainer(self, candidate: Candidate, config: DistillationConfig) -> DistillationTrainer:
         teacher = self.teacher if candidate.losses else None
-        trainer = DistillationTrainer(self.make_student(), teacher, config, train_dataset=self.train_set)
+        trainer = DistillationTrainer(
+            self.make_student(),
+            teacher,
+            config,
+            train_dataset=self.train_set,
+            teacher_cache_limit=self.outputs_limit,
+        )
         trainer.pop_callback(TeacherReport)
         trainer.pop_callback(PrinterCallback)  # of transformers, for a dictionary at the end of each training
         return trainer

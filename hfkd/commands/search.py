@@ -251,7 +251,13 @@ def build_search_trainer(
     else:
         train_set, eval_set = image_sets(splits, spec, data_args, config)
     return DistillationTrainer(
-        None, teacher, config, train_dataset=train_set, eval_dataset=eval_set, model_init=make_student
+        None,
+        teacher,
+        config,
+        train_dataset=train_set,
+        eval_dataset=eval_set,
+        model_init=make_student,
+        teacher_cache_limit=model_args.outputs_limit(by_default=True),
     )
 
 

@@ -36,7 +36,7 @@ SEED = Range("must be 0 or above and below 2**32", lambda value: 0 <= value < 2*
 BALANCED = "balanced"  # class_weights from the labels
 RANGES = {
     # Model and data
-    **dict.fromkeys(("teacher_class_indices", "teacher_image_mean"), NOT_NEGATIVE),
+    **dict.fromkeys(("teacher_class_indices", "teacher_image_mean", "teacher_cache_limit"), NOT_NEGATIVE),
     "teacher_image_size": AT_LEAST_1,
     "teacher_image_std": POSITIVE,
     "drop_path_rate": BELOW_1,

@@ -22,18 +22,22 @@ class RunBlock(TrainerCallback):
 
     Args:
         weights: for "student" and "teacher", where the weights come from; missing where only the caller knows.
+
+    Attributes:
+        cache: where what the teacher says is kept, or why it is not; None where nobody asked for it.
     """
 
     def __init__(self, trainer: Trainer, weights: dict[str, str]):
         self.trainer = weakref.proxy(trainer)
         self.weights = weights
+        self.cache: str | None = None
         self.printed = False
 
     def on_train_begin(self, args, state, control, **kwargs):
         if self.printed or not state.is_world_process_zero:
             return
         self.printed = True  # a search prints it for its first trial
-        lines = {"device": _device(args), "data": self._data(), **self._networks(), "training": _training(args, state)}
+        lines = {"device": _device(args), "data": self._data(), **self._networks(), "cache": self.cache, "training": _training(args, state)}
         if not has_labels(self.trainer.train_dataset):
             lines["labels"] = "none in training: ce_weight is 0, and no loss reads labels"
         print("\n".join(f"{name:<10}{text}" for name, text in lines.items() if text), flush=True)
