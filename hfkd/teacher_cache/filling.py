@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers.utils import logging
 
 from ..data import ImageSource, IndexedImageSource, MixedImageDataset
-from ..losses import DistillationLoss
 from ..networks.features import EMBEDDING, Outputs
 from ..networks.teacher import Teacher, TeacherEnsemble
 from ..recipe.arguments import DistillationConfig
@@ -39,21 +38,23 @@ class FillingTeacher:
         teacher: the teacher, prepared.
         source: training images, whose batches hold the outputs that are found.
         facts: result of `teacher_facts`.
-        with_embedding: keep the embedding as well.
+        losses: those that read them; the embedding is kept if one reads it.
         args: settings of the run.
         limit: GiB that the outputs of all teachers may take.
     """
 
     def __init__(
         self,
-        teacher: Teacher | TeacherEnsemble,
-        source: IndexedImageSource,
-        facts: list[Any],
-        with_embedding: bool,
+        teacher: Any,
+        source: Any,
+        facts: list[Any] | None,
+        losses: Iterable[Any],
         args: DistillationConfig,
         limit: float,
     ):
-        self.teacher, self.source, self._with_embedding = teacher, source, with_embedding
+        self.teacher: Teacher | TeacherEnsemble = teacher
+        self.source: IndexedImageSource = source
+        self._with_embedding = any(EMBEDDING in loss.teacher_layers for loss in losses)
         pixels, probed = self._probe(args)
         half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
         self._kinds = {name: (value.dtype, value.stride()) for name, value in probed.items()}
@@ -74,12 +75,16 @@ class FillingTeacher:
         self._keeping = True
         source.cache = self.batches
 
-    def describe(self) -> str:
-        """Return where the outputs are kept and how much they may take, in words."""
-        epoch = self.batches.row_bytes * self.source.num_rows / 2**20
+    def describe(self, images: int) -> str:
+        """Return where the outputs are kept and how much they may take, in words.
+
+        Args:
+            images: number of images in an epoch.
+        """
+        epoch = self.batches.row_bytes * images / 2**20
         return (
-            f"the teacher's outputs are kept in {self.batches.folder}, {epoch:,.1f} MiB an epoch, with those of all "
-            f"teachers at most {self._limit:g} GiB (teacher_cache_limit)"
+            f"{epoch:,.2g} MiB of the teacher's outputs an epoch, read from or written to {self.batches.folder}; those "
+            f"of all teachers take at most {self._limit:g} GiB (teacher_cache_limit)"
         )
 
     def begin(self) -> None:
@@ -96,8 +101,9 @@ class FillingTeacher:
         if not self._exact:
             return self._stop("they are not finite, or of another precision than for the first images")
         try:
-            batches = [(index.cpu().numpy(), {name: each.cpu() for name, each in kept.items()}) for index, kept in pending]
-            self.batches.write(self._epoch, batches)
+            rows = [index.cpu().numpy() for index, _ in pending]
+            outputs = [{name: value.cpu() for name, value in kept.items()} for _, kept in pending]
+            self.batches.write(self._epoch, list(zip(rows, outputs, strict=True)))
         except (NoRoomError, OSError, SafetensorError) as error:
             self._stop(getattr(error, "strerror", None) or str(error))
 
@@ -113,7 +119,7 @@ class FillingTeacher:
     def _read(self, batch: Mapping[str, Tensor]) -> Outputs:
         found = {}
         for name, (dtype, stride) in self._kinds.items():
-            # In the teacher's own layout: an embedding may be a part of a larger tensor, whose sum is rounded otherwise.
+            # In the teacher's layout: an embedding may be part of a larger tensor, of which a sum is rounded otherwise.
             value = torch.empty_strided(batch[name].shape, stride, dtype=dtype, device=batch[name].device)
             found[name] = value.copy_(batch[name])
         outputs = Outputs(found[LOGITS], found[LOGITS])
@@ -158,9 +164,7 @@ class FillingTeacher:
         return [value for name, value in batch.items() if name.startswith("pixel")], self._values(outputs)
 
 
-def why_not_kept(
-    teacher: Any, facts: list[Any] | None, losses: Mapping[str, DistillationLoss], source: ImageSource | None, args: Any
-) -> str | None:
+def why_not_kept(facts: list[Any] | None, losses: Iterable[Any], source: ImageSource | None, args: Any) -> str | None:
     """Return why a teacher's outputs cannot be kept in a run, in words; None if they can.
 
     Args:
@@ -174,10 +178,8 @@ def why_not_kept(
         return "the training images have no rows of one data set, as those of a stream"
     if args.accelerator_config.dispatch_batches:
         return "dispatch_batches joins the batches of several processes"
-    inside = [name for name, loss in losses.items() if loss.needs_teacher and reads_inside(loss)]
-    if inside:
-        return f"the loss '{inside[0]}' reads more of it than its logits and its embedding"
-    return None
+    inside = [type(loss).__name__ for loss in losses if loss.needs_teacher and reads_inside(loss)]
+    return f"{inside[0]} reads more of it than its logits and its embedding" if inside else None
 
 
 def _exact_type(value: Tensor, half: torch.dtype) -> torch.dtype:

@@ -44,7 +44,7 @@ from ..runs.writing import finite_or_none, use_umask
 from ..teacher_cache.choices import kept_choices
 from ..teacher_cache.filling import FillingTeacher, why_not_kept
 from ..teacher_cache.identity import teacher_facts
-from ..teacher_cache.teacher import CachedTeacher, reads_embedding
+from ..teacher_cache.teacher import CachedTeacher
 from .backends import backend_of
 from .callbacks import ContinueLog, EndWhereDone, EpochLines, ProgressLines, SetEpoch, UpdateAverage, place_tensorboard
 from .checkpoints import WEIGHTS_PATTERN, Checkpoints, changed_for_now, check_best
@@ -343,13 +343,12 @@ class DistillationTrainer(Trainer):
         self._filling: FillingTeacher | None = None
         if self._teacher_cache_limit == 0 or self.teacher is None or not self.distiller.needs_teacher:
             return
-        facts, source = self._teacher_facts, image_source(self.train_dataset)
-        reason = why_not_kept(self.teacher, facts, losses, source, self.args)
+        source, facts, limit = image_source(self.train_dataset), self._teacher_facts, self._teacher_cache_limit
+        reason = why_not_kept(facts, losses.values(), source, self.args)
         self.run_block.cache = f"none, the teacher runs: {reason}"
         if reason is None:
-            limit, with_embedding = self._teacher_cache_limit, reads_embedding(losses)
-            self._filling = FillingTeacher(self.teacher, source, facts, with_embedding, self.args, limit)
-            self.run_block.cache = self._filling.describe()
+            self._filling = FillingTeacher(self.teacher, source, facts, losses.values(), self.args, limit)
+            self.run_block.cache = self._filling.describe(len(self.train_dataset))
 
     def _dry_run(self) -> dict[str, Tensor] | None:
         """Return the images of the dry run, on the device; None without a data set."""
