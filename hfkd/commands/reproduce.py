@@ -159,7 +159,7 @@ def parse(argv: list[str]) -> tuple[str, ReproductionArguments, list[str]]:
             f"time_limit is {args.time_limit:g} s, which is only enough to load networks and images: give "
             f"{SHORTEST_TIME_LIMIT:g} or more."
         )
-    for token, following in zip(overrides, [*overrides[1:], ""], strict=True):
+    for token, following in zip(overrides, [*overrides[1:], ""], strict=False):
         key = token.lstrip("-").partition("=")[0].partition(".")[0].replace("-", "_")
         if token.startswith("--") and key in RESERVED_KEYS:
             raise HfkdError(f"{token.partition('=')[0]} cannot be given here: {RESERVED_KEYS[key]}.")

@@ -76,7 +76,8 @@ def teacher_facts(teacher: Any, args: DistillationConfig) -> list[Any] | None:
     members = teacher.members
     if args.shard_teacher or any(member.is_sharded or member.dispatched for member in members):
         return None
-    known, key = _FACTS.setdefault(members[0], {}), (*map(id, members), isinstance(teacher, TeacherEnsemble))
+    standardized = teacher.standardized if isinstance(teacher, TeacherEnsemble) else None
+    known, key = _FACTS.setdefault(members[0], {}), (standardized, *map(id, members))
     if key not in known:
         # The same weights under another structure or in other class names say something else.
         modules = [repr(member.model) for member in members]
