@@ -131,7 +131,8 @@ class FillingTeacher:
 
     def _values(self, outputs: Outputs) -> dict[str, Tensor]:
         views = outputs.views()
-        values = {name: view.logits for name, view in zip((LOGITS, STRONG_LOGITS), views, strict=False)}
+        classes = None if self.teacher.shares_classes else 0  # logits of other classes are read by no loss
+        values = {name: view.logits[:, :classes] for name, view in zip((LOGITS, STRONG_LOGITS), views, strict=False)}
         return values | ({EMBEDDINGS: outputs.embedding} if self._with_embedding else {})
 
     def _keep(self, index: Tensor, outputs: Outputs) -> None:

@@ -59,8 +59,7 @@ def _texts(model: nn.Module) -> dict[str, Any]:
     return {"class_names": model.class_names, "prompts": model.prompts}
 
 
-# A teacher's facts, by the ids of its members. They are found before a first trainer rounds the weights.
-_FACTS: WeakKeyDictionary[Teacher, dict[tuple[Any, ...], list[Any]]] = WeakKeyDictionary()
+_FACTS: WeakKeyDictionary[Teacher, list[Any]] = WeakKeyDictionary()
 
 
 def teacher_facts(teacher: Any, args: DistillationConfig) -> list[Any] | None:
@@ -73,19 +72,20 @@ def teacher_facts(teacher: Any, args: DistillationConfig) -> list[Any] | None:
     """
     if not isinstance(teacher, (Teacher, TeacherEnsemble)):
         return None
-    members = teacher.members
-    if args.shard_teacher or any(member.is_sharded or member.dispatched for member in members):
+    if args.shard_teacher or any(member.is_sharded or member.dispatched for member in teacher.members):
         return None
     standardized = teacher.standardized if isinstance(teacher, TeacherEnsemble) else None
-    known, key = _FACTS.setdefault(members[0], {}), (standardized, *map(id, members))
-    if key not in known:
+    versions = [module.__version__ for module in (torch, timm, transformers)]
+    return [[_member_facts(member) for member in teacher.members], standardized, versions]
+
+
+def _member_facts(member: Teacher) -> list[Any]:
+    """Return what identifies one teacher, as it was before a first trainer rounded its weights."""
+    if member not in _FACTS:
         # The same weights under another structure or in other class names say something else.
-        modules = [repr(member.model) for member in members]
-        names = [str(getattr(getattr(member.model, "config", None), "id2label", None)) for member in members]
-        texts = [_digest_of_texts(member.model) for member in members]
-        versions = [module.__version__ for module in (torch, timm, transformers)]
-        known[key] = [describe_teacher(teacher), modules, names, texts, versions]
-    return known[key]
+        names = str(getattr(getattr(member.model, "config", None), "id2label", None))
+        _FACTS[member] = [describe_teacher(member), repr(member.model), names, _digest_of_texts(member.model)]
+    return _FACTS[member]
 
 
 def _digest_of_texts(model: nn.Module) -> str | None:
