@@ -1,4 +1,4 @@
-"""Names of models and data sets: Hub ids, architectures and local paths."""
+"""Names of models and data sets: Hub ids, architectures and local paths; nouns with their numbers."""
 
 from __future__ import annotations
 
@@ -49,3 +49,8 @@ def architecture_of(model: nn.Module) -> str:
 def last_part(path: str) -> str:
     """Return the last part of a path, also if it is written as `.`."""
     return Path(path).resolve().name
+
+
+def counted(number: int, singular: str, plural: str | None = None) -> str:
+    """Return a number and its noun, by default with an s for several: `1 image`, `2,000 images`."""
+    return f"{number:,} {singular if number == 1 else plural or f'{singular}s'}"

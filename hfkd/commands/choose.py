@@ -21,6 +21,7 @@ from ..data import IndexedImageSource
 from ..errors import HfkdError, RunError
 from ..losses import build_losses
 from ..losses.base import trains_classifier
+from ..names import counted
 from ..networks.input_spec import input_spec
 from ..networks.loading import check_model
 from ..recipe.arguments import DataArguments, DistillationConfig, ModelArguments
@@ -111,17 +112,23 @@ def choose(argv: list[str] | None = None) -> str:
             _, model_args, data_args, config, recipe = _parse(argv)
         trainings = Trainings(model_args, data_args, config, choice_args.held_out, folder)
         own = Candidate(OWN, config.losses, config.ce_weight, config.logit_standardization)  # type: ignore[arg-type]
-        found = trainings.fitting(candidates(own if _has_top1(config) else None))
+        found = candidates(own if _has_top1(config) else None)
         journal = Journal(folder / TRIALS_NAME)
         if journal.plan is None:
+            found = trainings.fitting(found)
+            journal.candidates = [candidate.name for candidate in found]
             journal.plan = trainings.plan(found, choice_args.minutes)
             journal.write()
+        found = [candidate for candidate in found if candidate.name in journal.candidates]
         trainings.expect(sum(Plan.sizes(len(found))), len(journal.trials))
         rounds = halve(found, journal, trainings.train, config.seed)
         command = f"hfkd distill {folder / BEST_NAME}"
         best = gains(rounds[-1])[0]
         taken = next(each for each in found if each.name == (best.candidate if best.is_sure else ALONE))
-        text = page(rounds, f"{len(trainings.judged):,} training images that were held out", command)
+        judged_on = counted(
+            len(trainings.judged), "training image that was held out", "training images that were held out"
+        )
+        text = page(rounds, judged_on, command)
         write_whole(folder / BEST_NAME, _header(text) + dump_yaml(_best_recipe(argv[0], folder, recipe, taken)))
         write_whole(folder / PAGE_NAME, text)
     print(f"\n{text}\n{folder} holds this page ({PAGE_NAME}) and the recipe ({BEST_NAME}).")
@@ -148,7 +155,7 @@ class Trainings:
         check_model(model_args.student_name_or_path, model_args.trust_remote_code)
         if not model_args.teacher_cache:
             check_teachers(model_args, build_losses({"kd": {}}, False))  # nearly all candidates read logits
-        self.config, self.folder = config, folder
+        self.config, self.folder, self.outputs_limit = config, folder, model_args.outputs_limit(by_default=True)
         splits = load_splits(data_args)
         if not splits[0].has_labels:
             raise HfkdError(
@@ -203,12 +210,16 @@ class Trainings:
         began = time.monotonic()
         taught = min((each for each in found if each.losses), key=lambda each: set(each.losses) != {"kd"})
         short, long = (min(steps, self.longest) for steps in TIMED_STEPS)
-        self.train(taught, short, self.config.seed)  # which prepares what later trainings find
-        seconds = [self.train(taught, steps, self.config.seed).seconds for steps in (short, long)]
-        step = max(1e-4, (seconds[1] - seconds[0]) / max(1, long - short))
-        overhead = max(0.0, seconds[0] - short * step)
+        # The first prepares what later trainings find. Where the teacher's outputs are kept, the second still computes
+        # those of most of its steps, and the others read them.
+        lengths = (short, long, short, long) if self.outputs_limit else (short, short, long)
+        seconds = [self.train(taught, steps, self.config.seed).seconds for steps in lengths]
+        difference = max(1, long - short)
+        step = max(1e-4, (seconds[-1] - seconds[-2]) / difference)
+        teacher = max(0.0, (seconds[1] - seconds[-1]) / difference) if self.outputs_limit else 0.0
+        overhead = max(0.0, seconds[-2] - short * step)
         spent = (time.monotonic() - began) / 60
-        return Plan.fit(len(found), minutes, step, overhead, self.longest, spent)
+        return Plan.fit(len(found), minutes, step, overhead, self.longest, spent, teacher)
 
     def expect(self, total: int, done: int) -> None:
         """Announce the number of trainings, for the lines that are printed."""
@@ -257,7 +268,14 @@ class Trainings:
 
     def _trainer(self, candidate: Candidate, config: DistillationConfig) -> DistillationTrainer:
         teacher = self.teacher if candidate.losses else None
-        trainer = DistillationTrainer(self.make_student(), teacher, config, train_dataset=self.train_set)
+        trainer = DistillationTrainer(
+            self.make_student(),
+            teacher,
+            config,
+            train_dataset=self.train_set,
+            teacher_cache_limit=self.outputs_limit,
+        )
+        trainer.run_block.tells_training = False  # a short training into a folder that is removed
         trainer.pop_callback(TeacherReport)
         trainer.pop_callback(PrinterCallback)  # of transformers, for a dictionary at the end of each training
         return trainer

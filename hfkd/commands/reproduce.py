@@ -14,7 +14,7 @@ from pathlib import Path
 from ..comparison.rows import Row, compared
 from ..comparison.table import BESIDE_PUBLISHED, Gap, csv_text, is_report, legend, terminal_table, text_table
 from ..errors import HfkdError
-from ..recipe.keys import SCHEDULE_KEYS, SEEDS
+from ..recipe.keys import AUTO_CACHE, SCHEDULE_KEYS, SEEDS
 from ..recipe.parser import ArgumentParser
 from ..recipe.reading import ARGUMENT_CLASSES
 from ..runs.claims import InUseError, check_own, wait_until_free
@@ -159,10 +159,12 @@ def parse(argv: list[str]) -> tuple[str, ReproductionArguments, list[str]]:
             f"time_limit is {args.time_limit:g} s, which is only enough to load networks and images: give "
             f"{SHORTEST_TIME_LIMIT:g} or more."
         )
-    for token in overrides:
+    for token, following in zip(overrides, [*overrides[1:], ""], strict=False):
         key = token.lstrip("-").partition("=")[0].partition(".")[0].replace("-", "_")
         if token.startswith("--") and key in RESERVED_KEYS:
             raise HfkdError(f"{token.partition('=')[0]} cannot be given here: {RESERVED_KEYS[key]}.")
+        if token.startswith("--") and key == "teacher_cache" and AUTO_CACHE in (token.partition("=")[2], following):
+            raise HfkdError("reproduce keeps what its teachers say by itself: leave --teacher_cache auto out.")
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if processes > 1:
         raise HfkdError(
@@ -197,6 +199,8 @@ def run_cells(cells: Sequence[PlannedRun], limit: TimeLimit) -> dict[Path, str]:
 
 def attempt(cell: PlannedRun, limit: TimeLimit) -> str | None:
     """Train one run until the time is up; return its error message, if it fails, so that the others still run."""
+    model_args = cell.settings[0]
+    model_args.keeps_outputs = model_args.teacher_cache is None  # the next method reads what this one's teacher says
     try:
         waiting = True
         while waiting:

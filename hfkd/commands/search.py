@@ -15,6 +15,7 @@ from transformers.utils import logging
 from ..errors import HfkdError, require
 from ..losses import build_losses
 from ..losses.base import trains_classifier
+from ..names import counted
 from ..networks.input_spec import input_spec
 from ..networks.loading import check_model
 from ..recipe.arguments import DataArguments, DistillationConfig, ModelArguments
@@ -131,8 +132,9 @@ def search(argv: list[str] | None = None) -> list[SearchedTrial]:
 
     trials = run_trials(trainer, space, folder, lock, search_args.n_trials)
     images = len(trainer.eval_dataset)
-    kind = "training images that were held out" if search_args.held_out else "evaluation images"
-    found = summary_table(trials, space, f"{images:,} {kind}", images)
+    held_out = "training image that was held out", "training images that were held out"
+    measured_on = counted(images, *(held_out if search_args.held_out else ("evaluation image",)))
+    found = summary_table(trials, space, measured_on, images)
     given = {key: value for key, value in recipe.items() if written.get(key) != value}
     with lock:
         best = best_recipe(find_recipe(argv[0]), folder, given, losses, best_of(trials))
@@ -252,7 +254,13 @@ def build_search_trainer(
     else:
         train_set, eval_set = image_sets(splits, spec, data_args, config)
     return DistillationTrainer(
-        None, teacher, config, train_dataset=train_set, eval_dataset=eval_set, model_init=make_student
+        None,
+        teacher,
+        config,
+        train_dataset=train_set,
+        eval_dataset=eval_set,
+        model_init=make_student,
+        teacher_cache_limit=model_args.outputs_limit(by_default=True),
     )
 
 

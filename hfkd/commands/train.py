@@ -234,7 +234,13 @@ def build_trainer(
     wrapped = isinstance(student, TimmWrapperPreTrainedModel)  # timm's config.json holds the preprocessing
     processor = None if wrapped else load_processor(student.name_or_path, model_args.trust_remote_code)
     trainer = DistillationTrainer(
-        student, teacher, config, train_dataset=train_set, eval_dataset=eval_set, processing_class=processor
+        student,
+        teacher,
+        config,
+        train_dataset=train_set,
+        eval_dataset=eval_set,
+        processing_class=processor,
+        teacher_cache_limit=model_args.outputs_limit(by_default=False),
     )
     trainer.run_block.weights |= weights_in_words(model_args)
     trainer.results.facts["dataset"] = {

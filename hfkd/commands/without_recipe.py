@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ..errors import HfkdError
+from ..recipe.keys import AUTO_CACHE
 from ..recipe.parser import HELP_WORDS, ArgumentParser
 from ..recipe.reading import ARGUMENT_CLASSES
 
@@ -44,7 +45,7 @@ def with_recipe(argv: Sequence[str], role: str = "student") -> list[str]:
         return words  # whose reader asks for a recipe
     needed = [key for key in SHORT if role == "student" or key != "teacher_name_or_path"]
     missing = [SHORT[key] for key in needed if key not in given]
-    if "teacher_cache" in given and "--teacher" in missing:
+    if given.get("teacher_cache", AUTO_CACHE) != AUTO_CACHE and "--teacher" in missing:
         missing.remove("--teacher")
     if missing:
         raise HfkdError(

@@ -14,7 +14,7 @@ import torch
 from ..export.formats import FORMATS, read_onnx, write_model
 from ..names import architecture_of
 from ..networks.costs import latencies
-from ..networks.loading import input_spec
+from ..networks.input_spec import input_spec
 from ..runs.finished import FinishedRun
 from ..runs.onnx_files import PRECISIONS, export_command, measured, onnx_files
 from ..runs.tables import markdown_table, plain

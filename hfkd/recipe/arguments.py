@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 
 from ..errors import HfkdError, RendezvousError, did_you_mean
 from .checks import check_label_smoothing, check_names, check_prompts, check_ranges, check_training, check_unlabelled
-from .keys import PATH_KEYS, RECIPE_KEYS
+from .keys import AUTO_CACHE, PATH_KEYS, RECIPE_KEYS
 from .yaml_file import parse_yaml
 
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # names of transformers
@@ -102,8 +102,16 @@ class ModelArguments:
     teacher_cache: str | None = field(
         default=None,
         metadata={
-            "help": "Folder written by `hfkd cache-teacher`. Its logits and features are read, no teacher is loaded; "
-            "teacher_name_or_path, if set, must name the teacher of the cache."
+            "help": "'auto' keeps what the teacher says in training beside the cache of datasets, where later runs on "
+            "the same batches read it. Or a folder written by `hfkd cache-teacher`: its logits and features are read, "
+            "no teacher is loaded; teacher_name_or_path, if set, must name the teacher of the cache."
+        },
+    )
+    teacher_cache_limit: float = field(
+        default=8.0,
+        metadata={
+            "help": "GiB that the kept outputs of all teachers may take (teacher_cache: auto; search, choose and "
+            "reproduce keep them by themselves); 0 keeps none."
         },
     )
     pretrained: bool = field(
@@ -143,6 +151,14 @@ class ModelArguments:
                 "give one file for each."
             )
         check_prompts(self)
+        self.keeps_outputs = self.teacher_cache == AUTO_CACHE
+        if self.keeps_outputs:
+            self.teacher_cache = None  # which from here on is a folder
+            if not teachers:
+                raise HfkdError(
+                    "teacher_cache: auto keeps what a teacher says, and none is named: set teacher_name_or_path, or "
+                    "leave teacher_cache out."
+                )
         for name in ("teacher_image_size", "teacher_image_mean", "teacher_image_std"):
             value = getattr(self, name)
             if value is None:
@@ -154,6 +170,15 @@ class ModelArguments:
                 )
             if isinstance(value, list) and len(value) != 3:
                 raise HfkdError(f"{name} needs three numbers, for red, green and blue, got {len(value)}.")
+
+    def outputs_limit(self, by_default: bool) -> float:
+        """Return the GiB that a teacher's outputs may take, for `DistillationTrainer`; 0 where none are kept.
+
+        Args:
+            by_default: whether the command keeps them unless told otherwise.
+        """
+        keeps = self.keeps_outputs or (by_default and self.teacher_cache is None)
+        return self.teacher_cache_limit if keeps else 0.0
 
     @property
     def teacher_image(self) -> dict[str, Any]:

@@ -37,7 +37,7 @@ AUTO = "auto"  # torch_compile that is chosen by measuring
 BALANCED = "balanced"  # class_weights from the labels
 RANGES = {
     # Model and data
-    **dict.fromkeys(("teacher_class_indices", "teacher_image_mean"), NOT_NEGATIVE),
+    **dict.fromkeys(("teacher_class_indices", "teacher_image_mean", "teacher_cache_limit"), NOT_NEGATIVE),
     "teacher_image_size": AT_LEAST_1,
     "teacher_image_std": POSITIVE,
     "drop_path_rate": BELOW_1,

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import HfkdError
 from ..losses import LOSSES
-from .keys import WITHOUT_EFFECT, public_value
+from .keys import AUTO_CACHE, WITHOUT_EFFECT, public_value
 from .reading import ARGUMENT_CLASSES
 from .yaml_file import read_yaml
 
@@ -28,6 +28,8 @@ DEFAULTS = {field.name: _default(field) for cls in ARGUMENT_CLASSES for field in
 def settings_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Return a resolved recipe without the keys, and without the parameters of losses, that have their defaults."""
     settings = {key: value for key, value in recipe.items() if not _same(value, DEFAULTS.get(key))}
+    if settings.get("teacher_cache") == AUTO_CACHE:  # the student is the same to the bit
+        del settings["teacher_cache"]
     if isinstance(settings.get("losses"), dict):
         settings["losses"] = {method: _parameters(method, given) for method, given in settings["losses"].items()}
     return settings

@@ -11,6 +11,7 @@ from typing import Any
 from ..names import DIGITS, is_local, last_part
 
 SECTIONS = ("extends", "search")  # parts of a recipe that are not keys: its parent, the space of `hfkd search`
+AUTO_CACHE = "auto"  # teacher_cache that fills itself
 SHORT_FORMS = {"student": "student_name_or_path", "teacher": "teacher_name_or_path"}
 
 
@@ -142,7 +143,7 @@ _MODEL = {
         ),
         Key(RESULT),
     ),
-    "teacher_device_map": Key(SPEED),
+    **dict.fromkeys(("teacher_device_map", "teacher_cache_limit"), Key(SPEED)),
     "teacher_recipe": Key(OUTPUT, path=True),  # the teacher that it trained is named by teacher_name_or_path
     "train_missing_teacher": Key(CONTROL),
     # Private: whoever repeats a published run decides anew.

@@ -51,7 +51,15 @@ class Plan:
     steps: tuple[int, ...]
 
     @staticmethod
-    def fit(count: int, minutes: float, step: float, overhead: float, longest: int, spent: float = 0.0) -> Plan:
+    def fit(
+        count: int,
+        minutes: float,
+        step: float,
+        overhead: float,
+        longest: int,
+        spent: float = 0.0,
+        teacher: float = 0.0,
+    ) -> Plan:
         """Return the longest rounds that fit into the time.
 
         Args:
@@ -60,6 +68,8 @@ class Plan:
             step, overhead: seconds of a step, and of a training besides its steps.
             longest: steps of the recipe's own schedule, which no training exceeds.
             spent: minutes that have passed.
+            teacher: seconds more of a step whose batch the teacher has not seen. Its outputs are kept, those of
+                candidates that read logits and of those that read features apart, so it sees each twice.
 
         Raises:
             HfkdError: if the time is too short; the message says how much is needed.
@@ -68,9 +78,10 @@ class Plan:
         lengths = [FACTOR**number for number in range(len(sizes))]
         units = sum(size * length for size, length in zip(sizes, lengths, strict=True))
         left = RESERVE * 60 * (minutes - spent) - overhead * sum(sizes)
-        base = min(left / (units * step), longest / lengths[-1])
+        unit = units * step + 2 * lengths[-1] * teacher
+        base = min(left / unit, longest / lengths[-1])
         if base < min(FEWEST_STEPS, longest / lengths[-1]):
-            needed = math.ceil((FEWEST_STEPS * units * step + overhead * sum(sizes)) / RESERVE / 60 + spent)
+            needed = math.ceil((FEWEST_STEPS * unit + overhead * sum(sizes)) / RESERVE / 60 + spent)
             raise HfkdError(
                 f"minutes: {minutes:.3g} are too few. {sum(sizes)} trainings take {step:.3g} s a step and "
                 f"{overhead:.3g} s besides on this machine: give {needed} or more."
@@ -92,11 +103,13 @@ class Journal:
     def __init__(self, path: Path):
         self.path = path
         self.plan: Plan | None = None
+        self.candidates: list[str] = []  # names of those that can be trained, known with the plan
         self.trials: list[Trial] = []
         if path.is_file():
             content = read_json(path)
             try:
                 self.plan = Plan(tuple(content["steps"]))
+                self.candidates = content["candidates"]
                 self.trials = [Trial(**each) for each in content["trials"]]
             except (KeyError, TypeError) as error:
                 raise HfkdError(f"{path} is damaged ({error!r}): remove it to begin anew.") from error
@@ -114,7 +127,8 @@ class Journal:
     def write(self) -> None:
         """Write the file."""
         assert self.plan is not None
-        content = {"steps": list(self.plan.steps), "trials": [asdict(trial) for trial in self.trials]}
+        trials = [asdict(trial) for trial in self.trials]
+        content = {"steps": list(self.plan.steps), "candidates": self.candidates, "trials": trials}
         write_whole(self.path, strict_json(content, indent=1) + "\n")
 
 

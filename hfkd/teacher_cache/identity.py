@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
 
-from ..data import IndexedImageSource
+from ..data import ImageDataset, IndexedImageSource
 from ..names import hub_id
 from ..networks.teacher import Teacher, TeacherEnsemble
 from ..networks.zero_shot import ZeroShotNetwork
+from ..recipe.arguments import DistillationConfig
 
 PROBE_IMAGES = 8
 PROBE_TOLERANCE = 0.01  # of normalised pixels; a crop that is off by one pixel changes some mean by more
@@ -52,6 +57,59 @@ def _texts(model: nn.Module) -> dict[str, Any]:
     if not isinstance(model, ZeroShotNetwork):
         return {}
     return {"class_names": model.class_names, "prompts": model.prompts}
+
+
+_FACTS: WeakKeyDictionary[Teacher, list[Any]] = WeakKeyDictionary()
+
+
+def teacher_facts(teacher: Any, args: DistillationConfig) -> list[Any] | None:
+    """Return plain values that identify a teacher for files that are made without a user's doing.
+
+    Call it before `prepare`; later calls for the same object return the same.
+
+    Returns:
+        None where there is no teacher, or its weights lie elsewhere.
+    """
+    if not isinstance(teacher, (Teacher, TeacherEnsemble)):
+        return None
+    if args.shard_teacher or any(member.is_sharded or member.dispatched for member in teacher.members):
+        return None
+    standardized = teacher.standardized if isinstance(teacher, TeacherEnsemble) else None
+    versions = [module.__version__ for module in (torch, timm, transformers)]
+    return [[_member_facts(member) for member in teacher.members], standardized, versions]
+
+
+def _member_facts(member: Teacher) -> list[Any]:
+    """Return what identifies one teacher, as it was before a first trainer rounded its weights."""
+    if member not in _FACTS:
+        # The same weights under another structure or in other class names say something else.
+        names = str(getattr(getattr(member.model, "config", None), "id2label", None))
+        _FACTS[member] = [describe_teacher(member), repr(member.model), names, _digest_of_texts(member.model)]
+    return _FACTS[member]
+
+
+def _digest_of_texts(model: nn.Module) -> str | None:
+    """Return the hash of a zero-shot classifier's text features, which are not in its state; None for others."""
+    if not isinstance(model, ZeroShotNetwork):
+        return None
+    return hashlib.sha256(model.classifier.features.cpu().numpy().tobytes()).hexdigest()
+
+
+def arithmetic_of(args: DistillationConfig) -> dict[str, Any]:
+    """Return the settings of a run on which the last digits of a teacher's outputs depend."""
+    keys = ("bf16", "fp16", "tf32", "channels_last", "torch_compile", "world_size")
+    return {"device": str(args.device.type)} | {key: getattr(args, key) for key in keys}
+
+
+def images_facts(dataset: IndexedImageSource) -> list[Any]:
+    """Return `identity()`, and of images in memory the checksum of all, where the identity reads a sample."""
+    in_memory = isinstance(dataset, ImageDataset)
+    return [dataset.identity(), *([zlib.crc32(dataset.images.cpu().contiguous().numpy().data)] if in_memory else [])]
+
+
+def key_of(facts: Any) -> str:
+    """Return the name of a file for plain values."""
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 
 def appearance(dataset: IndexedImageSource) -> list[float]:

@@ -256,12 +256,19 @@ def check_supported(losses: Mapping[str, DistillationLoss], args: DistillationCo
             "leave mixup and cutmix at 0, or train with the teacher itself."
         )
     for name, loss in losses.items():
-        layers = loss.teacher_layers
-        if layers is None or set(layers) - {EMBEDDING} or loss.reads_members or loss.reads_classifier:
+        if reads_inside(loss):
             raise HfkdError(
                 f"The loss '{name}' reads the teacher's features or classifier, and a teacher cache holds its logits "
                 "and its pooled embedding only: train with the teacher itself, or take losses that read these."
             )
+
+
+def reads_inside(loss: DistillationLoss) -> bool:
+    """Return whether a loss reads more of the teacher than its logits and its embedding."""
+    layers = loss.teacher_layers
+    if layers is None or set(layers) - {EMBEDDING} or loss.teacher_norms:
+        return True
+    return loss.reads_members or loss.reads_classifier
 
 
 def reads_embedding(losses: Mapping[str, DistillationLoss]) -> bool:

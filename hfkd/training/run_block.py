@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerCallback
 
 from ..data import ImageSource, MixedImageDataset
 from ..data.subsets import image_source
+from ..names import counted
 from .loaders import first_set
 from .unlabelled import has_labels
 
@@ -22,18 +23,25 @@ class RunBlock(TrainerCallback):
 
     Args:
         weights: for "student" and "teacher", where the weights come from; missing where only the caller knows.
+
+    Attributes:
+        cache: where what the teacher says is kept, or why it is not; None where nobody asked for it.
+        tells_training: whether the steps and the folder are told, which are no user's where a command has many runs.
     """
 
     def __init__(self, trainer: Trainer, weights: dict[str, str]):
         self.trainer = weakref.proxy(trainer)
         self.weights = weights
+        self.cache: str | None = None
+        self.tells_training = True
         self.printed = False
 
     def on_train_begin(self, args, state, control, **kwargs):
         if self.printed or not state.is_world_process_zero:
             return
         self.printed = True  # a search prints it for its first trial
-        lines = {"device": _device(args), "data": self._data(), **self._networks(), "training": _training(args, state)}
+        lines = {"device": _device(args), "data": self._data(), **self._networks(), "cache": self.cache}
+        lines |= {"training": _training(args, state)} if self.tells_training else {}
         if not has_labels(self.trainer.train_dataset):
             lines["labels"] = "none in training: ce_weight is 0, and no loss reads labels"
         print("\n".join(f"{name:<10}{text}" for name, text in lines.items() if text), flush=True)
@@ -41,13 +49,13 @@ class RunBlock(TrainerCallback):
     def _data(self) -> str:
         trainer, facts = self.trainer, self.trainer.results.facts
         name = f"{facts['dataset']['name']}: " if facts["dataset"] else ""
-        counts = [f"{_images(trainer.train_dataset)} training images"]
+        counts = [_images(trainer.train_dataset, "training image")]
         if isinstance(trainer.train_dataset, MixedImageDataset):
             counts = [trainer.train_dataset.describe()]
         if trainer.eval_dataset is not None:
-            counts.append(f"{_images(first_set(trainer.eval_dataset))} evaluation images")
+            counts.append(_images(first_set(trainer.eval_dataset), "evaluation image"))
             counts[-1] += "" if has_labels(first_set(trainer.eval_dataset)) else " without labels"
-        classes = [f"{trainer.num_classes} classes"] if trainer.num_classes else []
+        classes = [counted(trainer.num_classes, "class", "classes")] if trainer.num_classes else []
         source = image_source(trainer.train_dataset)
         size = [f"{source.image_size} x {source.image_size} pixels"] if source is not None else []
         return name + ", ".join(counts + classes + size)
@@ -73,10 +81,10 @@ def _classes(teacher: Any) -> str | None:
     return "its features only" if teacher.has_classifier else "no classifier"
 
 
-def _images(dataset: Any) -> str:
+def _images(dataset: Any, kind: str) -> str:
     if isinstance(dataset, ImageSource):
-        return f"{dataset.num_rows:,}"
-    return f"{len(dataset):,}" if isinstance(dataset, Sized) else "streamed"
+        return counted(dataset.num_rows, kind)
+    return counted(len(dataset), kind) if isinstance(dataset, Sized) else f"streamed {kind}s"
 
 
 def _device(args) -> str:
@@ -90,4 +98,4 @@ def _device(args) -> str:
 def _training(args, state) -> str:
     since = f" from step {state.global_step:,}" if state.global_step else ""
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return f"{state.max_steps:,} steps of {batch:,} images{since}, into {args.output_dir}"
+    return f"{counted(state.max_steps, 'step')} of {counted(batch, 'image')}{since}, into {args.output_dir}"

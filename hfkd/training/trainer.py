@@ -13,7 +13,7 @@ import os
 import sys
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ from ..recipe.arguments import DistillationConfig
 from ..recipe.checks import AUTO
 from ..runs.writing import finite_or_none, use_umask
 from ..teacher_cache.choices import kept_choices
+from ..teacher_cache.filling import FillingTeacher, why_not_kept
+from ..teacher_cache.identity import teacher_facts
 from ..teacher_cache.teacher import CachedTeacher
 from .backends import backend_of
 from .callbacks import ContinueLog, EndWhereDone, EpochLines, ProgressLines, SetEpoch, UpdateAverage, place_tensorboard
@@ -136,6 +138,8 @@ class DistillationTrainer(Trainer):
         model_init: in place of `model`, a function that makes a student, which `hyperparameter_search` needs. Every
             trial, and every `train()`, begins with a fresh student and fresh losses, those of `args.losses` as the
             trial has set them. The teacher stays.
+        teacher_cache_limit: GiB that the outputs of all teachers for training images may take beside the cache of
+            `datasets`, where they are kept for later trainings; 0 keeps none. The student is the same to the bit.
         **kwargs: everything else that `Trainer` takes. `compute_metrics` gets logits and labels, and adds to hfkd's own
             figures. `compute_loss_func` takes the place of the cross-entropy with the labels in training.
 
@@ -187,6 +191,7 @@ class DistillationTrainer(Trainer):
         eval_dataset: Any = None,
         losses: Mapping[str, Mapping[str, Any] | DistillationLoss | None] | None = None,
         model_init: Callable[..., nn.Module] | None = None,
+        teacher_cache_limit: float = 0.0,
         **kwargs: Any,
     ):
         # The order matters. Student, teacher and losses are checked first, because Trainer's constructor creates
@@ -237,7 +242,9 @@ class DistillationTrainer(Trainer):
         place_tensorboard(self.callback_handler.callbacks, Path(str(args.output_dir), "tensorboard"))
         self.results.facts = {"recipe": None, "dataset": None}  # a command that knows them sets them
         self.checkpoints = Checkpoints(args, self.accelerator.wait_for_everyone)
-        kept = kept_choices(self.teacher, args)  # before `_begin`, where the teacher's weights are rounded
+        self._teacher_facts = teacher_facts(self.teacher, args)  # before `_begin`, which rounds the teacher's weights
+        self._teacher_cache_limit = teacher_cache_limit
+        kept = kept_choices(self._teacher_facts, args)
         self._continue_log = ContinueLog(self, self.term_log)
         self._measuring: Measuring | None = None  # the pass under way
         self._steps_per_epoch = 1  # known once training begins, when a schedule that a user has created is replaced
@@ -320,6 +327,7 @@ class DistillationTrainer(Trainer):
         self.distiller.to(args.device)
         if smallest_batch(self.train_dataset, losses, args) == 1 and batch is not None:
             check_single_image(self.distiller, self.teacher, batch, self.backend.autocast())
+        self._keep_outputs(losses)
         self._choose_compiling()
         if args.torch_compile and self.compile_choice is None and self.teacher is not None:
             self.teacher.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
@@ -342,6 +350,18 @@ class DistillationTrainer(Trainer):
         self._set_epoch = None if images is None else SetEpoch(images)
         if self._set_epoch is not None:
             self.add_callback(self._set_epoch)
+
+    def _keep_outputs(self, losses: nn.ModuleDict) -> None:
+        """Let what the teacher says in training be kept for later trainings, if that is wanted."""
+        self._filling: FillingTeacher | None = None
+        if self._teacher_cache_limit == 0 or self.teacher is None or not self.distiller.needs_teacher:
+            return
+        source, facts, limit = image_source(self.train_dataset), self._teacher_facts, self._teacher_cache_limit
+        reason = why_not_kept(facts, losses.values(), source, self.args)
+        self.run_block.cache = f"none, the teacher runs: {reason}"
+        if reason is None:
+            self._filling = FillingTeacher(self.teacher, source, facts, losses.values(), self.args, limit)
+            self.run_block.cache = self._filling.describe(len(self.train_dataset))
 
     def _dry_run(self) -> dict[str, Tensor] | None:
         """Return the images of the dry run, on the device; None without a data set."""
@@ -436,7 +456,7 @@ class DistillationTrainer(Trainer):
         # With a limit of 1 Trainer would in the end remove the last checkpoint where another is the best.
         self._save_total_limit = limit = self.args.save_total_limit
         with listening, self.checkpoints.full_disk_explained(), lomo_looked_up_once(), self._compiling():
-            with changed_for_now(self.args, save_total_limit=None if limit == 1 else limit):
+            with self._outputs_written(), changed_for_now(self.args, save_total_limit=None if limit == 1 else limit):
                 output = super().train(checkpoint, trial, ignore_keys_for_eval)
         self.distiller.remove_taps()  # the trained model can be copied
         if self.average is not None:  # the exported student is what was evaluated
@@ -448,6 +468,17 @@ class DistillationTrainer(Trainer):
         if self.stop_on_sigterm.stopped:
             raise SystemExit(self.stop_on_sigterm.exit_code)
         return output
+
+    @contextlib.contextmanager
+    def _outputs_written(self) -> Iterator[None]:
+        """Write what the teacher has said in a training, however it ends."""
+        if self._filling is not None:
+            self._filling.begin()
+        try:
+            yield
+        finally:
+            if self._filling is not None:  # another one in each trial of a search
+                self._filling.write()
 
     def _exported_is_finite(self) -> bool:
         """Return whether the weights that an export writes are finite; all processes must call it."""
@@ -515,7 +546,7 @@ class DistillationTrainer(Trainer):
             batch["pixel_values"], labels = self._mixup(batch["pixel_values"], labels)
             batch["labels"] = labels if self._mixes_labels else batch["labels"]
         self.distiller.attach_taps()  # unless they are; an earlier `train()` has removed them
-        teacher = self.teacher(batch) if self.distiller.needs_teacher else None
+        teacher = (self._filling or self.teacher)(batch) if self.distiller.needs_teacher else None
         model = model if self.compile_choice is None else self.compile_choice.network(model)
         with self.backend.autocast():
             terms = model(batch, teacher)

@@ -1,7 +1,9 @@
 """`hfkd choose`: successive halving on held-out images, and a verdict that tells a gain from chance."""
 
 import json
+from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import yaml
@@ -86,6 +88,10 @@ def test_a_plan_fits_into_the_time_and_short_times_are_refused():
     seconds = sum(size * (1.0 + 0.05 * steps) for size, steps in zip(sizes, plan.steps, strict=True))
     assert 0.8 * 600 < seconds <= 0.9 * 600
     assert Plan.fit(18, 10**6, 0.05, 1.0, longest=900).steps == (100, 300, 900), "no longer than the recipe"
+    slow = Plan.fit(18, minutes=10, step=0.05, overhead=1.0, longest=10**6, teacher=1.0)
+    seen = 2 * slow.steps[-1]  # steps whose batch is the teacher's to compute
+    seconds = sum(size * (1.0 + 0.05 * steps) for size, steps in zip(sizes, slow.steps, strict=True)) + 1.0 * seen
+    assert 0.8 * 600 < seconds <= 0.9 * 600
     with pytest.raises(ValueError, match="minutes: 0.5 are too few. .* give 2 or more"):
         Plan.fit(18, minutes=0.5, step=0.05, overhead=1.0, longest=10**6)
     with pytest.raises(ValueError, match="minutes: 2 are too few. .* give 5 or more"):
@@ -112,15 +118,20 @@ def test_on_the_command_line(tmp_path, monkeypatch, capsys):
     words += ["--early_stopping_patience", "1"]
     main(["choose", *words, "--minutes", "5", "--choose_dir", "choice"])
     told = capsys.readouterr().out
-    assert "train_runtime" not in told
+    assert "train_runtime" not in told and "training-" not in told
+    assert told.count("\ncache     ") == 1
+    kept = Path(datasets.config.HF_DATASETS_CACHE).glob("hfkd_teacher_outputs/*")
+    assert len(list(kept)) == 2, "one for all candidates with Z-scores, which several teachers average, one without"
     text = (tmp_path / "choice/choice.md").read_text()
     assert "KD and PKT is left out. Losses read the teacher's layers" in told
     assert text in told and "training images that were held out" in text
     trials = json.loads((tmp_path / "choice/trials.json").read_text())["trials"]
     assert len(trials) == sum(Plan.sizes(4)) and {len(trial["judged"]) for trial in trials} == {144}
     assert not list((tmp_path / "choice").glob("training-*"))
-    main(["choose", *words, "--minutes", "5", "--choose_dir", "choice"])
-    assert text in capsys.readouterr().out, "nothing is trained twice"
+    with monkeypatch.context() as patch:
+        patch.setattr("hfkd.commands.choose.DistillationTrainer", None)
+        main(["choose", *words, "--minutes", "5", "--choose_dir", "choice"])
+    assert text in capsys.readouterr().out, "nothing is trained or built twice"
     with pytest.raises(SystemExit):
         main(["choose", *words, "--learning_rate", "0.03", "--choose_dir", "choice"])
     assert "holds another choice" in capsys.readouterr().err

@@ -9,6 +9,7 @@ import signal
 import statistics
 from pathlib import Path
 
+import datasets
 import pytest
 import yaml
 from interrupting import differences, left_in
@@ -129,6 +130,9 @@ def test_a_row_of_the_table(recipes, trained, capsys):
         assert float(row["difference"]) == pytest.approx(float(row["best top-1"]) - 20)
     top1 = {results(PAIR / name)["epochs"][-1]["eval_teacher_top1"] for name in names}
     assert top1 == {results("runs/cifar100/teachers/tall")["best"]["top1"]}, "all had the same teacher"
+    kept = Path(datasets.config.HF_DATASETS_CACHE).rglob("hfkd_teacher_outputs/*/epoch-*/*.safetensors")
+    assert len(list(kept)) == 2 * 2, "of each seed and epoch once: the second method reads what the first one has kept"
+    assert printed.count("\ncache     ") == 4
     text = (PAIR / "reproduce.md").read_text()
     assert text in printed and "Not finished" not in text and "epochs_scale" not in text
 
@@ -295,6 +299,7 @@ def test_a_teacher_with_other_settings(recipes):
         (["tall-short", "--seed", "3"], "--seed cannot be given here: --seeds N"),
         (["tall-short", "--num-train-epochs=1"], "--num-train-epochs cannot be given here: --epochs_scale"),
         (["tall-short", "--losses.kd.weight", "3"], "--losses.kd.weight cannot be given here"),
+        (["tall-short", "--teacher_cache", "auto"], "by itself: leave --teacher_cache auto out"),
         (["tall-short", "--learning_rat", "3"], "learning_rat.*learning_rate"),
     ],
 )

@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 import yaml
@@ -85,6 +86,8 @@ def test_what_a_search_leaves(recipe, capsys, monkeypatch):
     assert [float(row["top1"]) for row in rows] == [each.top1 for each in trials]
     assert [row["recipes_own"] for row in rows] == ["True", "False", "False"]
     assert all(row["step"] == "3" for row in rows)  # 86 images in batches of 32
+    kept = list(Path(datasets.config.HF_DATASETS_CACHE).rglob("hfkd_teacher_outputs/*/epoch-*/*.safetensors"))
+    assert len(kept) == 1 and shown.count("\ncache     ") == 1, "of one epoch, which the other trials read"
 
     found = load_recipe(FOLDER / "best.yaml")
     assert found["losses"] == {"kd": {"temperature": best.values["losses.kd.temperature"], "weight": 9.0}}

@@ -46,7 +46,7 @@ PRIVATE = {
 FREE = PRIVATE | {
     *("disable_tqdm", "report_to", "dataloader_num_workers", "per_device_eval_batch_size"),
     *("teacher_device_map", "teacher_recipe", "shard_teacher", "published_top1", "stop_when_diverged"),
-    *("decoded_cache", "keep_teacher_evaluation"),
+    *("decoded_cache", "keep_teacher_evaluation", "teacher_cache_limit"),
     # Speed and memory
     *("gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing"),
     *("activation_checkpointing_kwargs", "torch_empty_cache_steps", "eval_accumulation_steps"),
