@@ -73,24 +73,25 @@ def _lines_of(run: FinishedRun, label: str, missing: list[str]) -> Iterator[_Lin
 
 def _lines_of_teachers(rows: Sequence[Row], given: str | None, folder: Path, missing: list[str]) -> list[_Line]:
     """Write each teacher as float32 files into a folder, and return a line for each."""
-    lines: dict[str, _Line] = {}
+    lines: dict[tuple[str, float], _Line] = {}  # teachers of one architecture may differ in their top-1
     for row in rows:
         if row.teacher_top1 is None:
             continue
         try:
             networks = teacher_networks(row, given)
             label = f"teacher {' + '.join(map(architecture_of, networks))}"
-            sizes = {folder / f"{len(lines)}_{index}.onnx": each for index, each in enumerate(networks)}
-            if label in lines:
+            if (label, row.teacher_top1.mean) in lines:
                 continue
-            for path, network in sizes.items():
-                write_model(network.eval(), input_spec(network).image_size, FORMATS["onnx"], path, "")
+            sizes = {}
+            for index, network in enumerate(networks):
+                path = folder / f"{len(lines)}_{index}.onnx"
+                sizes[path] = input_spec(network).image_size
+                write_model(network.eval(), sizes[path], FORMATS["onnx"], path, "")
         except UNREADABLE as error:
             missing.append(f"teacher of {row.label}: {error}")
             continue
         figures = {"top1": row.teacher_top1.mean, "bytes": sum(path.stat().st_size for path in sizes)}
-        image_sizes = {path: input_spec(network).image_size for path, network in sizes.items()}
-        lines[label] = _Line(label, "float32", image_sizes, figures)
+        lines[label, row.teacher_top1.mean] = _Line(label, "float32", sizes, figures)
     return list(lines.values())
 
 
