@@ -55,7 +55,7 @@ class FillingTeacher:
     ):
         self.teacher: Teacher | TeacherEnsemble = teacher
         self.source: IndexedImageSource = source
-        self._with_embedding = any(EMBEDDING in loss.teacher_layers for loss in losses)
+        self._with_embedding = any(EMBEDDING in (loss.teacher_layers or ()) for loss in losses)
         pixels, probed = self._probe(args)
         half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
         self._kinds = {name: (value.dtype, value.stride()) for name, value in probed.items()}
@@ -83,8 +83,9 @@ class FillingTeacher:
             images: number of images in an epoch.
         """
         epoch = self.batches.row_bytes * images / 2**20
+        size = f"{epoch:,.1f}" if epoch > 1 else f"{epoch:.2g}"
         return (
-            f"{epoch:,.2g} MiB of the teacher's outputs an epoch, read from or written to {self.batches.folder}; those "
+            f"{size} MiB of the teacher's outputs an epoch, read from or written to {self.batches.folder}; those "
             f"of all teachers take at most {self._limit:g} GiB (teacher_cache_limit)"
         )
 
