@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..networks.features import timm_model_of
-from ..networks.int8 import ActivationQuantizer, Int8Conv2d, Int8Linear, round_weight, weight_scales
+from ..networks.int8 import ActivationQuantizer, Int8Conv2d, Int8Linear, round_bias, round_weight, weight_scales
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,11 @@ class Operators:
 
     Attributes:
         activation: rounds an activation with a scale and a zero point.
-        weight: returns float weights of int8 ones (C, ...) with the scales (C,) of their output channels.
+        constant: returns the float values of integers (C, ...) with the scales (C,) of their output channels.
     """
 
     activation: Callable[[Tensor, float, int], Tensor]
-    weight: Callable[[Tensor, Tensor], Tensor]
+    constant: Callable[[Tensor, Tensor], Tensor]
 
 
 def _rounded(x: Tensor, scale: float, zero_point: int) -> Tensor:
@@ -34,8 +34,8 @@ def _rounded(x: Tensor, scale: float, zero_point: int) -> Tensor:
     return (((x * inverse).round() + zero_point).clamp(0, 255) - zero_point) * scale
 
 
-def _scaled(weight: Tensor, scales: Tensor) -> Tensor:
-    return weight.float() * scales.view(-1, *[1] * (weight.ndim - 1))
+def _scaled(integers: Tensor, scales: Tensor) -> Tensor:
+    return integers.float() * _of_channels(scales, integers)
 
 
 def _quantize_and_back(x: Tensor, scale: float, zero_point: int) -> Tensor:
@@ -44,35 +44,44 @@ def _quantize_and_back(x: Tensor, scale: float, zero_point: int) -> Tensor:
     return torch.ops.quantized_decomposed.dequantize_per_tensor(integers, *settings)
 
 
-def _dequantized(weight: Tensor, scales: Tensor) -> Tensor:
-    zero_points = torch.zeros_like(scales, dtype=torch.int8)
-    settings = scales, zero_points, 0, -127, 127, torch.int8
-    return torch.ops.quantized_decomposed.dequantize_per_channel(weight, *settings)
+def _dequantized(integers: Tensor, scales: Tensor) -> Tensor:
+    limits = torch.iinfo(integers.dtype)
+    settings = scales, torch.zeros_like(scales, dtype=integers.dtype), 0, limits.min, limits.max, integers.dtype
+    return torch.ops.quantized_decomposed.dequantize_per_channel(integers, *settings)
+
+
+def _of_channels(scales: Tensor, values: Tensor) -> Tensor:
+    """Return scales (C,) in the shape that multiplies values (C, ...)."""
+    return scales.view(-1, *[1] * (values.ndim - 1))
 
 
 OPERATORS = {"onnx": Operators(_quantize_and_back, _dequantized), "torch": Operators(_rounded, _scaled)}
 
 
 class _FileLayer(nn.Module):
-    """Layer as it stands in a file: int8 weights, constant scales and zero points."""
+    """Layer as it stands in a file: integers for weights, constant scales and zero points."""
 
     def __init__(self, layer: Int8Conv2d | Int8Linear, operators: Operators):
         super().__init__()
         weight, bias = layer.folded()
         scales = weight_scales(weight)
-        self.register_buffer("weight", (round_weight(weight) / scales.view(-1, *[1] * (weight.ndim - 1))).round().char())
+        self.operators = operators
+        self.register_buffer("weight", (round_weight(weight) / _of_channels(scales, weight)).round().to(torch.int8))
         self.register_buffer("scales", scales)
         self.register_buffer("bias", bias)
-        self.operators = operators
-        self.input = _constants(layer.quantize_input)
+        self.input, self.output = _constants(layer.quantize_input), None
         self.layer: Callable[..., Tensor] = F.linear
-        self.output = None
         if isinstance(layer, Int8Conv2d):
             self.layer, self.output = layer._conv_forward, _constants(layer.quantize_output)
+            if bias is not None:
+                self.register_buffer("bias_scales", layer.sum_scales(weight))
+                self.bias = (round_bias(bias, self.bias_scales) / self.bias_scales).round().to(torch.int32)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.operators.activation(x, *self.input)
-        x = self.layer(x, self.operators.weight(self.weight, self.scales), self.bias)
+        weight, bias = self.operators.constant(self.weight, self.scales), self.bias
+        if bias is not None and not bias.is_floating_point():
+            bias = self.operators.constant(bias, self.bias_scales)
+        x = self.layer(self.operators.activation(x, *self.input), weight, bias)
         return x if self.output is None else self.operators.activation(x, *self.output)
 
 

@@ -74,6 +74,12 @@ def round_weight(weight: Tensor) -> Tensor:
     return torch.fake_quantize_per_channel_affine(weight, scales, zero_points, 0, -127, 127)
 
 
+def round_bias(bias: Tensor, scales: Tensor) -> Tensor:
+    """Round a bias (C,) to multiples of the scales (C,) of the sums to which it is added, as int8 kernels do."""
+    rounded = (bias.detach() / scales).round().clamp(-(2**31), 2**31 - 128) * scales
+    return bias + (rounded - bias).detach()
+
+
 class FoldedBatchNorm2d(nn.BatchNorm2d):
     """Batch norm that the convolution before it applies; of timm's norms dropout and activation are left to do."""
 
@@ -109,11 +115,16 @@ class Int8Conv2d(nn.Conv2d):
             return self.weight * scale.view(-1, 1, 1, 1), norm.bias + bias * scale
         return self.weight, self.bias
 
+    def sum_scales(self, weight: Tensor) -> Tensor:
+        """Return the scales (C,) of the sums of products with weights that have the norm in them."""
+        return weight_scales(weight) * self.quantize_input.scale_and_zero_point()[0]
+
     def forward(self, x: Tensor) -> Tensor:
         # Also in a run in bf16, whose products are as coarse as int8's steps.
         with torch.autocast(x.device.type, enabled=False):
             weight, bias = self.folded()
-            weight = round_weight(weight) if self.quantize_input.rounds else weight
+            if self.quantize_input.rounds:
+                weight, bias = round_weight(weight), None if bias is None else round_bias(bias, self.sum_scales(weight))
             return self.quantize_output(self._conv_forward(self.quantize_input(x.float()), weight, bias))
 
 
