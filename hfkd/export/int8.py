@@ -5,14 +5,23 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.ao.quantization.fx._decomposed  # noqa: F401  # registers the operators that torch.onnx writes as ONNX's
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..networks.features import timm_model_of
+from ..errors import HfkdError
+from ..names import architecture_of
+from ..networks.features import logits_of, timm_model_of
 from ..networks.int8 import ActivationQuantizer, Int8Conv2d, Int8Linear, round_bias, round_weight, weight_scales
+from .formats import FORMATS, captured
+from .quantization import OPERATORS as INT8_OPERATORS
+from .quantization import has_int8_instructions, logits_of_file
+
+TOLERANCE = 0.05  # root mean square of the difference of two logits, in their standard deviations
 
 
 @dataclass(frozen=True)
@@ -99,3 +108,50 @@ def for_file(model: nn.Module, file_format: str) -> nn.Module:
         if isinstance(layer, (Int8Conv2d, Int8Linear)):
             network.set_submodule(name, _FileLayer(layer, OPERATORS[file_format]))
     return model
+
+
+@torch.no_grad()
+def write_int8(model: nn.Module, path: Path, preprocessing: str, images: Tensor) -> dict[str, Any]:
+    """Write the ONNX file of a model in simulated int8, and return how it was made.
+
+    Sums that round to the next value where torch's round to this one make the logits of both differ a little.
+
+    Args:
+        preprocessing: text that goes into the file.
+        images: (B, 3, H, W), on which the file is compared with the model.
+
+    Raises:
+        HfkdError: if their logits differ by more than `TOLERANCE`. On a CPU without instructions for int8, where sums
+            may saturate, the difference is told alone.
+    """
+    FORMATS["onnx"].write(captured(for_file(model, "onnx"), images.shape[-1]), path, preprocessing)
+    expected, given = logits_of(model, images), logits_of_file(path, images)
+    difference = float((given - expected).square().mean().sqrt() / expected.std())
+    if not difference <= TOLERANCE and has_int8_instructions():
+        raise HfkdError(
+            f"The int8 file of {architecture_of(model)} gives other logits than the training simulated, by "
+            f"{100 * difference:.2g} % of their standard deviation: expected at most {100 * TOLERANCE:g} %. It was "
+            "removed. Give --format torch."
+        )
+    same = float((given.argmax(1) == expected.argmax(1)).float().mean())
+    layers, operators = _float_parts(path)
+    return {
+        "trained": True,
+        "int8_layers": sum(isinstance(module, (Int8Conv2d, Int8Linear)) for module in model.modules()),
+        "float_layers": layers,
+        "float_operators": operators,
+        "simulated_difference": difference,
+        "simulated_agreement": 100 * same,
+    }
+
+
+def _float_parts(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the names of the layers with float weights in a file, and the types of the other operators in float."""
+    import onnx
+
+    graph = onnx.load(path).graph
+    constants = {initializer.name for initializer in graph.initializer}
+    weighted = [node for node in graph.node if node.op_type in INT8_OPERATORS and len(node.input) > 1]
+    layers = tuple(node.name for node in weighted if node.input[1] in constants)
+    rest = {node.op_type for node in graph.node} - {*INT8_OPERATORS, "QuantizeLinear", "DequantizeLinear"}
+    return layers, tuple(sorted(rest))

@@ -58,13 +58,14 @@ class MoveRanges(TrainerCallback):
     """
 
     MOVING = 0.5  # share of the training
-    MOMENTUM = 0.01  # as that of torch's MovingAverageMinMaxObserver
+    MOMENTUM = 0.01  # as that of torch's MovingAverageMinMaxObserver, after a mean of the first hundred batches
 
     def __init__(self, student: nn.Module):
         self.student = student
 
     def on_step_begin(self, args, state, control, **kwargs):
-        move_ranges(self.student, self.MOMENTUM if state.global_step < self.MOVING * state.max_steps else 0.0)
+        moving = state.global_step < self.MOVING * state.max_steps
+        move_ranges(self.student, max(self.MOMENTUM, 1 / (1 + state.global_step)) if moving else 0.0)
 
     def on_train_end(self, args, state, control, **kwargs):
         move_ranges(self.student, 0.0)
