@@ -123,15 +123,23 @@ def _in_words(made: dict[str, Any]) -> str:
     if not made:
         return "."
     kept = ", ".join(made["float_layers"]) or "none"
-    how = "as trained, with its own ranges"
-    if "calibration" in made:
-        how = f"ranges by {made['calibration']} of {made['calibration_images']} training images"
-    else:
-        how += (
-            f" (on {EVALUATION_BATCH} images the same class as simulated for {made['simulated_agreement']:.1f} %, logits "
-            f"off by {100 * made['simulated_difference']:.2g} % of their standard deviation)"
+    words = (
+        f": {made['int8_layers']} layers, {_ranges_in_words(made)}. Layers that stay float: {kept}. Operators that "
+        f"stay float: {', '.join(made['float_operators'])}."
+    )
+    if "simulated_agreement" in made:
+        words += (
+            f"\nOn {EVALUATION_BATCH} images the file chooses the class that the training simulated for "
+            f"{made['simulated_agreement']:.1f} %; its logits differ by {100 * made['simulated_difference']:.2g} % of "
+            "their standard deviation."
         )
-    return f": {made['int8_layers']} layers, {how}. Layers that stay float: {kept}. Operators that stay float: {', '.join(made['float_operators'])}."
+    return words
+
+
+def _ranges_in_words(made: dict[str, Any]) -> str:
+    if "calibration" in made:
+        return f"ranges by {made['calibration']} of {made['calibration_images']} training images"
+    return "ranges of its training"
 
 
 def _image_sets(model: nn.Module, data_args: DataArguments) -> tuple[ImageSource, ImageSource]:
