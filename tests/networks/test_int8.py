@@ -15,7 +15,7 @@ from hfkd.networks.features import logits_of
 from hfkd.networks.int8 import is_int8, quantize, round_weight, without_rounding
 from hfkd.networks.loading import exported_state_dict, load_pretrained, wrap_timm
 
-SIMKD = {"student_width": 64, "teacher_width": 32, "teacher_size": [8, 8], "factor": 2}
+SIMKD = {"student_width": 32, "teacher_width": 32, "teacher_size": [8, 8], "factor": 2}
 SIMKD |= {"architecture": "cifar_resnet8", "stage": 2}
 
 
