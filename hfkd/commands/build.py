@@ -32,7 +32,7 @@ from ..networks.backbones import lacks_classifier
 from ..networks.class_matching import check_class_indices, class_names_of, match_classes, name_lists_of
 from ..networks.features import InputSpec
 from ..networks.loading import check_model, load_student, load_teacher
-from ..networks.origins import student_weights, teacher_weights
+from ..networks.origins import RANDOM_WEIGHTS, student_weights, teacher_weights
 from ..networks.teacher import Teacher, check_ensemble_members
 from ..networks.zero_shot import check_has_texts
 from ..recipe.arguments import DataArguments, DistillationConfig, ModelArguments
@@ -54,6 +54,20 @@ def build_student(model_args: ModelArguments, data_args: DataArguments, class_na
         interpolation=data_args.interpolation,
         trust_remote_code=model_args.trust_remote_code,
     )
+
+
+def check_has_weights(model_args: ModelArguments) -> None:
+    """Check that the student does not start from random weights, whose ranges and norms `quantize` could not hold.
+
+    Raises:
+        HfkdError: if it does.
+    """
+    name = model_args.student_name_or_path
+    if student_weights(name, model_args.pretrained) == RANDOM_WEIGHTS:
+        raise HfkdError(
+            f"quantize goes on from a trained student, and {name} has random weights. Train it without quantize first, "
+            "then give its folder: --student runs/.../student."
+        )
 
 
 def check_teachers(model_args: ModelArguments, losses: nn.ModuleDict) -> None:

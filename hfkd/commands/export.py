@@ -15,6 +15,7 @@ from torch import nn
 from .. import __version__
 from ..errors import HfkdError, did_you_mean
 from ..export.formats import FORMATS, FileFormat, FileModel, output_name, write_model
+from ..export.int8 import for_file
 from ..export.preprocessing import Preprocessing, preprocessing_of
 from ..export.quantization import check_runtime
 from ..hub.card import update_card
@@ -22,6 +23,7 @@ from ..names import architecture_of
 from ..networks.class_matching import class_names_of
 from ..networks.costs import latencies, multiply_adds, parameter_count
 from ..networks.headless import is_headless
+from ..networks.int8 import is_int8
 from ..networks.loading import load_network, load_teacher
 from ..networks.teacher import Teacher
 from ..recipe.checks import AT_LEAST_1, NOT_NEGATIVE, check_ranges
@@ -127,6 +129,9 @@ def export(argv: list[str] | None = None) -> Path:
         check_runtime()
         data_args = data_of_run(name)
     model = load_network(name).eval()
+    trained = is_int8(model)
+    if trained and args.format == "onnx" and args.precision != "int8":
+        raise HfkdError(f"{name} was trained for int8: give --precision int8, or --format torch.")
     preprocessing = preprocessing_of(model)
     if data_args is not None and is_headless(model):
         raise HfkdError(
@@ -142,7 +147,8 @@ def export(argv: list[str] | None = None) -> Path:
     teacher = find_teacher(name, args.teacher)
     text = json.dumps(_facts(name, model, preprocessing), indent=2, ensure_ascii=False) + "\n"
     path = folder / file_format.file_name
-    exported = write_model(model, preprocessing.image_size, file_format, path, text)
+    written = for_file(model, args.format) if trained else model
+    exported = write_model(written, preprocessing.image_size, file_format, path, text)
     write_whole(folder / PREPROCESSING_NAME, text)
     update_card(Path(name))
     how = folder / PREPROCESSING_NAME

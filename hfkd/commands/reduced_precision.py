@@ -19,10 +19,12 @@ from ..data import ImageSource
 from ..data.image_dataset import collate_batch
 from ..errors import HfkdError, RunError
 from ..export.formats import FORMATS, METADATA, read_onnx, write_model
+from ..export.int8 import write_int8
 from ..export.quantization import StaticQuantizer, has_int8_instructions, set_metadata, write_float16
 from ..networks.class_matching import class_names_of
 from ..networks.costs import latencies
 from ..networks.input_spec import input_spec
+from ..networks.int8 import is_int8, without_rounding
 from ..recipe.arguments import DataArguments
 from ..recipe.parser import ArgumentParser, to_argv
 from ..recipe.reading import load_recipe
@@ -76,7 +78,9 @@ def export_reduced(
         RunError: if the file loses more than `max_drop` points of top-1; it is there all the same.
     """
     train_set, eval_set = _image_sets(model, data_args)
-    images = read_calibration(train_set, eval_set, calibration_images) if precision == "int8" else None
+    trained = is_int8(model)
+    calibrates = precision == "int8" and not trained
+    images = read_calibration(train_set, eval_set, calibration_images) if calibrates else None
     facts = {**facts, "top1": None, "precision": precision}  # the top-1 of the model is not that of the file
     text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
     made: dict[str, Any] = {}
@@ -84,8 +88,10 @@ def export_reduced(
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as scratch, writing_by_name(path) as partial:
             source = Path(scratch, "float32.onnx")
-            write_model(model, facts["image_size"], FORMATS["onnx"], source, text)
-            if images is not None:
+            write_model(without_rounding(model), facts["image_size"], FORMATS["onnx"], source, text)
+            if trained:
+                made = write_int8(model, partial, text, next(_batches(eval_set))["pixel_values"])
+            elif images is not None:
                 made = dataclasses.asdict(StaticQuantizer(source, *images).quantize(partial, max_drop))
                 made["calibration_images"] = calibration_images
             else:
@@ -97,14 +103,17 @@ def export_reduced(
     facts |= {"top1": figures[precision]["top1"], "made": made, "measured": figures}
     write_whole(path.with_name(PREPROCESSING_NAME), json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
     print(f"{path}, {precision}{_in_words(made)}\n\n{precision_table(figures, len(eval_set))}")
-    _check_drop(figures, precision, path, max_drop)
+    _check_drop(figures, precision, path, max_drop, trained)
     return path
 
 
-def _check_drop(figures: dict[str, dict[str, float]], precision: str, path: Path, max_drop: float) -> None:
+def _check_drop(
+    figures: dict[str, dict[str, float]], precision: str, path: Path, max_drop: float, trained: bool
+) -> None:
     drop = figures["float32"]["top1"] - figures[precision]["top1"]
     if drop > max_drop:
         advice = "Give more --calibration_images, or --precision float16." if precision == "int8" else "Keep float32."
+        advice = "Train it longer with --quantize int8." if trained else advice
         raise RunError(
             f"{precision} loses {drop:.2f} points of top-1, and --max_drop allows {max_drop:g}. {path} is there all "
             f"the same. {advice}"
@@ -115,10 +124,23 @@ def _in_words(made: dict[str, Any]) -> str:
     if not made:
         return "."
     kept = ", ".join(made["float_layers"]) or "none"
-    return (
-        f": {made['int8_layers']} layers, ranges by {made['calibration']} of {made['calibration_images']} training "
-        f"images. Layers that stay float: {kept}. Operators that stay float: {', '.join(made['float_operators'])}."
+    words = (
+        f": {made['int8_layers']} layers, {_ranges_in_words(made)}. Layers that stay float: {kept}. Operators that "
+        f"stay float: {', '.join(made['float_operators'])}."
     )
+    if "simulated_agreement" in made:
+        words += (
+            f"\nOn {EVALUATION_BATCH} images the file chooses the class that the training simulated for "
+            f"{made['simulated_agreement']:.1f} %; its logits differ by {100 * made['simulated_difference']:.2g} % of "
+            "their standard deviation."
+        )
+    return words
+
+
+def _ranges_in_words(made: dict[str, Any]) -> str:
+    if "calibration" in made:
+        return f"ranges by {made['calibration']} of {made['calibration_images']} training images"
+    return "ranges of its training"
 
 
 def _image_sets(model: nn.Module, data_args: DataArguments) -> tuple[ImageSource, ImageSource]:

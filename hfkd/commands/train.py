@@ -18,7 +18,7 @@ from ..losses import build_losses
 from ..losses.base import trains_classifier
 from ..names import NO_LABELS, hub_id, last_part
 from ..recipe.arguments import DataArguments, DistillationConfig, ModelArguments
-from ..recipe.checks import check_probe, check_without_labels
+from ..recipe.checks import check_probe, check_quantized_losses, check_without_labels
 from ..recipe.differences import recipe_differences
 from ..recipe.finding import find_recipe
 from ..recipe.reading import parse_recipe
@@ -202,6 +202,7 @@ def build_trainer(
     from ..training.trainer import DistillationTrainer
     from .build import (
         build_student,
+        check_has_weights,
         check_teachers,
         image_sets,
         load_splits,
@@ -213,6 +214,10 @@ def build_trainer(
 
     check_model(model_args.student_name_or_path, model_args.trust_remote_code)
     losses = build_losses(config.losses, config.logit_standardization)  # type: ignore[arg-type]  # a mapping by now
+    has_classifier = trains_classifier(losses.values(), config.ce_weight)
+    check_quantized_losses(losses, config, has_classifier)
+    if config.quantize != "none":
+        check_has_weights(model_args)
     if not model_args.teacher_cache:
         check_teachers(model_args, losses)
     teacher: Any = open_cache(model_args) if model_args.teacher_cache else None
@@ -224,7 +229,6 @@ def build_trainer(
         check_without_labels(losses, config, f"the images of {splits[0].name}")
     teacher = teacher or load_teachers(model_args, splits[1].class_names) or None
     set_seed(config.seed)  # the student's initial weights are part of the recipe
-    has_classifier = trains_classifier(losses.values(), config.ce_weight)
     if has_classifier and not splits[0].has_labels:
         splits = with_teacher_classes(splits, teacher)
     check_weight_count(config.class_weights, len(splits[0].class_names))

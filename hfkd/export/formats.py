@@ -83,7 +83,7 @@ def write_model(
         RuntimeError: if the file cannot be written.
     """
     file_format.check_installed()
-    program = _captured(model, image_size)
+    program = captured(model, image_size)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with writing_by_name(path) as partial:
@@ -111,7 +111,7 @@ class _Prediction(nn.Module):
 
 
 @torch.no_grad()
-def _captured(model: nn.Module, image_size: int) -> ExportedProgram:
+def captured(model: nn.Module, image_size: int) -> ExportedProgram:
     """Trace the model for batches of any size, and remove the paths of source files from the program."""
     images = torch.zeros(2, 3, image_size, image_size)
     prediction = _Prediction(model).eval()

@@ -120,7 +120,8 @@ def method_section(results: dict[str, Any]) -> str:
     """Return the losses with their settings, and the citations."""
     if not results["losses"]:
         own = results.get("label_loss")
-        return f"## Method\n\n{f'{code(own)} of' if own else 'Cross-entropy with'} the labels; no teacher."
+        of_labels = f"{f'{code(own)} of' if own else 'Cross-entropy with'} the labels; no teacher."
+        return "\n\n".join(["## Method", of_labels, *_rounding(results)])
     own = results.get("label_loss")  # the user's, in place of the cross-entropy
     rows = [[f"{code(own)} of the labels" if own else "cross-entropy with the labels", f"{results['ce_weight']:g}", ""]]
     for name, settings in results["losses"].items():
@@ -135,9 +136,21 @@ def method_section(results: dict[str, Any]) -> str:
     if results["logit_standardization"]:
         parts.append("Z-score: the logits of student and teacher are standardized before they are compared.")
         citations.append(CITATION)
+    parts += _rounding(results)
     if citations:
         parts.append(fenced("bibtex", "\n\n".join(map(inspect.cleandoc, citations))))
     return "\n\n".join(parts)
+
+
+def _rounding(results: dict[str, Any]) -> list[str]:
+    """Return a paragraph on the training in simulated int8, none for another one."""
+    if results.get("quantize") != "int8":
+        return []
+    return [
+        "The weights were trained quantization-aware, for int8: the figures are those of simulated int8, which hfkd "
+        "computes. `hfkd export --precision int8` writes the int8 file. Other libraries compute with the same weights "
+        "in float32 and leave the ranges (`*.range`) out."
+    ]
 
 
 def _cache(cache: dict[str, Any]) -> str:

@@ -22,6 +22,7 @@ from ..names import hub_id, public_name
 from .backbones import is_backbone, lacks_classifier, load_backbone
 from .features import timm_model_of
 from .input_spec import input_spec, known_input_spec
+from .int8 import restore_int8
 from .sharding import gathered
 from .sources import (
     check_loaded,
@@ -311,6 +312,7 @@ def load_pretrained(
             raise
         raise HfkdError(f"teacher_device_map: {error}") from error
     check_loaded(model, info, name_or_path, new_classes=class_names is not None)
+    restore_int8(model, name_or_path)
     return model
 
 

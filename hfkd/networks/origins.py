@@ -8,6 +8,8 @@ from timm.models import split_model_name_tag
 from ..names import hub_id
 from .sources import resolve_name
 
+RANDOM_WEIGHTS = "random weights"
+
 
 def student_weights(name_or_path: str, pretrained: bool = False) -> str:
     """Return what `load_student` starts from.
@@ -18,7 +20,7 @@ def student_weights(name_or_path: str, pretrained: bool = False) -> str:
     name_or_path = resolve_name(name_or_path)
     if timm.is_model(name_or_path):
         tagged = bool(split_model_name_tag(name_or_path)[1])
-        return _of_timm(name_or_path) if tagged or pretrained else "random weights"
+        return _of_timm(name_or_path) if tagged or pretrained else RANDOM_WEIGHTS
     return _of_place(name_or_path)
 
 

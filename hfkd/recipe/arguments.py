@@ -358,6 +358,14 @@ class DistillationConfig(TrainingArguments):
         default=None,
         metadata={"help": "Decay per step of the moving average of the student, which is then evaluated and exported."},
     )
+    quantize: str = field(
+        default="none",
+        metadata={
+            "help": "int8: train with the rounding of an int8 file, from a trained student. On the command line "
+            "without num_train_epochs, max_steps or learning_rate, these are a tenth of the recipe's.",
+            "choices": ["none", "int8"],
+        },
+    )
     early_stopping_patience: int | None = field(
         default=None,
         metadata={

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -87,6 +88,12 @@ OPTIM_ARGS = {
     **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adafactor"), ()),
 }
 SWITCHES = ("nesterov", "centered")  # the optim_args that are no numbers
+
+
+# They run layers again or as other code, or hold the weights in bf16 or float16.
+NOT_WITH_QUANTIZE = (
+    *("torch_compile", "gradient_checkpointing", "activation_checkpointing", "bf16_full_eval", "fp16_full_eval"),
+)
 
 
 def check_ranges(arguments: Any, ranges: Mapping[str, Range] = RANGES) -> None:
@@ -242,6 +249,7 @@ def check_training(config: Any) -> None:
             f"{config.save_steps:g} and {eval_steps:g}."
         )
     _check_early_stopping(config, evaluated)
+    _check_quantize(config)
     _check_class_weights(config)
     if isinstance(config.lr_scheduler_kwargs, str) and not config.lr_scheduler_kwargs.startswith("{"):
         raise HfkdError(f"lr_scheduler_kwargs must be a mapping, got '{config.lr_scheduler_kwargs}'.")
@@ -257,6 +265,50 @@ def _check_early_stopping(config: Any, evaluated: str) -> None:
         raise HfkdError("early_stopping_patience counts evaluations: set eval_strategy to epoch or steps.")
     elif config.metric_for_best_model is None:
         raise HfkdError("early_stopping_patience needs a metric: set metric_for_best_model, such as top1.")
+
+
+def _check_quantize(config: Any) -> None:
+    if config.quantize == "none":
+        return
+    if config.quantize != "int8":  # from code
+        raise HfkdError(f"quantize must be none or int8, got '{config.quantize}'.")
+    asked = {
+        "fsdp": config.fsdp or _launched_with("FSDP"),
+        "deepspeed": config.deepspeed or _launched_with("DEEPSPEED"),
+        **{key: getattr(config, key, None) for key in NOT_WITH_QUANTIZE},
+    }
+    given = [key for key, value in asked.items() if value]
+    if given:
+        raise HfkdError(f"quantize is not supported with {given[0]}: leave one of them out.")
+
+
+def _launched_with(plugin: str) -> bool:
+    return os.environ.get(f"ACCELERATE_USE_{plugin}", "false").lower() in ("1", "true")
+
+
+def check_quantized_losses(losses: Any, config: Any, has_classifier: bool) -> None:
+    """Check that a student to be trained in simulated int8 has a classifier and is not rebuilt.
+
+    Args:
+        losses: `DistillationLoss` modules by name.
+        config: a DistillationConfig.
+
+    Raises:
+        HfkdError: if it has none, or a loss rebuilds it.
+    """
+    if config.quantize == "none":
+        return
+    if not has_classifier:
+        raise HfkdError(
+            "quantize needs a student with a classifier, whose top-1 tells what int8 costs, and nothing here trains "
+            "one: set ce_weight above 0, or leave quantize out."
+        )
+    rebuilding = [name for name, loss in losses.items() if loss.reuses_classifier is not None]
+    if rebuilding:
+        raise HfkdError(
+            f"quantize starts from a trained student, and the loss '{rebuilding[0]}' gives it a new projector: train "
+            "it without quantize first, then give its folder as --student with another loss, such as kd."
+        )
 
 
 def _check_class_weights(config: Any) -> None:

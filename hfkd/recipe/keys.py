@@ -174,7 +174,7 @@ _DISTILLATION = {
         Key(RESULT),
     ),
     **dict.fromkeys(("early_stopping_patience", "early_stopping_threshold"), Key(RESULT)),
-    **dict.fromkeys(("class_weights", "freeze", "layer_decay"), Key(RESULT)),
+    **dict.fromkeys(("class_weights", "freeze", "layer_decay", "quantize"), Key(RESULT)),
     "ce_weight": Key(RESULT, searchable=True),
     "lr_milestones": Key(RESULT, schedule=True),
     "shard_teacher": Key(SPEED),

@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging
+
 from ..errors import HfkdError, unknown_key_error
 from ..losses import LOSSES, build_losses, installed_losses
 from .arguments import DataArguments, DistillationConfig, ModelArguments
@@ -18,6 +20,8 @@ from .finding import RecipeSource, find_recipe, name_from
 from .keys import NOT_RECORDED, SECTIONS
 from .parser import ArgumentParser, to_argv
 from .yaml_file import parse_yaml
+
+logger = logging.get_logger(__name__)
 
 ARGUMENT_CLASSES = (ModelArguments, DataArguments, DistillationConfig)
 KEYS = [field.name for cls in ARGUMENT_CLASSES for field in dataclasses.fields(cls) if field.init]
@@ -112,14 +116,48 @@ def parse_recipe(
     recipe = {key: value for key, value in recipe.items() if value is not None and key not in unset}
     recipe["losses"], overrides = _split_loss_overrides(recipe.get("losses") or {}, overrides)
     recipe.setdefault("output_dir", str(Path("runs", lineage[0][0].name)))
-    argv = to_argv(recipe, parser) + overrides
+    shortened = _shortened(recipe, overrides, parser)
+    argv = to_argv(recipe | shortened, parser) + overrides
     model_args, data_args, config = parser.parse(argv)
+    if shortened and config.process_index == 0:
+        changes = ", ".join(f"{key} {value}" for key, value in shortened.items())
+        logger.warning(f"quantize goes on from a trained student, so the recipe is shortened: {changes}.")
     if any(":" in str(method) for method in config.losses):
         _look_for_code([source.path.parent for source, _ in lineage if not source.is_packaged])
     build_losses(config.losses, config.logit_standardization)  # finds mistakes before data and networks are loaded
     resolved = _resolve(parser, argv)
     config.written = frozenset(resolved)
     return model_args, data_args, config, resolved
+
+
+def _shortened(recipe: dict[str, Any], overrides: list[str], parser: ArgumentParser) -> dict[str, Any]:
+    """Return the keys of a recipe that change where the command line sets `quantize`, with their new values.
+
+    Length and learning rate are a tenth, and milestones keep their shares of the length. A recipe that sets `quantize`
+    itself is left as it is, and so is what the command line gives.
+    """
+    options = [parser.option(token) for token in overrides]
+    given = {option.dest for option in options if option is not None}
+    values = vars(parser.parse_known_args(to_argv(recipe, parser) + overrides)[0])
+    if "quantize" not in given or values["quantize"] != "int8" or recipe.get("quantize") == "int8":
+        return {}
+    changed = {key: values[key] / 10 for key in ("learning_rate", "num_train_epochs") if key not in given}
+    if "max_steps" in given:
+        changed.pop("num_train_epochs", None)
+    elif "num_train_epochs" not in given and values["max_steps"] > 0:
+        changed["max_steps"] = max(1, round(values["max_steps"] / 10))
+    if values["lr_milestones"] and "lr_milestones" not in given:
+        share = values["num_train_epochs"] / recipe.get("num_train_epochs", values["num_train_epochs"])
+        share = share if "num_train_epochs" in given else 0.1
+        changed["lr_milestones"] = [epoch * share for epoch in values["lr_milestones"]]
+    return {key: _rounded(value) for key, value in changed.items()}
+
+
+def _rounded(value: Any) -> Any:
+    """Return numbers without the last digits of a division."""
+    if isinstance(value, list):
+        return [_rounded(each) for each in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _look_for_code(folders: list[Path]) -> None:

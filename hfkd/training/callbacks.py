@@ -13,6 +13,7 @@ from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from ..data import ImageSource, StreamingImageDataset
+from ..networks.int8 import move_ranges
 from ..runs.checkpoints import UNLOGGED_NAME
 from .metrics import measured
 from .term_log import TermLog
@@ -48,6 +49,26 @@ class UpdateAverage(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.average.update(self.student, state.global_step)
+
+
+class MoveRanges(TrainerCallback):
+    """Lets the ranges of a student in simulated int8 follow the batches, and holds them for the rest of the training.
+
+    Held ranges are what the file has, so that the last steps train for it.
+    """
+
+    MOVING = 0.5  # share of the training
+    MOMENTUM = 0.01  # as that of torch's MovingAverageMinMaxObserver, after a mean of the first hundred batches
+
+    def __init__(self, student: nn.Module):
+        self.student = student
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        moving = state.global_step < self.MOVING * state.max_steps
+        move_ranges(self.student, max(self.MOMENTUM, 1 / (1 + state.global_step)) if moving else 0.0)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        move_ranges(self.student, 0.0)
 
 
 class ContinueLog(TrainerCallback):

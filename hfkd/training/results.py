@@ -198,6 +198,7 @@ def run_facts(
         "losses": {name: loss.settings() for name, loss in losses.items()},
         "logit_standardization": args.logit_standardization,
         "ce_weight": args.ce_weight,
+        **({"quantize": args.quantize} if args.quantize != "none" else {}),
         "published_top1": args.published_top1,
         "exported": "best" if args.load_best_model_at_end else "last",
         "best_by": {

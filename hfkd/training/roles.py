@@ -10,11 +10,12 @@ from transformers import set_seed
 
 from ..losses import build_losses
 from ..losses.base import trains_classifier
+from ..networks.headless import is_headless
 from ..networks.loading import as_teacher
 from ..networks.origins import student_weights, teacher_weights
 from ..networks.teacher import Teacher, TeacherEnsemble
 from ..recipe.arguments import DistillationConfig
-from ..recipe.checks import check_probe, check_without_labels
+from ..recipe.checks import check_probe, check_quantized_losses, check_without_labels
 from ..teacher_cache.teacher import CachedTeacher
 from .checks import check_mixed, check_roles
 from .loaders import first_set
@@ -85,5 +86,6 @@ def check_settings(
     """
     if not has_labels(train_dataset):
         check_without_labels(losses, args, "the training images")
+    check_quantized_losses(losses, args, not is_headless(model))
     check_roles(model, teacher, losses, args)
     check_mixed(train_dataset, teacher, args)

@@ -11,12 +11,13 @@ from torch import nn
 from transformers import PreTrainedModel, set_seed
 from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperPreTrainedModel
 
-from ..data import ImageSource
+from ..data import ImageSource, collate_batch
 from ..data.subsets import image_source
 from ..errors import HfkdError
 from ..networks.channels import check_channels
 from ..networks.features import AFFINE, InputSpec, remove_taps, settle_layers
 from ..networks.input_spec import known_input_spec, load_processor
+from ..networks.int8 import is_int8, quantize
 from ..networks.loading import load_student, wrap_timm
 from ..networks.simkd_rebuild import with_teacher_classifier
 from ..networks.teacher import Teacher, TeacherEnsemble, check_placement
@@ -24,6 +25,7 @@ from ..recipe.arguments import DistillationConfig
 from ..teacher_cache.teacher import CachedTeacher
 from .checks import check_ensemble
 from .freezing import frozen_names
+from .loaders import first_images
 from .optimization import layer_scales
 
 
@@ -50,7 +52,26 @@ def fit_student(
     set_seed(args.seed)  # SimKD's projector must not depend on whether a teacher has just been loaded
     dataset = eval_dataset if train_dataset is None else train_dataset
     model = with_teacher_classifier(model, teacher, losses, image_source(dataset))
+    _simulate_int8(model, train_dataset, args)
     return model.to(memory_format=torch.channels_last) if args.channels_last else model
+
+
+def _simulate_int8(model: nn.Module, train_dataset: Any, args: DistillationConfig) -> None:
+    """Put simulated int8 into a student that is to be trained in it, unless it was trained in it before.
+
+    Raises:
+        HfkdError: if there are no training images, or the student is for int8 and the run is not.
+    """
+    if args.quantize == "none":
+        if is_int8(model) and train_dataset is not None:  # it may be evaluated
+            raise HfkdError("The student was trained for int8, and its ranges go with that: set quantize to int8.")
+        return
+    if is_int8(model):
+        return
+    if train_dataset is None:
+        raise HfkdError("quantize reads the first ranges of activations from training images: give a train_dataset.")
+    batch = first_images(train_dataset, collate_batch)
+    quantize(model, batch["pixel_values"].to(next(model.parameters()).device))
 
 
 def load_named_student(name_or_path: str, dataset: Any, has_classifier: bool = True) -> PreTrainedModel:

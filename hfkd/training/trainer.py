@@ -48,7 +48,16 @@ from ..teacher_cache.filling import FillingTeacher, why_not_kept
 from ..teacher_cache.identity import teacher_facts
 from ..teacher_cache.teacher import CachedTeacher
 from .backends import backend_of
-from .callbacks import ContinueLog, EndWhereDone, EpochLines, ProgressLines, SetEpoch, UpdateAverage, place_tensorboard
+from .callbacks import (
+    ContinueLog,
+    EndWhereDone,
+    EpochLines,
+    MoveRanges,
+    ProgressLines,
+    SetEpoch,
+    UpdateAverage,
+    place_tensorboard,
+)
 from .checkpoints import WEIGHTS_PATTERN, Checkpoints, changed_for_now, check_best
 from .checks import (
     asks_for_best,
@@ -305,6 +314,9 @@ class DistillationTrainer(Trainer):
         self.pop_callback(UpdateAverage)
         if self.average is not None:
             self.add_callback(UpdateAverage(self.average, self.model))
+        self.pop_callback(MoveRanges)
+        if args.quantize == "int8":
+            self.add_callback(MoveRanges(self.model))
         if args.gradient_checkpointing:
             settings: Any = args.gradient_checkpointing_kwargs  # a mapping or None once args is built
             use_gradient_checkpointing(self.model, settings or {})

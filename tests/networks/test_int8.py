@@ -1,0 +1,77 @@
+"""Simulated int8: files agree with it for a CNN, a ViT and a SimKD student; folders load again."""
+
+import pytest
+import timm
+import torch
+from helpers import aligned
+from torch import nn
+
+from hfkd import load_student
+from hfkd.errors import HfkdError
+from hfkd.export.formats import FORMATS, write_model
+from hfkd.export.int8 import TOLERANCE, for_file, write_int8
+from hfkd.export.quantization import logits_of_file
+from hfkd.networks.features import logits_of
+from hfkd.networks.int8 import is_int8, quantize, round_weight, without_rounding
+from hfkd.networks.loading import exported_state_dict, load_pretrained, wrap_timm
+
+SIMKD = {"student_width": 32, "teacher_width": 32, "teacher_size": [8, 8], "factor": 2}
+SIMKD |= {"architecture": "cifar_resnet8", "stage": 2}
+
+
+def network(name):
+    torch.manual_seed(0)
+    if name == "simkd_student":
+        model = wrap_timm(timm.create_model(name, num_classes=10, **SIMKD), list(map(str, range(10))), SIMKD)
+    elif name == "vit":
+        model = load_student("vit_tiny_patch16_224", num_classes=10, image_size=32)
+        model.timm_model.blocks = model.timm_model.blocks[:2]
+    else:
+        model = load_student(name, num_classes=10)
+    images = torch.randn(32, 3, 32, 32)
+    with torch.no_grad():
+        model.train()(images)  # moves the statistics of the norms
+    return model.eval(), images
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet8", "vit", "simkd_student"])
+def test_files_agree_with_the_training(tmp_path, name):
+    model, images = network(name)
+    with torch.no_grad():
+        in_float = logits_of(model, images)
+    quantize(model, images)
+    with torch.no_grad():
+        expected, unrounded = logits_of(model, images), logits_of(without_rounding(model), images)
+    torch.testing.assert_close(unrounded, in_float, rtol=1e-3, atol=1e-4)
+    assert (expected - in_float).abs().max() > 1e-3 * in_float.std()
+    made = write_int8(model, tmp_path / "int8.onnx", "", images)
+    given = logits_of_file(tmp_path / "int8.onnx", images)
+    assert (given - expected).square().mean().sqrt() <= TOLERANCE * expected.std()
+    assert (given.argmax(1) == expected.argmax(1)).float().mean() >= 0.95
+    assert made["int8_layers"] == len(model.config.int8_layers) and made["float_layers"] == ()
+    if name == "cifar_resnet8":
+        program = write_model(for_file(model, "torch"), 32, FORMATS["torch"], tmp_path / "model.pt2", "")
+        torch.testing.assert_close(program(images), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_saved_folder_loads_again(tmp_path):
+    model, images = network("cifar_resnet8")
+    quantize(model, images)
+    model.save_pretrained(tmp_path, state_dict=exported_state_dict(model), save_original_format=False)
+    loaded = aligned(load_pretrained(str(tmp_path)).eval())
+    assert is_int8(loaded)
+    with torch.no_grad():
+        torch.testing.assert_close(logits_of(loaded, images), logits_of(model, images))
+
+
+def test_an_outlier_channel_of_the_weights():
+    weight = torch.rand(4, 3, 1, 1) - 0.5
+    weight[0] = 1000
+    of_one_scale = (weight / (1000 / 127)).round()
+    assert not of_one_scale[1:].any()
+    torch.testing.assert_close(round_weight(weight), weight, rtol=0, atol=0.5 / 127 / 2 + 1e-6)
+
+
+def test_a_model_without_layers_is_refused():
+    with pytest.raises(HfkdError, match="quantize needs convolutions"):
+        quantize(nn.Flatten(), torch.randn(2, 3, 4, 4))
