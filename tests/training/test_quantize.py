@@ -58,3 +58,16 @@ def test_a_student_with_random_weights(tmp_path):
     recipe = ["cifar100/base", "--student", "cifar_resnet8", "--dataset_name", "digits"]
     with pytest.raises(HfkdError, match="cifar_resnet8 has random weights"):
         distill([*recipe, "--quantize", "int8", "--output_dir", str(tmp_path / "run")])
+
+
+def test_a_student_for_int8_in_another_run(tmp_path):
+    student = trainer(tmp_path / "int8").model
+    with pytest.raises(HfkdError, match="was trained for int8"):
+        DistillationTrainer(student, args=config(tmp_path / "float"), train_dataset=images(16))
+    evaluated = DistillationTrainer(student, args=config(tmp_path / "eval"), eval_dataset=images(16, augment=False))
+    assert "eval_top1" in evaluated.evaluate()
+
+
+def test_a_loss_that_rebuilds_the_student(tmp_path):
+    with pytest.raises(HfkdError, match="the loss 'simkd' gives it a new projector"):
+        trainer(tmp_path / "simkd", losses={"simkd": {}})
