@@ -82,7 +82,7 @@ def usage_section(config: dict[str, Any] | None, repo_id: str | None, results: d
         fenced("python", registering + template.strip().format(model=repo_id or LOCAL_FOLDER))
         for template in ((FEATURES_CODE,) if backbone else (PIPELINE_CODE, TRANSFORMERS_CODE))
     ]
-    if config["model_type"] == "timm_wrapper":
+    if config["model_type"] == "timm_wrapper" and "int8_layers" not in config:  # timm refuses weights it does not know
         name = f"hf-hub:{repo_id}" if repo_id else f"local-dir:{LOCAL_FOLDER}"
         template = TIMM_FEATURES_CODE if backbone else TIMM_CODE
         parts += ["With timm:", fenced("python", registering + template.strip().format(model=name))]

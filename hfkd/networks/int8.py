@@ -12,6 +12,7 @@ classes than `nn.Conv2d` and `nn.Linear`.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections import Counter
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from ..errors import HfkdError
 from ..names import architecture_of
@@ -242,6 +243,18 @@ def insert_int8(model: nn.Module, layers: dict[str, str | None]) -> None:
             network.set_submodule(norm_name, norm)
         network.set_submodule(name, Int8Conv2d(layer, norm))
     network.train(network.training)
+
+
+@contextlib.contextmanager
+def unreported_ranges(config: Any) -> Iterator[None]:
+    """Keep transformers from reporting the ranges of a model for int8, which are restored after its weights."""
+    verbosity = logging.get_verbosity()
+    if getattr(config, LAYERS_KEY, None) is not None:
+        logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def restore_int8(model: Any, name_or_path: str) -> None:

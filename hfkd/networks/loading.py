@@ -22,7 +22,7 @@ from ..names import hub_id, public_name
 from .backbones import is_backbone, lacks_classifier, load_backbone
 from .features import timm_model_of
 from .input_spec import input_spec, known_input_spec
-from .int8 import restore_int8
+from .int8 import restore_int8, unreported_ranges
 from .sharding import gathered
 from .sources import (
     check_loaded,
@@ -294,15 +294,16 @@ def load_pretrained(
             # timm reads its own key. Without this line it would keep the names from the folder and save them again.
             config.label_names = list(class_names)
     try:
-        model, info = AutoModelForImageClassification.from_pretrained(
-            name_or_path,
-            config=config,
-            dtype=torch.float32,
-            ignore_mismatched_sizes=class_names is not None,
-            device_map=device_map,
-            output_loading_info=True,
-            trust_remote_code=trust_remote_code,
-        )
+        with unreported_ranges(config):
+            model, info = AutoModelForImageClassification.from_pretrained(
+                name_or_path,
+                config=config,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=class_names is not None,
+                device_map=device_map,
+                output_loading_info=True,
+                trust_remote_code=trust_remote_code,
+            )
     except (OSError, SafetensorError) as error:  # no weights, or damaged ones
         raise not_found_error("weights", name_or_path, error) from error
     except ValueError as error:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import config, images
+from helpers import config, images, train_logs
 
 from hfkd import DistillationTrainer, load_student
 from hfkd.errors import HfkdError
@@ -36,7 +36,7 @@ def test_resuming_to_the_bit(tmp_path):
     assert is_int8(held.model)
 
 
-@pytest.mark.parametrize("key", ["torch_compile", "gradient_checkpointing", "bf16_full_eval"])
+@pytest.mark.parametrize("key", ["fsdp", "deepspeed", "torch_compile", "gradient_checkpointing", "bf16_full_eval"])
 def test_what_does_not_go_with_it(key):
     with pytest.raises(HfkdError, match=f"quantize is not supported with {key}"):
         config(quantize="int8", **{key: True})
@@ -58,3 +58,33 @@ def test_a_student_with_random_weights(tmp_path):
     recipe = ["cifar100/base", "--student", "cifar_resnet8", "--dataset_name", "digits"]
     with pytest.raises(HfkdError, match="cifar_resnet8 has random weights"):
         distill([*recipe, "--quantize", "int8", "--output_dir", str(tmp_path / "run")])
+
+
+def test_a_student_for_int8_in_another_run(tmp_path):
+    student = trainer(tmp_path / "int8").model
+    with pytest.raises(HfkdError, match="was trained for int8"):
+        DistillationTrainer(student, args=config(tmp_path / "float"), train_dataset=images(16))
+    evaluated = DistillationTrainer(student, args=config(tmp_path / "eval"), eval_dataset=images(16, augment=False))
+    assert "eval_top1" in evaluated.evaluate()
+
+
+def test_a_loss_that_rebuilds_the_student(tmp_path):
+    with pytest.raises(HfkdError, match="the loss 'simkd' gives it a new projector"):
+        trainer(tmp_path / "simkd", losses={"simkd": {}})
+
+
+def test_features_average_and_bf16(tmp_path):
+    torch.manual_seed(1)
+    losses = {"fitnet": {}, "kd": {"temperature": 4.0}}
+    settings = {"losses": losses, "logit_standardization": True, "ema_decay": 0.5, "bf16": True, "quantize": "int8"}
+    run = DistillationTrainer(
+        load_student("cifar_resnet8", num_classes=10),
+        load_student("cifar_resnet14", num_classes=10),
+        config(tmp_path, **settings),
+        train_dataset=images(16),
+        eval_dataset=images(16, augment=False),
+    )
+    first = run.model.timm_model.conv1.weight.clone()
+    run.train()
+    assert not torch.equal(run.model.timm_model.conv1.weight, first)
+    assert all(f"loss_{name}" in train_logs(run)[0] for name in losses)
