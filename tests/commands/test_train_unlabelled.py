@@ -77,7 +77,7 @@ def same_weights(one, other):
 def test_a_folder_of_photographs_is_distilled_and_then_fine_tuned(capsys):
     distill(words("flat", disable_tqdm=False))
     shown = capsys.readouterr().out
-    assert "data      flat: 23 training images, 1 evaluation images without labels, 4 classes" in shown
+    assert "data      flat: 23 training images, 1 evaluation image without labels, 4 classes" in shown
     assert "labels    none in training: ce_weight is 0" in shown and "Top-1" not in shown
     assert re.search(r"  eval_kd [\d.e+-]+", shown) and not re.search(r"  kd .*  kd ", shown), shown
     assert (
