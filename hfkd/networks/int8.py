@@ -201,16 +201,18 @@ def _traced(model: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, str | N
     network = timm_model_of(model)
     names = {module: name for name, module in network.named_modules()}
     calls: Counter[nn.Module] = Counter()
-    made: list[tuple[nn.Module, Tensor]] = []  # holds the tensors, so that no other one gets their place
+    made: list[tuple[nn.Module, Tensor, int]] = []  # with the version of the content, which counts changes in place
     norms: dict[nn.Module, nn.Module] = {}
 
     def after_layer(layer, args, output):
         calls[layer] += 1
-        made.append((layer, output))
+        made.append((layer, output, output._version))
 
     def before_norm(norm, args):
         calls[norm] += 1
-        norms.update({layer: norm for layer, output in made if output is args[0] and isinstance(layer, nn.Conv2d)})
+        for layer, output, version in made:
+            if output is args[0] and output._version == version and isinstance(layer, nn.Conv2d):
+                norms[layer] = norm
 
     kinds = (nn.Conv2d, nn.Linear)
     hooks = [each.register_forward_hook(after_layer) for each in names if type(each) in kinds]

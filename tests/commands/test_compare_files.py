@@ -92,6 +92,13 @@ def test_files_of_other_weights_are_left_out(networks):
         assert re.search(rf"{KD_ZSCORE}, {precision}: \S+{re.escape(reason)}\. {command}", f"{text}\n"), text
 
 
+def test_no_other_file_is_advised_for_a_student_trained_for_int8(networks):
+    shutil.copytree(networks / "student", finished_run("runs/int8", [60.0], quantize="int8") / "student")
+    text = files_text(compared(find_runs(["runs"])[0]))
+    assert text.count("Export it: ") == 1
+    assert text.endswith("Export it: hfkd export runs/int8/student --format onnx --precision int8")
+
+
 def test_seeds_and_what_is_not_there(networks):
     for seed in (1, 2):
         run_with_student(networks, f"runs/{seed}", seed)

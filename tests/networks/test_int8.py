@@ -75,3 +75,15 @@ def test_an_outlier_channel_of_the_weights():
 def test_a_model_without_layers_is_refused():
     with pytest.raises(HfkdError, match="quantize needs convolutions"):
         quantize(nn.Flatten(), torch.randn(2, 3, 4, 4))
+
+
+def test_a_norm_behind_a_change_in_place_is_not_folded():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 5))
+    images = torch.randn(32, 3, 8, 8)
+    with torch.no_grad():
+        model(images)  # moves the statistics of the norm
+        expected = logits_of(model.eval(), images)
+        quantize(model, images)
+        torch.testing.assert_close(logits_of(without_rounding(model), images), expected)
+    assert type(model[2]) is nn.BatchNorm2d
