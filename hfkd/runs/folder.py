@@ -18,7 +18,7 @@ from ..names import ROLES as ROLES
 
 RECIPE_NAME = "recipe.yaml"
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"  # files of an export
-LIBRARIES = ("torch", "torchvision", "transformers", "accelerate", "datasets", "timm", "evaluate", "numpy")
+LIBRARIES = ("torch", "torchvision", "transformers", "accelerate", "datasets", "timm", "numpy")
 
 
 def check_writable(folder: Path, key: str) -> None:

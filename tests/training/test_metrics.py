@@ -1,17 +1,15 @@
 import numpy as np
 import pytest
 
-from hfkd.training.metrics import ImageClassificationMetrics, ranked_accuracy
+from hfkd.training.metrics import ranked_accuracy
 
 
 def test_ranked_accuracy_in_percent():
     ranked = np.array([[0, 1, 2, 3, 4], [1, 0, 2, 3, 4], [5, 6, 7, 8, 9], [2, 1, 0, 3, 4]])
     labels = np.array([0, 0, 0, 4])
-    metrics = ImageClassificationMetrics().compute(
-        predictions=ranked, references=labels, teacher=np.array([0, 0, 5, 4])
-    )
+    metrics = ranked_accuracy(ranked, labels, np.array([0, 0, 5, 4]))
     assert metrics == {"top1": 25.0, "top5": 75.0, "agreement": 50.0, "teacher_top1": 75.0}
-    assert "agreement" not in ImageClassificationMetrics().compute(predictions=ranked, references=labels, teacher=None)
+    assert "agreement" not in ranked_accuracy(ranked, labels, None)
 
 
 def test_fewer_than_five_classes():
