@@ -47,6 +47,7 @@ class KeptChoices:
         names = [str(getattr(getattr(member.model, "config", None), "id2label", None)) for member in teacher.members]
         texts = [_digest_of_texts(member.model) for member in teacher.members]
         versions = [module.__version__ for module in (torch, timm, transformers)]
+        self._teacher = teacher
         self._facts = [describe_teacher(teacher), modules, names, texts, versions, arithmetic]
 
     def read(self, dataset: ImageSource) -> Tensor | None:
@@ -73,7 +74,8 @@ class KeptChoices:
         """Return the file for a data set; None for a stream, whose rows have no number."""
         if not isinstance(dataset, IndexedImageSource):
             return None
-        facts = [*self._facts, dataset.identity()]
+        folded = [member.is_folded for member in self._teacher.members]  # known once it is prepared
+        facts = [*self._facts, folded, dataset.identity()]
         if isinstance(dataset, ImageDataset):  # in memory: every image, where the identity reads a sample
             facts.append(zlib.crc32(dataset.images.cpu().contiguous().numpy().data))
         key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
