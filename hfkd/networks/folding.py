@@ -35,24 +35,23 @@ MULTIPLE = 2.5
 
 @dataclass(frozen=True)
 class Folded:
-    """A folded network, and how far it and the plain network are from the plain one in float32.
+    """A network with folded batch norms, and how far it and the plain network are from the plain one in float32.
 
     Attributes:
-        network: None where nothing can be folded, or where the logits are too far off.
-        error, plain: distances of their logits under autocast, as a share of the norm.
         norms: number of batch norms that are folded.
+        error, plain: distances of their logits under autocast, as a share of the norm.
+        is_exact: True if something is folded and the logits are as good as the plain network's.
     """
 
-    network: nn.Module | None
-    norms: int = 0
+    network: nn.Module
+    norms: int
     error: float = 0.0
     plain: float = 0.0
+    is_exact: bool = False
 
     def __str__(self) -> str:
-        return (
-            f"with {self.norms} batch norms folded, the logits are {100 * self.error:.2g} % from those of float32, and "
-            f"{100 * self.plain:.2g} % as it is"
-        )
+        error, plain = 100 * self.error, 100 * self.plain
+        return f"{self.norms} batch norms folded (logits {error:.2g} % from float32, unfolded {plain:.2g} %)"
 
 
 @torch.no_grad()
@@ -70,18 +69,37 @@ def fold(
         plain.to(memory_format=torch.channels_last)
     noise = torch.randn(IMAGES, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)).to(device)
     with torch.backends.cudnn.flags(enabled=False):  # cuDNN would round to TF32
-        pairs, reference = _pairs(plain, noise)
-        if not pairs:
-            return Folded(None)
-        folded = _fold(frozen_copy(plain), pairs)
+        folded, norms = fold_norms(plain, noise)
+        if not norms:
+            return Folded(folded, norms)
         if channels_last:
             folded.to(memory_format=torch.channels_last)
+        reference = logits_of(plain, noise)
         is_right = _distance(logits_of(folded, noise), reference) <= FLOAT32  # False for NaN
     to_precision(folded, autocast_dtype)
     to_precision(plain, autocast_dtype)
     with torch.autocast(device.type, autocast_dtype):
         error, rounding = (_distance(logits_of(network, noise), reference) for network in (folded, plain))
-    return Folded(folded if is_right and error <= MULTIPLE * rounding else None, len(pairs), error, rounding)
+    return Folded(folded, norms, error, rounding, is_exact=is_right and error <= MULTIPLE * rounding)
+
+
+@torch.no_grad()
+def fold_norms(model: nn.Module, images: Tensor) -> tuple[nn.Module, int]:
+    """Return a frozen copy of a network with folded batch norms, and their number.
+
+    A batch norm is folded if it alone reads what a convolution makes, and each of both runs once in a forward pass.
+
+    Args:
+        model: a classifier in eval mode; it is left as it is.
+        images: (B, 3, H, W), for that forward pass.
+    """
+    folded, pairs = frozen_copy(model), _pairs(model, images)
+    for conv_name, norm_name in pairs:
+        conv, norm = folded.get_submodule(conv_name), folded.get_submodule(norm_name)
+        folded.set_submodule(conv_name, fuse_conv_bn_eval(conv, norm))  # type: ignore[type-var]  # see `_pairs`
+        rest = nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
+        folded.set_submodule(norm_name, rest)
+    return frozen_copy(folded), len(pairs)
 
 
 def to_precision(model: nn.Module, autocast_dtype: torch.dtype | None) -> None:
@@ -117,8 +135,8 @@ class _Uses(TorchFunctionMode):
         return result
 
 
-def _pairs(model: nn.Module, images: Tensor) -> tuple[list[tuple[str, str]], Tensor]:
-    """Return the names of each convolution and the batch norm that alone reads it, and the logits of the images."""
+def _pairs(model: nn.Module, images: Tensor) -> list[tuple[str, str]]:
+    """Return the names of each convolution and the batch norm that alone reads it."""
     names = dict(_single_modules(model))
     calls: dict[str, list[tuple[Any, Any]]] = {name: [] for name in names}
     uses = _Uses()
@@ -130,7 +148,7 @@ def _pairs(model: nn.Module, images: Tensor) -> tuple[list[tuple[str, str]], Ten
     hooks = [module.register_forward_hook(functools.partial(record, name)) for name, module in names.items()]
     try:
         with uses:
-            logits = logits_of(model, images)
+            logits_of(model, images)
     finally:
         for hook in hooks:
             hook.remove()
@@ -140,7 +158,7 @@ def _pairs(model: nn.Module, images: Tensor) -> tuple[list[tuple[str, str]], Ten
         (makers[id(given)], name)
         for name, (given, _) in once.items()
         if type(names[name]) in NORMS and id(given) in makers and uses.counts[id(given)] == 1
-    ], logits.float()
+    ]
 
 
 def _single_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -150,13 +168,3 @@ def _single_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         plain = owners[id(module)] == 1 and not (module._forward_hooks or module._forward_pre_hooks)
         if plain and (type(module) is nn.Conv2d or (type(module) in NORMS and module.running_var is not None)):
             yield name, module
-
-
-def _fold(model: nn.Module, pairs: list[tuple[str, str]]) -> nn.Module:
-    """Fold batch norms into convolutions, in place, and return the model."""
-    for conv_name, norm_name in pairs:
-        conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)
-        model.set_submodule(conv_name, fuse_conv_bn_eval(conv, norm))
-        rest = nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
-        model.set_submodule(norm_name, rest)
-    return frozen_copy(model)

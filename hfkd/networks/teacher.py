@@ -27,7 +27,7 @@ from .features import (
     is_classifier_of,
     remove_taps,
 )
-from .folding import fold, has_foldable_norms, to_precision
+from .folding import Folded, fold, has_foldable_norms, to_precision
 from .frozen import frozen_copy
 from .headless import HeadlessNetwork, is_headless
 from .sharding import shard_frozen
@@ -54,6 +54,7 @@ class Teacher:
             (B, D). None: a model of transformers or timm tells, and any other is a classifier.
 
     Attributes:
+        folded: the network with folded batch norms that is run in place of `model`, or None; see `prepare`.
         shares_classes: True if its logits are those of the student's classes. False without a classifier and, once
             `align_classes` has found it, for a classifier of other classes.
 
@@ -82,7 +83,7 @@ class Teacher:
         self.input_spec = input_spec
         self.class_indices = class_indices
         self._autocast_dtype: torch.dtype | None = None
-        self._folded: nn.Module | None = None
+        self.folded: Folded | None = None
         self._taps: Taps | None = None
         self._rescale: tuple[Tensor, Tensor] | None = None
         self._columns: Tensor | None = None
@@ -113,7 +114,7 @@ class Teacher:
     @property
     def is_folded(self) -> bool:
         """True if a network with folded batch norms is run in place of `model`; see `prepare`."""
-        return self._folded is not None
+        return self.folded is not None
 
     @property
     def is_sharded(self) -> bool:
@@ -165,9 +166,9 @@ class Teacher:
             )
         self._autocast_dtype = autocast_dtype
         spec = self.input_spec or student_input
-        self._folded = None
+        self.folded = None
         if spec is not None and not (shard or self.is_sharded or self.dispatched or set(layers) - {EMBEDDING}):
-            self._folded = self._fold(device, channels_last, spec.image_size)
+            self.folded = self._fold(device, channels_last, spec.image_size)
         # An earlier trainer or the caller may have sharded it: then it stays as it is.
         if not (self.is_folded or self.is_sharded):
             to_precision(self.model, autocast_dtype)
@@ -185,9 +186,9 @@ class Teacher:
 
     @property
     def _running(self) -> nn.Module:
-        return self.model if self._folded is None else self._folded
+        return self.model if self.folded is None else self.folded.network
 
-    def _fold(self, device: torch.device, channels_last: bool, image_size: int) -> nn.Module | None:
+    def _fold(self, device: torch.device, channels_last: bool, image_size: int) -> Folded | None:
         """Return the network with folded batch norms; None where there are none, or the plain one is more exact."""
         if self._autocast_dtype is None or not (self.has_classifier and has_foldable_norms(self.model)):
             return None
@@ -196,11 +197,9 @@ class Teacher:
         except Exception as error:  # the code of a model may read what is no longer there
             logger.warning(f"The batch norms of the teacher {self.name} are not folded: {error!r}")
             return None
-        if folded.network is None and folded.norms:
-            logger.warning(f"The teacher {self.name} is run as it is: {folded}.")
-        elif folded.network is not None:
-            logger.info(f"Teacher {self.name}: {folded}.")
-        return folded.network
+        if folded.norms and not folded.is_exact:
+            logger.warning(f"The teacher {self.name} is run as it is, since it is less exact with {folded}.")
+        return folded if folded.is_exact else None
 
     def align_classes(self, student_names: Sequence[str], batch: dict[str, Tensor], required: bool = True) -> None:
         """Find this teacher's class for each of the student's; from then on the logits are for these classes.
