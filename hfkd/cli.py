@@ -8,6 +8,7 @@ import sys
 import time
 
 from . import __version__
+from .commands.importing import importing
 from .commands.messages import hide_token
 from .errors import HfkdError, did_you_mean
 
@@ -55,7 +56,9 @@ def main(argv: list[str] | None = None) -> None:
         print(f"hfkd: error: there is no command '{name}'.{did_you_mean(name, COMMANDS)}", file=sys.stderr)
         raise SystemExit(2)
     try:
-        pkgutil.resolve_name(COMMANDS[name][0])(rest)
+        with importing():
+            command = pkgutil.resolve_name(COMMANDS[name][0])
+        command(rest)
         _leave_process_group()
     except KeyboardInterrupt:
         print(f"hfkd {name}: interrupted", file=sys.stderr)

@@ -28,6 +28,7 @@ from ..runs.claims import STATE_NAME, check_run_folder, claimed
 from ..runs.folder import RECIPE_NAME, RESULTS_NAME, ROLES, check_writable
 from ..runs.planned import PlannedRun, check_learns_from_labels, missing_teacher
 from ..runs.writing import write_whole
+from .importing import importing
 from .next_command import next_command
 from .without_recipe import WITHOUT_RECIPE, with_recipe
 
@@ -41,7 +42,8 @@ logger = logging.get_logger(__name__)
 def distill(argv: list[str] | None = None) -> DistillationTrainer:
     """Train the student of a recipe, after its teacher if that is missing, and export it to `<output_dir>/student`."""
     argv = with_recipe(sys.argv[1:] if argv is None else argv)
-    settings = parse_recipe(argv)
+    with importing():
+        settings = parse_recipe(argv)
     model_args, data_args, config, recipe = settings
     check_teacher_is_used(model_args, config)
     check_declared_labels(data_args, config)
@@ -61,7 +63,8 @@ def train_teacher(argv: list[str] | None = None) -> DistillationTrainer:
         HfkdError: if the recipe names a teacher or losses.
     """
     argv = with_recipe(sys.argv[1:] if argv is None else argv, role="teacher")
-    settings = parse_recipe(argv, command="hfkd train-teacher")
+    with importing():
+        settings = parse_recipe(argv, command="hfkd train-teacher")
     check_learns_from_labels(settings)
     check_declared_labels(settings[1], settings[2])
     return train(*settings, role="teacher", name=find_recipe(argv[0]).name)
@@ -150,7 +153,8 @@ def train(
 
 def _train(model_args, data_args, config, recipe, role, name, time_is_up) -> DistillationTrainer:
     """Train as `train` does, in a folder that is claimed."""
-    from ..training.unlabelled import has_labels  # takes seconds to import, see build_trainer
+    with importing():  # takes seconds, see build_trainer
+        from ..training.unlabelled import has_labels
 
     checkpoint = claim_output_dir(config, recipe)
     logging.disable_progress_bar()  # loading and saving weights would break the bar of the training
@@ -192,25 +196,26 @@ def build_trainer(
     """
     # Imported here, because these import timm, datasets and transformers' models, which takes seconds. `--help` and
     # mistakes in a recipe are answered without them.
-    from transformers import set_seed
-    from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperPreTrainedModel
+    with importing():
+        from transformers import set_seed
+        from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperPreTrainedModel
 
-    from ..networks.input_spec import input_spec, load_processor
-    from ..networks.loading import check_model
-    from ..training.label_loss import check_weight_count
-    from ..training.student import check_layer_names
-    from ..training.trainer import DistillationTrainer
-    from .build import (
-        build_student,
-        check_has_weights,
-        check_teachers,
-        image_sets,
-        load_splits,
-        load_teachers,
-        open_cache,
-        weights_in_words,
-        with_teacher_classes,
-    )
+        from ..networks.input_spec import input_spec, load_processor
+        from ..networks.loading import check_model
+        from ..training.label_loss import check_weight_count
+        from ..training.student import check_layer_names
+        from ..training.trainer import DistillationTrainer
+        from .build import (
+            build_student,
+            check_has_weights,
+            check_teachers,
+            image_sets,
+            load_splits,
+            load_teachers,
+            open_cache,
+            weights_in_words,
+            with_teacher_classes,
+        )
 
     check_model(model_args.student_name_or_path, model_args.trust_remote_code)
     losses = build_losses(config.losses, config.logit_standardization)  # type: ignore[arg-type]  # a mapping by now

@@ -99,7 +99,7 @@ def _read(path: Path, split: ImageSplit, image_size: int) -> Tensor | None:
     except (OSError, SafetensorError, KeyError, TypeError):  # truncated, foreign, or without metadata
         images, checksum = None, None
     wanted = (len(split), 3, image_size, image_size)
-    if images is None or tuple(images.shape) != wanted or _crc32(images) != checksum or not _shows(images, split):
+    if images is None or tuple(images.shape) != wanted or _crc32_of(path) != checksum or not _shows(images, split):
         logger.warning(f"{path} is damaged or shows other images. It is written anew.")
         return None
     return images
@@ -131,6 +131,19 @@ def _write(path: Path, images: Tensor) -> bool:
 
 def _crc32(images: Tensor) -> str:
     return f"{zlib.crc32(images.numpy().data):08x}"
+
+
+def _crc32_of(path: Path) -> str:
+    """Return the checksum of the images in a file, which are read a block at a time.
+
+    Over the mapped images it would bring all of them into the memory of every process before the first step.
+    """
+    checksum = 0
+    with path.open("rb") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))  # the header of safetensors and its length
+        while block := file.read(1 << 20):
+            checksum = zlib.crc32(block, checksum)
+    return f"{checksum:08x}"
 
 
 def _tell_not_kept(error: Exception) -> None:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from transformers.utils import logging
 
 from ..errors import HfkdError
 from ..losses.standardize import at_least_float32, standardize
@@ -26,9 +27,12 @@ from .features import (
     is_classifier_of,
     remove_taps,
 )
+from .folding import Folded, fold, has_foldable_norms, to_precision
 from .frozen import frozen_copy
 from .headless import HeadlessNetwork, is_headless
 from .sharding import shard_frozen
+
+logger = logging.get_logger(__name__)
 
 VIEWS = ("pixel_values", "pixel_values_strong")
 
@@ -50,6 +54,7 @@ class Teacher:
             (B, D). None: a model of transformers or timm tells, and any other is a classifier.
 
     Attributes:
+        folded: the network with folded batch norms that is run in place of `model`, or None; see `prepare`.
         shares_classes: True if its logits are those of the student's classes. False without a classifier and, once
             `align_classes` has found it, for a classifier of other classes.
 
@@ -78,6 +83,7 @@ class Teacher:
         self.input_spec = input_spec
         self.class_indices = class_indices
         self._autocast_dtype: torch.dtype | None = None
+        self.folded: Folded | None = None
         self._taps: Taps | None = None
         self._rescale: tuple[Tensor, Tensor] | None = None
         self._columns: Tensor | None = None
@@ -106,6 +112,11 @@ class Teacher:
         return hasattr(self.network, "_hf_hook")
 
     @property
+    def is_folded(self) -> bool:
+        """True if a network with folded batch norms is run in place of `model`; see `prepare`."""
+        return self.folded is not None
+
+    @property
     def is_sharded(self) -> bool:
         """True if each process holds a shard of it; then all processes must call it equally often."""
         return isinstance(self.model, FSDPModule)
@@ -125,6 +136,10 @@ class Teacher:
         Convolution and linear weights are converted to the autocast type once. Autocast itself would convert them again
         in every step, since its weight cache lives for one forward pass. Norms keep float32 weights, as under autocast,
         so the logits are the same.
+
+        Under autocast, if nothing but logits and embedding is read, the batch norms are folded into the convolutions
+        where that is as exact (see `folding.py`): then this copy is run, and `model` stays as it is. The decision
+        depends on teacher, precision, layout and image size alone, so that live runs and caches agree to the bit.
 
         Args:
             student_input: normalisation of the images. None: they are normalised for this teacher.
@@ -150,9 +165,13 @@ class Teacher:
                 "shard_teacher."
             )
         self._autocast_dtype = autocast_dtype
-        if not self.is_sharded:  # an earlier trainer or the caller may have sharded it: then it stays as it is
-            for module in weights if autocast_dtype is not None else ():
-                module.to(autocast_dtype)
+        spec = self.input_spec or student_input
+        self.folded = None
+        if spec is not None and not (shard or self.is_sharded or self.dispatched or set(layers) - {EMBEDDING}):
+            self.folded = self._fold(device, channels_last, spec.image_size)
+        # An earlier trainer or the caller may have sharded it: then it stays as it is.
+        if not (self.is_folded or self.is_sharded):
+            to_precision(self.model, autocast_dtype)
             if shard:
                 shard_frozen(self.model)
             elif not self.dispatched:
@@ -162,8 +181,25 @@ class Teacher:
         self._classifier = self._original_classifier if EMBEDDING in layers else None
         if self._classifier is not None:
             self._classifier.to(device)
-        self._taps = Taps(self.model, layers) if layers else None
+        self._taps = Taps(self._running, layers) if layers else None
         self._rescale = self._renormalisation(student_input, device)
+
+    @property
+    def _running(self) -> nn.Module:
+        return self.model if self.folded is None else self.folded.network
+
+    def _fold(self, device: torch.device, channels_last: bool, image_size: int) -> Folded | None:
+        """Return the network with folded batch norms; None where there are none, or the plain one is more exact."""
+        if self._autocast_dtype is None or not (self.has_classifier and has_foldable_norms(self.model)):
+            return None
+        try:
+            folded = fold(self.model, device, self._autocast_dtype, channels_last, image_size)
+        except Exception as error:  # the code of a model may read what is no longer there
+            logger.warning(f"The batch norms of the teacher {self.name} are not folded: {error!r}")
+            return None
+        if folded.norms and not folded.is_exact:
+            logger.warning(f"The teacher {self.name} is run as it is, since it is less exact with {folded}.")
+        return folded if folded.is_exact else None
 
     def align_classes(self, student_names: Sequence[str], batch: dict[str, Tensor], required: bool = True) -> None:
         """Find this teacher's class for each of the student's; from then on the logits are for these classes.
@@ -239,7 +275,7 @@ class Teacher:
         images = {view: self.convert(batch[view]) for view in VIEWS if view in batch}
         device = batch["pixel_values"].device
         with torch.autocast(device.type, self._autocast_dtype, enabled=self._autocast_dtype is not None):
-            outputs = forward_views(self.model, images, self._taps)
+            outputs = forward_views(self._running, images, self._taps)
         # With a `device_map`, features and logits may be on other devices than the images.
         outputs.features = {layer: at_least_float32(value).to(device) for layer, value in outputs.features.items()}
         outputs.classifier = self._classifier
@@ -250,11 +286,11 @@ class Teacher:
 
     def compile(self, **options) -> None:
         """Compile the network with torch.compile."""
-        self.model.compile(**options)
+        self._running.compile(**options)
 
     def uncompile(self) -> None:
         """Run the network as before `compile`."""
-        self.model._compiled_call_impl = None
+        self._running._compiled_call_impl = None
 
     def parameter_count(self) -> int:
         """Return the number of parameters."""

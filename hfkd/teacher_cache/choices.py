@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from ..data import ImageSource, IndexedImageSource
 from ..errors import HfkdError
+from ..networks.teacher import Teacher, TeacherEnsemble
 from .files import CHOICE_DTYPE, map_rows, write_rows
 from .identity import arithmetic_of, images_facts, key_of
 
@@ -28,12 +29,13 @@ class KeptChoices:
     """Files of a teacher's classes, one for each data set on which it was evaluated.
 
     Args:
+        teacher: whose classes they are; it is prepared before they are read.
         facts: result of `teacher_facts`.
         arithmetic: plain values on which rounding depends, such as device, precision and batch size.
     """
 
-    def __init__(self, facts: list[Any], arithmetic: dict[str, Any]):
-        self._facts = [*facts, arithmetic]
+    def __init__(self, teacher: Teacher | TeacherEnsemble, facts: list[Any], arithmetic: dict[str, Any]):
+        self._teacher, self._facts = teacher, [*facts, arithmetic]
 
     def read(self, dataset: ImageSource) -> Tensor | None:
         """Return the classes (N,) int64 for the rows of a data set; None if they are not kept."""
@@ -59,7 +61,8 @@ class KeptChoices:
         """Return the file for a data set; None for a stream, whose rows have no number."""
         if not isinstance(dataset, IndexedImageSource):
             return None
-        key = key_of([*self._facts, *images_facts(dataset)])
+        folded = [member.is_folded for member in self._teacher.members]  # known once it is prepared
+        key = key_of([*self._facts, folded, *images_facts(dataset)])
         return Path(datasets.config.HF_DATASETS_CACHE, "hfkd_teachers", f"{key}.bin")
 
 
@@ -71,4 +74,6 @@ def kept_choices(facts: list[Any] | None, args: Any) -> KeptChoices | None:
     """
     if facts is None or not args.keep_teacher_evaluation:
         return None
-    return KeptChoices(facts, arithmetic_of(args) | {"per_device_eval_batch_size": args.per_device_eval_batch_size})
+    return KeptChoices(
+        teacher, facts, arithmetic_of(args) | {"per_device_eval_batch_size": args.per_device_eval_batch_size}
+    )

@@ -85,6 +85,8 @@ def write_cache(
         "versions": environment()["versions"],
     }
     row = prepare_teacher_and_images(teacher, train_set, eval_set, config, row, with_embeddings)
+    if any(member.is_folded for member in teacher.members):  # unfinished caches of earlier versions are not continued
+        facts["folded"] = [member.is_folded for member in teacher.members]
     files = CacheFiles(folder, json.loads(json.dumps(facts | {"row": row.facts()})))
     processes = PartialState()  # the state that `config` has set up
     if processes.is_main_process:

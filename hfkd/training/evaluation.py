@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data import ImageSource
-from ..data.subsets import image_source
+from ..data import ImageDataset, ImageSource
+from ..data.subsets import image_source, training_labels
 from ..networks.teacher import Teacher, TeacherEnsemble
 from ..teacher_cache.choices import KeptChoices
 from ..teacher_cache.teacher import CachedTeacher
+
+PROBE_IMAGES = 64  # whose choices decide whether those of an earlier run are believed
 
 
 class TeacherMemory:
@@ -41,6 +44,7 @@ class TeacherMemory:
         self.teacher, self.device, self.kept = teacher, device, kept
         self.current: Tensor | None = None
         self._source: ImageSource | None = None
+        self._dataset: Any = None  # the source, or a subset of it
         self._memories: WeakKeyDictionary[ImageSource, Tensor | None] = WeakKeyDictionary()
 
     def open(self, dataset) -> None:
@@ -53,32 +57,29 @@ class TeacherMemory:
             cached = isinstance(self.teacher, CachedTeacher)
             known = self.teacher.choices(source) if cached else torch.full((source.num_rows,), -1)
             self._memories[source] = None if known is None else known.to(self.device)
-        self.current, self._source = self._memories[source], source
+        self.current, self._source, self._dataset = self._memories[source], source, dataset
 
     def top1(self, batches: Iterable[dict[str, Tensor]], processes: int) -> float | None:
         """Return the teacher's top-1 in percent over the batches of an opened data set, and remember its choices.
 
         All processes must call it. None where nothing can be remembered: then each evaluation runs the teacher anyway.
-        Choices that an earlier run kept are believed if the teacher chooses the same for the first batch.
+        Choices that an earlier run kept are believed if the teacher chooses the same for the first images.
         """
         if self.current is None:
             return None
-        kept, believed = self._read_kept(), False
+        believed = self._believe_kept()
+        if believed and processes == 1 and isinstance(self._source, ImageDataset):  # no image has to be shown
+            return _share(self.current == self._labels(), self._labels() != ImageSource.IGNORED)
         hits = torch.full_like(self.current, -1)  # of rows in no batch: -1
         for inputs in batches:
             choice, counting = self.choice(inputs), inputs["labels"] != ImageSource.IGNORED
             hits[inputs["index"][counting]] = (choice == inputs["labels"])[counting].long()
-            if kept is not None and torch.equal(kept[inputs["index"]], choice):
-                self.current.copy_(kept)
-                believed = True
-            kept = None  # one batch decides
         if processes > 1:
             for rows in (hits, self.current):
                 torch.distributed.all_reduce(rows, torch.distributed.ReduceOp.MAX)
         if self.kept is not None and not believed and (self.current >= 0).all():
             self.kept.write(self._source, self.current)
-        measured = hits[hits >= 0]
-        return 100 * measured.double().mean().item() if len(measured) else None
+        return _share(hits == 1, hits >= 0)
 
     def choice(self, inputs: dict[str, Tensor]) -> Tensor | None:
         """Return the teacher's class for each image of a batch, (B,); None without a teacher or a row in its cache."""
@@ -96,12 +97,26 @@ class TeacherMemory:
             memory[index] = choice
         return choice
 
-    def _read_kept(self) -> Tensor | None:
-        """Return the choices that an earlier run kept, where nothing is known yet."""
+    def _believe_kept(self) -> bool:
+        """Remember the choices that an earlier run kept, if the teacher makes the same for the first images."""
         if self.kept is None or (self.current >= 0).any():
-            return None
+            return False
         kept = self.kept.read(self._source)
-        return None if kept is None else kept.to(self.device)
+        if kept is None:
+            return False
+        kept = kept.to(self.device)
+        batch = self._dataset.__getitems__(list(range(min(PROBE_IMAGES, len(self._dataset)))))
+        first = {name: batch[name].to(self.device) for name in ("pixel_values", "index")}
+        believed = torch.equal(kept[first["index"]], self.choice(first))
+        if believed:
+            self.current.copy_(kept)
+        else:
+            self.current.fill_(-1)  # also of the first images, which other batches may round differently
+        return believed
+
+    def _labels(self) -> Tensor:
+        """Return the labels (N,) of the data set's rows, IGNORED outside a subset."""
+        return training_labels(self._dataset).to(self.device)
 
     def _known_everywhere(self, known: Tensor) -> bool:
         """Return whether the batch is known here and, for a sharded teacher, which all must run, in all processes."""
@@ -109,6 +124,12 @@ class TeacherMemory:
             known = known.int()
             torch.distributed.all_reduce(known, torch.distributed.ReduceOp.MIN)
         return bool(known)
+
+
+def _share(hits: Tensor, counting: Tensor) -> float | None:
+    """Return the share of hits in percent among the rows that count; None if there is none."""
+    measured = hits[counting]
+    return 100 * measured.double().mean().item() if len(measured) else None
 
 
 @contextlib.contextmanager

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import datasets
-import evaluate
 import numpy as np
 import torch
 from torch import Tensor
@@ -25,29 +23,12 @@ WITH_TEACHER = ("agreement", "teacher_top1")
 TIMES = ("runtime", "samples_per_second", "steps_per_second")
 
 
-class ImageClassificationMetrics(evaluate.Metric):
-    """Accuracy of ranked predictions.
-
-    `compute(predictions=ranked, references=labels, teacher=classes)`: `ranked` (N, K) holds each image's classes from
-    the most probable on, `labels` (N,) the true classes, and `teacher` (N,) the teacher's most probable classes or
-    None. K is 5, or the number of classes if there are fewer.
-    """
-
-    def _info(self):
-        return evaluate.MetricInfo(
-            description="Top-1 and top-5 accuracy and agreement with a teacher, in percent.",
-            citation="",
-            features=datasets.Features(
-                {"predictions": datasets.Sequence(datasets.Value("int64")), "references": datasets.Value("int64")}
-            ),
-        )
-
-    def _compute(self, predictions, references, teacher=None):
-        return ranked_accuracy(np.asarray(predictions), np.asarray(references), teacher)
-
-
 def ranked_accuracy(ranked: np.ndarray, labels: np.ndarray, teacher: np.ndarray | None) -> dict[str, float]:
     """Return `top1`, `top5` and, with a teacher's classes (N,), `agreement` and `teacher_top1`, in percent.
+
+    Args:
+        ranked: (N, K), each image's classes from the most probable on; K is 5, or the number of classes if smaller.
+        labels: (N,), the true classes.
 
     Raises:
         HfkdError: if there is no image.
@@ -151,6 +132,8 @@ def _rows(value: Any, counts: Any) -> Any:
 
 def _own_metrics(batches: list[tuple[np.ndarray, ...]]) -> dict[str, float]:
     """Return hfkd's own figures from its outputs and the labels, batch by batch."""
+    from .accuracy import ImageClassificationMetrics  # imports a library that the first step does not need
+
     arrays = [np.concatenate(parts) for parts in zip(*batches, strict=True)]
     counts = arrays[-1] != ImageSource.IGNORED
     ranked, losses, *teacher, labels = (array[counts] for array in arrays)

@@ -12,6 +12,8 @@ from transformers import Trainer, TrainerCallback
 from ..data import ImageSource, MixedImageDataset
 from ..data.subsets import image_source
 from ..names import counted
+from ..networks.teacher import Teacher
+from ..teacher_cache.teacher import CachedTeacher
 from .loaders import first_set
 from .unlabelled import has_labels
 
@@ -70,7 +72,9 @@ class RunBlock(TrainerCallback):
         lines = {self.trainer.exports.name: trained}
         if facts["teacher"] is not None:
             number = f"{facts['teacher_parameters']:,} parameters"
-            lines["teacher"] = [facts["teacher"], number, self.weights.get("teacher"), _classes(self.trainer.teacher)]
+            teacher = self.trainer.teacher
+            lines["teacher"] = [facts["teacher"], number, self.weights.get("teacher"), _classes(teacher)]
+            lines["teacher"] += [] if isinstance(teacher, CachedTeacher) else map(_folding, teacher.members)
         return {role: ", ".join(filter(None, parts)) for role, parts in lines.items()}
 
 
@@ -79,6 +83,11 @@ def _classes(teacher: Any) -> str | None:
     if teacher.shares_classes:
         return None
     return "its features only" if teacher.has_classifier else "no classifier"
+
+
+def _folding(member: Teacher) -> str | None:
+    """Return how the network that is run differs from the teacher's own; None if it is that."""
+    return None if member.folded is None else str(member.folded)
 
 
 def _images(dataset: Any, kind: str) -> str:

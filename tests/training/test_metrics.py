@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from hfkd.training.metrics import ImageClassificationMetrics, ranked_accuracy
+from hfkd.training.accuracy import ImageClassificationMetrics
+from hfkd.training.metrics import ranked_accuracy
 
 
 def test_ranked_accuracy_in_percent():
