@@ -66,7 +66,7 @@ class KeptChoices:
         return Path(datasets.config.HF_DATASETS_CACHE, "hfkd_teachers", f"{key}.bin")
 
 
-def kept_choices(facts: list[Any] | None, args: Any) -> KeptChoices | None:
+def kept_choices(teacher: Any, facts: list[Any] | None, args: Any) -> KeptChoices | None:
     """Return where a teacher's classes are kept; None where they are not.
 
     Args:
@@ -74,6 +74,5 @@ def kept_choices(facts: list[Any] | None, args: Any) -> KeptChoices | None:
     """
     if facts is None or not args.keep_teacher_evaluation:
         return None
-    return KeptChoices(
-        teacher, facts, arithmetic_of(args) | {"per_device_eval_batch_size": args.per_device_eval_batch_size}
-    )
+    arithmetic = arithmetic_of(args) | {"per_device_eval_batch_size": args.per_device_eval_batch_size}
+    return KeptChoices(teacher, facts, arithmetic)

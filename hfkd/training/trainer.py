@@ -253,7 +253,7 @@ class DistillationTrainer(Trainer):
         self.checkpoints = Checkpoints(args, self.accelerator.wait_for_everyone)
         self._teacher_facts = teacher_facts(self.teacher, args)  # before `_begin`, which rounds the teacher's weights
         self._teacher_cache_limit = teacher_cache_limit
-        kept = kept_choices(self._teacher_facts, args)
+        kept = kept_choices(self.teacher, self._teacher_facts, args)
         self._continue_log = ContinueLog(self, self.term_log)
         self._measuring: Measuring | None = None  # the pass under way
         self._steps_per_epoch = 1  # known once training begins, when a schedule that a user has created is replaced
