@@ -45,7 +45,10 @@ def site(tmp_path_factory):
     model.save_pretrained(site / "student", state_dict=exported_state_dict(model), save_original_format=False)
     export([str(site / "student"), "--output_dir", str(site / "float32")])
     shutil.copytree(site / "float32", site / "int8")
-    images, labels = torch.randn(32, 3, 32, 32), torch.arange(32) % len(CLASSES)
+    images, labels = (
+        torch.randn(32, 3, 32, 32, generator=torch.Generator().manual_seed(0)),
+        torch.arange(32) % len(CLASSES),
+    )
     quantizer = StaticQuantizer(site / "float32" / "model.onnx", images, images, labels)
     assert quantizer.quantize(site / "int8" / "model.onnx", max_drop=100).int8_layers == 10
     photo(60, 407).save(site / "wide.png")
@@ -83,7 +86,7 @@ def check(site, browser, precision, name):
     logits, rows = shown(browser)
     wanted = expected(site, precision, name)
     np.testing.assert_allclose(logits, wanted, rtol=0, atol=TOLERANCE[precision] * np.abs(wanted).max())
-    best = np.argsort(-logits)[:5]
+    best = np.argsort(-logits, kind="stable")[:5]  # int8 logits may be equal
     assert [row[0] for row in rows] == [CLASSES[index] for index in best]
     shares = 100 * np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
     assert [row[1] for row in rows] == [f"{shares[index]:.1f} %" for index in best]
