@@ -1,30 +1,27 @@
-"""The accuracy of hfkd as a metric of the library evaluate, which is imported at the first evaluation."""
+"""Accuracy of ranked predictions, and the agreement with a teacher."""
 
 from __future__ import annotations
 
-import datasets
-import evaluate
 import numpy as np
 
-from .metrics import ranked_accuracy
+from ..errors import HfkdError
 
 
-class ImageClassificationMetrics(evaluate.Metric):
-    """Accuracy of ranked predictions.
+def ranked_accuracy(ranked: np.ndarray, labels: np.ndarray, teacher: np.ndarray | None) -> dict[str, float]:
+    """Return `top1`, `top5` and, with a teacher's classes (N,), `agreement` and `teacher_top1`, in percent.
 
-    `compute(predictions=ranked, references=labels, teacher=classes)`: `ranked` (N, K) holds each image's classes from
-    the most probable on, `labels` (N,) the true classes, and `teacher` (N,) the teacher's most probable classes or
-    None. K is 5, or the number of classes if there are fewer.
+    Args:
+        ranked: (N, K), each image's classes from the most probable on; K is 5, or the number of classes if smaller.
+        labels: (N,), the true classes.
+
+    Raises:
+        HfkdError: if there is no image.
     """
-
-    def _info(self):
-        return evaluate.MetricInfo(
-            description="Top-1 and top-5 accuracy and agreement with a teacher, in percent.",
-            citation="",
-            features=datasets.Features(
-                {"predictions": datasets.Sequence(datasets.Value("int64")), "references": datasets.Value("int64")}
-            ),
-        )
-
-    def _compute(self, predictions, references, teacher=None):
-        return ranked_accuracy(np.asarray(predictions), np.asarray(references), teacher)
+    if len(labels) == 0:
+        raise HfkdError("There is no image to evaluate: the evaluation set is empty.")
+    hits = ranked == labels[:, None]
+    metrics = {"top1": 100 * hits[:, 0].mean().item(), "top5": 100 * hits.any(axis=1).mean().item()}
+    if teacher is not None:
+        metrics["agreement"] = 100 * (ranked[:, 0] == teacher).mean().item()
+        metrics["teacher_top1"] = 100 * (teacher == labels).mean().item()
+    return metrics

@@ -23,26 +23,6 @@ WITH_TEACHER = ("agreement", "teacher_top1")
 TIMES = ("runtime", "samples_per_second", "steps_per_second")
 
 
-def ranked_accuracy(ranked: np.ndarray, labels: np.ndarray, teacher: np.ndarray | None) -> dict[str, float]:
-    """Return `top1`, `top5` and, with a teacher's classes (N,), `agreement` and `teacher_top1`, in percent.
-
-    Args:
-        ranked: (N, K), each image's classes from the most probable on; K is 5, or the number of classes if smaller.
-        labels: (N,), the true classes.
-
-    Raises:
-        HfkdError: if there is no image.
-    """
-    if len(labels) == 0:
-        raise HfkdError("There is no image to evaluate: the evaluation set is empty.")
-    hits = ranked == labels[:, None]
-    metrics = {"top1": 100 * hits[:, 0].mean().item(), "top5": 100 * hits.any(axis=1).mean().item()}
-    if teacher is not None:
-        metrics["agreement"] = 100 * (ranked[:, 0] == teacher).mean().item()
-        metrics["teacher_top1"] = 100 * (teacher == labels).mean().item()
-    return metrics
-
-
 class EvaluationMetrics:
     """Figures of one evaluation: hfkd's own, and those of a user's `compute_metrics`.
 
@@ -132,7 +112,7 @@ def _rows(value: Any, counts: Any) -> Any:
 
 def _own_metrics(batches: list[tuple[np.ndarray, ...]]) -> dict[str, float]:
     """Return hfkd's own figures from its outputs and the labels, batch by batch."""
-    from .accuracy import ImageClassificationMetrics  # imports a library that the first step does not need
+    from .evaluate_metric import ImageClassificationMetrics  # imports a library that the first step does not need
 
     arrays = [np.concatenate(parts) for parts in zip(*batches, strict=True)]
     counts = arrays[-1] != ImageSource.IGNORED

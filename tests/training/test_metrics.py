@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from hfkd.training.accuracy import ImageClassificationMetrics
-from hfkd.training.metrics import ranked_accuracy
+from hfkd.training.accuracy import ranked_accuracy
+from hfkd.training.evaluate_metric import ImageClassificationMetrics
 
 
 def test_ranked_accuracy_in_percent():
