@@ -86,7 +86,7 @@ def measured(files: Sequence[OnnxFile]) -> dict[str, dict[str, Any]]:
             figures = {"float32": file.facts["measured"]["float32"]} | figures
             figures[file.precision] = file.facts["measured"][file.precision]
     if files and files[0].precision == "float32":
-        known = figures.get("float32", {"top1": files[0].facts["top1"]})
+        known = figures.get("float32", {"top1": files[0].facts.get("top1")})
         figures["float32"] = known | {"bytes": files[0].path.stat().st_size}
     return {precision: figures[precision] for precision in PRECISIONS if precision in figures}
 

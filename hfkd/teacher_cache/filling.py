@@ -91,6 +91,7 @@ class FillingTeacher:
 
     def begin(self) -> None:
         """Prepare for a training, for which earlier ones may have kept more since."""
+        self.source.cache = self.batches  # another trainer on the same images may have set its own
         self.batches.look_again()
         self._keeping = True
         self._exact.fill_(True)

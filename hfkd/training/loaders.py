@@ -46,16 +46,30 @@ def place_images(
     Returns:
         The hfkd data set that is trained on, None for another one.
     """
-    train_images = image_source(train_dataset)
-    parts = train_images.parts if isinstance(train_images, MixedImageDataset) else (train_images,)
-    for dataset in (*parts, *map(image_source, eval_sets)):
+    for dataset in (*_parts(train_dataset), *map(image_source, eval_sets)):
         if isinstance(dataset, ImageDataset) and args.dataloader_num_workers == 0:
             dataset.to(args.device)
             args.dataloader_pin_memory = False  # the batches are on the device already
-    for dataset in parts:
+    claim_images(train_dataset, views, cache)
+    return image_source(train_dataset)
+
+
+def claim_images(train_dataset, views: int, cache: RowCache | None) -> None:
+    """Have the batches of training images carry what this trainer reads, where another one may have set its own.
+
+    Args:
+        views: augmented views of each image.
+        cache: a teacher's outputs that the batches carry along.
+    """
+    for dataset in _parts(train_dataset):
         if dataset is not None:
             dataset.views, dataset.cache = views, cache
-    return train_images
+
+
+def _parts(train_dataset) -> Sequence[ImageSource | None]:
+    """Return the hfkd data sets that a training reads; None for another one."""
+    images = image_source(train_dataset)
+    return images.parts if isinstance(images, MixedImageDataset) else (images,)
 
 
 def first_images(dataset, collate: Callable) -> dict[str, Tensor] | None:

@@ -79,6 +79,7 @@ from .freezing import freeze
 from .label_loss import check_label_loss, cross_entropy
 from .loaders import (
     check_batch,
+    claim_images,
     data_sets,
     evaluation_share,
     first_images,
@@ -251,8 +252,10 @@ class DistillationTrainer(Trainer):
         place_tensorboard(self.callback_handler.callbacks, Path(str(args.output_dir), "tensorboard"))
         self.results.facts = {"recipe": None, "dataset": None}  # a command that knows them sets them
         self.checkpoints = Checkpoints(args, self.accelerator.wait_for_everyone)
-        self._teacher_facts = teacher_facts(self.teacher, args)  # before `_begin`, which rounds the teacher's weights
         self._teacher_cache_limit = teacher_cache_limit
+        keeps = args.keep_teacher_evaluation or teacher_cache_limit > 0
+        # Before `_begin`, which rounds the teacher's weights.
+        self._teacher_facts = teacher_facts(self.teacher, args) if keeps else None
         kept = kept_choices(self.teacher, self._teacher_facts, args)
         self._continue_log = ContinueLog(self, self.term_log)
         self._measuring: Measuring | None = None  # the pass under way
@@ -357,7 +360,8 @@ class DistillationTrainer(Trainer):
         views: list[Any] = [loss.views for loss in losses.values()]
         cache = self.teacher.files if isinstance(self.teacher, CachedTeacher) else None
         eval_sets = data_sets(self.eval_dataset)
-        images = place_images(self.train_dataset, eval_sets, max(views, default=1), cache, self.args)
+        self._read_of_images = max(views, default=1), cache
+        images = place_images(self.train_dataset, eval_sets, *self._read_of_images, self.args)
         self.pop_callback(SetEpoch)
         self._set_epoch = None if images is None else SetEpoch(images)
         if self._set_epoch is not None:
@@ -483,7 +487,8 @@ class DistillationTrainer(Trainer):
 
     @contextlib.contextmanager
     def _outputs_written(self) -> Iterator[None]:
-        """Write what the teacher has said in a training, however it ends."""
+        """Read the images as this trainer does, and write what the teacher has said, however the training ends."""
+        claim_images(self.train_dataset, *self._read_of_images)
         if self._filling is not None:
             self._filling.begin()
         try:

@@ -359,3 +359,21 @@ def test_mistakes(words, message, capsys):
     with pytest.raises(SystemExit) as end:
         main(["distill", "recipe.yaml", "--teacher_cache", "auto", *words])
     assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("limits", [(8.0, 8.0), (0.0, 8.0), (8.0, 0.0)])
+def test_trainers_that_share_images_do_not_share_outputs(limits):
+    """Both are built before the first one trains; each is taught by its own teacher."""
+    alone = [trained(teacher_of(seed=seed), limit=0, output_dir=f"alone{seed}") for seed in (1, 2)]
+    shared, trainers = images(24), []
+    for seed, limit in zip((1, 2), limits, strict=True):
+        trained(teacher_of(seed=seed), limit=limit, output_dir=f"before{seed}")  # where a cache is kept, it is full
+        torch.manual_seed(3)
+        arguments = config(f"shared{seed}", losses=KD, num_train_epochs=2, seed=3)
+        sets = {"train_dataset": shared, "eval_dataset": images(10, augment=False)}
+        trainers.append(
+            DistillationTrainer(Plain(), teacher_of(seed=seed), arguments, teacher_cache_limit=limit, **sets)
+        )
+    for trainer, expected in zip(trainers, alone, strict=True):
+        trainer.train()
+        assert_same(trainer, expected)
