@@ -181,11 +181,12 @@ class Teacher:
         self._classifier = self._original_classifier if EMBEDDING in layers else None
         if self._classifier is not None:
             self._classifier.to(device)
-        self._taps = Taps(self._running, layers) if layers else None
+        self._taps = Taps(self.running, layers) if layers else None
         self._rescale = self._renormalisation(student_input, device)
 
     @property
-    def _running(self) -> nn.Module:
+    def running(self) -> nn.Module:
+        """The network that is run: `model`, or the one with folded batch norms."""
         return self.model if self.folded is None else self.folded.network
 
     def _fold(self, device: torch.device, channels_last: bool, image_size: int) -> Folded | None:
@@ -275,7 +276,7 @@ class Teacher:
         images = {view: self.convert(batch[view]) for view in VIEWS if view in batch}
         device = batch["pixel_values"].device
         with torch.autocast(device.type, self._autocast_dtype, enabled=self._autocast_dtype is not None):
-            outputs = forward_views(self._running, images, self._taps)
+            outputs = forward_views(self.running, images, self._taps)
         # With a `device_map`, features and logits may be on other devices than the images.
         outputs.features = {layer: at_least_float32(value).to(device) for layer, value in outputs.features.items()}
         outputs.classifier = self._classifier
@@ -286,11 +287,11 @@ class Teacher:
 
     def compile(self, **options) -> None:
         """Compile the network with torch.compile."""
-        self._running.compile(**options)
+        self.running.compile(**options)
 
     def uncompile(self) -> None:
         """Run the network as before `compile`."""
-        self._running._compiled_call_impl = None
+        self.running._compiled_call_impl = None
 
     def parameter_count(self) -> int:
         """Return the number of parameters."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -59,15 +59,20 @@ class TeacherMemory:
             self._memories[source] = None if known is None else known.to(self.device)
         self.current, self._source, self._dataset = self._memories[source], source, dataset
 
-    def top1(self, batches: Iterable[dict[str, Tensor]], processes: int) -> float | None:
+    def top1(
+        self, batches: Iterable[dict[str, Tensor]], processes: int, prepare: Callable[[Any], dict[str, Tensor]]
+    ) -> float | None:
         """Return the teacher's top-1 in percent over the batches of an opened data set, and remember its choices.
 
         All processes must call it. None where nothing can be remembered: then each evaluation runs the teacher anyway.
         Choices that an earlier run kept are believed if the teacher chooses the same for the first images.
+
+        Args:
+            prepare: makes of what the data set gives for some images a batch as those of `batches`.
         """
         if self.current is None:
             return None
-        believed = self._believe_kept()
+        believed = self._believe_kept(prepare)
         if believed and processes == 1 and isinstance(self._source, ImageDataset):  # no image has to be shown
             return _share(self.current == self._labels(), self._labels() != ImageSource.IGNORED)
         hits = torch.full_like(self.current, -1)  # of rows in no batch: -1
@@ -97,7 +102,7 @@ class TeacherMemory:
             memory[index] = choice
         return choice
 
-    def _believe_kept(self) -> bool:
+    def _believe_kept(self, prepare: Callable[[Any], dict[str, Tensor]]) -> bool:
         """Remember the choices that an earlier run kept, if the teacher makes the same for the first images."""
         if self.kept is None or (self.current >= 0).any():
             return False
@@ -105,8 +110,7 @@ class TeacherMemory:
         if kept is None:
             return False
         kept = kept.to(self.device)
-        batch = self._dataset.__getitems__(list(range(min(PROBE_IMAGES, len(self._dataset)))))
-        first = {name: batch[name].to(self.device) for name in ("pixel_values", "index")}
+        first = prepare(self._dataset.__getitems__(list(range(min(PROBE_IMAGES, len(self._dataset))))))
         believed = torch.equal(kept[first["index"]], self.choice(first))
         if believed:
             self.current.copy_(kept)

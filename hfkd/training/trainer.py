@@ -757,7 +757,11 @@ class DistillationTrainer(Trainer):
         self.teacher_memory.open(dataset)
         with torch.random.fork_rng([]):  # a loader draws from it, and the training must not depend on this
             batches = map(self._prepare_inputs, self.get_eval_dataloader())
-            return self.teacher_memory.top1(batches, self.args.world_size)
+            return self.teacher_memory.top1(batches, self.args.world_size, self._as_batch)
+
+    def _as_batch(self, rows: Any) -> dict[str, Tensor]:
+        """Return a batch on the device of what the data set gives for some images."""
+        return self._prepare_inputs(self.data_collator(rows))
 
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):

@@ -129,7 +129,7 @@ def step_row(
         losses = config.losses if teacher else {}
         trainer = DistillationTrainer(student_model, teacher_model, config, train_dataset=dataset, losses=losses)
         if not published:
-            teacher_by_hand = teacher and trainer.teacher.model  # in the precision and layout of the run
+            teacher_by_hand = teacher and trainer.teacher.running  # in the precision and layout of the run
             if config.channels_last:
                 student_by_hand.to(memory_format=torch.channels_last)
             if config.torch_compile:
@@ -281,7 +281,7 @@ class ClockedSteps(TrainerCallback):
         self.clock, self.shares = StepClock("Trainer, accelerate, the rest"), []
         parts = {
             "data": (trainer.train_dataset, "__getitems__"),
-            "teacher, forward": (trainer.teacher.model, "forward"),
+            "teacher, forward": (trainer.teacher.running, "forward"),
             "losses": (trainer.distiller, "forward"),
             "student, forward": (trainer.distiller, "predict"),  # inside the former, from which it is taken out
             "backward": (trainer.accelerator, "backward"),
