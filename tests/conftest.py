@@ -26,6 +26,9 @@ accelerate.utils.memory.gc = types.SimpleNamespace(collect=lambda: None)
 importlib.metadata.version = functools.cache(importlib.metadata.version)
 if not torch.cuda.is_available():
     torch.cuda.manual_seed_all = lambda seed: None
+    # torch.export announces a CUDA device that is not there. A first backward after it would start autograd's threads
+    # for it, and no process forked later could train; after this one none are started.
+    torch.ones(1, requires_grad=True).sum().backward()
 
 
 @pytest.fixture(scope="session", autouse=True)
