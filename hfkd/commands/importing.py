@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import sys
@@ -25,4 +26,5 @@ def importing() -> Iterator[None]:
     finally:
         if len(sys.modules) > before:  # else only objects of a program that may yet become garbage would be frozen
             gc.freeze()
+            atexit.register(gc.unfreeze)  # else what is left at the end is reported as leaked, by nanobind for triton
         gc.enable()

@@ -48,6 +48,8 @@ def frozen_before():
 
 
 def test_the_collector_rests_while_modules_are_imported(frozen_before, monkeypatch):
+    at_end = []
+    monkeypatch.setattr("atexit.register", at_end.append)
     with importing():
         assert not gc.isenabled()
         with importing():
@@ -58,3 +60,4 @@ def test_the_collector_rests_while_modules_are_imported(frozen_before, monkeypat
         monkeypatch.setitem(sys.modules, "another", types.ModuleType("another"))
         raise ValueError
     assert gc.isenabled() and gc.get_freeze_count() > frozen_before
+    assert at_end == [gc.unfreeze]
