@@ -36,6 +36,7 @@ from ..networks.origins import RANDOM_WEIGHTS, student_weights, teacher_weights
 from ..networks.teacher import Teacher, check_ensemble_members
 from ..networks.zero_shot import check_has_texts
 from ..recipe.arguments import DataArguments, DistillationConfig, ModelArguments
+from ..recipe.checks import check_quantized_losses
 from ..teacher_cache.identity import given_teachers
 from ..teacher_cache.teacher import CachedTeacher
 from ..training.checks import check_reads_features
@@ -56,7 +57,23 @@ def build_student(model_args: ModelArguments, data_args: DataArguments, class_na
     )
 
 
-def check_has_weights(model_args: ModelArguments) -> None:
+def check_names(
+    model_args: ModelArguments, config: DistillationConfig, losses: nn.ModuleDict, has_classifier: bool
+) -> None:
+    """Check what the names of student and teachers tell, before data and networks are loaded.
+
+    Raises:
+        HfkdError: if a name is that of no model, or the networks that are named do not suit losses and settings.
+    """
+    check_model(model_args.student_name_or_path, model_args.trust_remote_code)
+    check_quantized_losses(losses, config, has_classifier)
+    if config.quantize != "none":
+        _check_has_weights(model_args)
+    if not model_args.teacher_cache:
+        check_teachers(model_args, losses)
+
+
+def _check_has_weights(model_args: ModelArguments) -> None:
     """Check that the student does not start from random weights, whose ranges and norms `quantize` could not hold.
 
     Raises:

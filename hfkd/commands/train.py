@@ -18,7 +18,7 @@ from ..losses import build_losses
 from ..losses.base import trains_classifier
 from ..names import NO_LABELS, hub_id, last_part
 from ..recipe.arguments import DataArguments, DistillationConfig, ModelArguments
-from ..recipe.checks import check_probe, check_quantized_losses, check_without_labels
+from ..recipe.checks import check_probe, check_without_labels
 from ..recipe.differences import recipe_differences
 from ..recipe.finding import find_recipe
 from ..recipe.reading import parse_recipe
@@ -201,14 +201,12 @@ def build_trainer(
         from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperPreTrainedModel
 
         from ..networks.input_spec import input_spec, load_processor
-        from ..networks.loading import check_model
         from ..training.label_loss import check_weight_count
         from ..training.student import check_layer_names
         from ..training.trainer import DistillationTrainer
         from .build import (
             build_student,
-            check_has_weights,
-            check_teachers,
+            check_names,
             image_sets,
             load_splits,
             load_teachers,
@@ -217,14 +215,9 @@ def build_trainer(
             with_teacher_classes,
         )
 
-    check_model(model_args.student_name_or_path, model_args.trust_remote_code)
     losses = build_losses(config.losses, config.logit_standardization)  # type: ignore[arg-type]  # a mapping by now
     has_classifier = trains_classifier(losses.values(), config.ce_weight)
-    check_quantized_losses(losses, config, has_classifier)
-    if config.quantize != "none":
-        check_has_weights(model_args)
-    if not model_args.teacher_cache:
-        check_teachers(model_args, losses)
+    check_names(model_args, config, losses, has_classifier)
     teacher: Any = open_cache(model_args) if model_args.teacher_cache else None
     if not (teacher or model_args.teacher_prompts):  # a teacher that cannot be loaded is told before data are
         teacher = load_teachers(model_args) or None
@@ -252,14 +245,15 @@ def build_trainer(
         teacher_cache_limit=model_args.outputs_limit(by_default=False),
     )
     trainer.run_block.weights |= weights_in_words(model_args)
-    trainer.results.facts["dataset"] = {
-        "name": last_part(splits[1].source),
-        "hub_id": hub_id(splits[1].source),
-        "eval_split": splits[1].split,
-        "classes": train_set.num_classes,
-        **image_counts(train_set),
-    }
+    trainer.results.facts["dataset"] = dataset_facts(splits[1], train_set)
     return trainer
+
+
+def dataset_facts(evaluated: Any, train_set: ImageSource) -> dict[str, Any]:
+    """Return what results.json says of the data: the split that is evaluated, classes and numbers of images."""
+    source = evaluated.source
+    names = {"name": last_part(source), "hub_id": hub_id(source), "eval_split": evaluated.split}
+    return names | {"classes": train_set.num_classes} | image_counts(train_set)
 
 
 def image_counts(train_set: ImageSource) -> dict[str, int]:

@@ -93,10 +93,10 @@ def fold_norms(model: nn.Module, images: Tensor) -> tuple[nn.Module, int]:
         model: a classifier in eval mode; it is left as it is.
         images: (B, 3, H, W), for that forward pass.
     """
-    folded, pairs = frozen_copy(model), _pairs(model, images)
+    folded, pairs = frozen_copy(model), conv_norm_pairs(model, images)
     for conv_name, norm_name in pairs:
         conv, norm = folded.get_submodule(conv_name), folded.get_submodule(norm_name)
-        folded.set_submodule(conv_name, fuse_conv_bn_eval(conv, norm))  # type: ignore[type-var]  # see `_pairs`
+        folded.set_submodule(conv_name, fuse_conv_bn_eval(conv, norm))  # type: ignore[type-var]  # see `conv_norm_pairs`
         rest = nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
         folded.set_submodule(norm_name, rest)
     return frozen_copy(folded), len(pairs)
@@ -135,8 +135,13 @@ class _Uses(TorchFunctionMode):
         return result
 
 
-def _pairs(model: nn.Module, images: Tensor) -> list[tuple[str, str]]:
-    """Return the names of each convolution and the batch norm that alone reads it."""
+def conv_norm_pairs(model: nn.Module, images: Tensor) -> list[tuple[str, str]]:
+    """Return the names of each convolution and the batch norm that alone reads it, each run once in a forward pass.
+
+    Args:
+        model: a classifier in eval mode. Modules with hooks, or with several names, are in no pair.
+        images: (B, 3, H, W), for that forward pass.
+    """
     names = dict(_single_modules(model))
     calls: dict[str, list[tuple[Any, Any]]] = {name: [] for name in names}
     uses = _Uses()

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,6 +28,7 @@ from transformers.utils import cached_file, logging
 from ..errors import HfkdError
 from ..names import architecture_of
 from .features import prediction_of, timm_model_of
+from .folding import conv_norm_pairs
 
 LAYERS_KEY = "int8_layers"  # in config.json: each layer in int8, and the name of the norm folded into it or None
 RANGE = "range"  # last part of a range's name in the weights file
@@ -171,14 +171,16 @@ def quantize(model: nn.Module, images: Tensor) -> None:
         HfkdError: if the model has no layer to quantise, or folding a norm changes its output.
     """
     was_training = model.training
-    expected, layers = _traced(model.eval(), images)
+    model.eval()
+    layers = _layers_to_round(model, images)
     if not layers:
         raise HfkdError(
             f"quantize needs convolutions (nn.Conv2d) or linear layers (nn.Linear), and {architecture_of(model)} runs "
             "none. Leave quantize out."
         )
-    insert_int8(model, layers)
     with torch.no_grad():
+        expected = prediction_of(model, images)
+        insert_int8(model, layers)
         for quantizer in activation_quantizers(model):
             quantizer.train()
             quantizer.momentum, quantizer.rounds = 1.0, False
@@ -196,40 +198,18 @@ def quantize(model: nn.Module, images: Tensor) -> None:
 
 
 @torch.no_grad()
-def _traced(model: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, str | None]]:
-    """Return a model's output, and the names of its layers that int8 knows, each with that of the norm behind it."""
-    network = timm_model_of(model)
-    names = {module: name for name, module in network.named_modules()}
-    calls: Counter[nn.Module] = Counter()
-    made: list[tuple[nn.Module, Tensor, int]] = []  # with the version of the content, which counts changes in place
-    norms: dict[nn.Module, nn.Module] = {}
-
-    def after_layer(layer, args, output):
-        calls[layer] += 1
-        made.append((layer, output, output._version))
-
-    def before_norm(norm, args):
-        calls[norm] += 1
-        for layer, output, version in made:
-            if output is args[0] and output._version == version and isinstance(layer, nn.Conv2d):
-                norms[layer] = norm
-
-    kinds = (nn.Conv2d, nn.Linear)
-    hooks = [each.register_forward_hook(after_layer) for each in names if type(each) in kinds]
-    hooks += [each.register_forward_pre_hook(before_norm) for each in names if _can_fold(each)]
+def _layers_to_round(model: nn.Module, images: Tensor) -> dict[str, str | None]:
+    """Return the names of a model's layers that int8 knows and its forward calls, each with that of the norm behind."""
+    network, called = timm_model_of(model), set()
+    layers = {name: module for name, module in network.named_modules() if type(module) in (nn.Conv2d, nn.Linear)}
+    norms = {layer: norm for layer, norm in conv_norm_pairs(network, images) if network.get_submodule(norm).affine}
+    hooks = [module.register_forward_hook(lambda module, *_: called.add(module)) for module in layers.values()]
     try:
-        output = prediction_of(model, images)
+        prediction_of(model, images)
     finally:
         for hook in hooks:
             hook.remove()
-    folded = {layer: names[norm] for layer, norm in norms.items() if calls[layer] == calls[norm] == 1}
-    called = [each for each in names if type(each) in kinds and calls[each]]
-    return output, {names[layer]: folded.get(layer) for layer in called}
-
-
-def _can_fold(module: nn.Module) -> bool:
-    kinds = (nn.BatchNorm2d, BatchNormAct2d)
-    return type(module) in kinds and module.affine and module.track_running_stats
+    return {name: norms.get(name) for name, module in layers.items() if module in called}
 
 
 def insert_int8(model: nn.Module, layers: dict[str, str | None]) -> None:

@@ -106,9 +106,9 @@ class KeptBatches:
         tensors[ROWS] = torch.from_numpy(np.concatenate([rows for rows, _ in new]))
         tensors[SIZES] = torch.tensor([len(rows) for rows, _ in new])
         content = save(tensors, {"crc32": _crc32(tensors)})
+        self._make_room(len(content))
         folder = self._epoch_folder(epoch)
         folder.mkdir(parents=True, exist_ok=True)
-        self._make_room(len(content))
         if not (self.folder / ABOUT_NAME).is_file():
             write_whole(self.folder / ABOUT_NAME, json.dumps(self.about, indent=1))
         with writing(folder / f"{secrets.token_hex(8)}{SUFFIX}") as file:
@@ -152,7 +152,9 @@ class KeptBatches:
         Raises:
             NoRoomError: if it does not fit.
         """
-        used = {folder: _size(folder) for folder in self.folder.parent.iterdir() if folder.is_dir()}
+        root = self.folder.parent
+        root.mkdir(parents=True, exist_ok=True)
+        used = {folder: _size(folder) for folder in root.iterdir() if folder.is_dir()}
         unused = [each for each in used if each != self.folder and time.time() - _last_use(each) > IN_USE]
         for folder in sorted(unused, key=_last_use):
             if sum(used.values()) + size > self.limit:
@@ -160,11 +162,11 @@ class KeptBatches:
                 used[folder] = _size(folder)
         if sum(used.values()) + size > self.limit:
             raise NoRoomError(
-                f"those of all teachers, in {self.folder.parent}, have reached the {self.limit / 2**30:.3g} GiB of "
+                f"those of all teachers, in {root}, have reached the {self.limit / 2**30:.3g} GiB of "
                 "teacher_cache_limit"
             )
-        if shutil.disk_usage(self.folder).free < size + SPARE:
-            raise NoRoomError(f"less than {SPARE / 2**30:g} GiB would be left on the disk of {self.folder.parent}")
+        if shutil.disk_usage(root).free < size + SPARE:
+            raise NoRoomError(f"less than {SPARE / 2**30:g} GiB would be left on the disk of {root}")
 
 
 def _by_rows(tensors: Mapping[str, Tensor]) -> Iterator[tuple[bytes, dict[str, Tensor]]]:

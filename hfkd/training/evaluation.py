@@ -74,7 +74,8 @@ class TeacherMemory:
             return None
         believed = self._believe_kept(prepare)
         if believed and processes == 1 and isinstance(self._source, ImageDataset):  # no image has to be shown
-            return _share(self.current == self._labels(), self._labels() != ImageSource.IGNORED)
+            labels = self._labels()
+            return _share(self.current == labels, labels != ImageSource.IGNORED)
         hits = torch.full_like(self.current, -1)  # of rows in no batch: -1
         for inputs in batches:
             choice, counting = self.choice(inputs), inputs["labels"] != ImageSource.IGNORED

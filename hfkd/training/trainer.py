@@ -43,7 +43,7 @@ from ..networks.teacher import Teacher, TeacherEnsemble
 from ..recipe.arguments import DistillationConfig
 from ..recipe.checks import AUTO
 from ..runs.writing import finite_or_none, use_umask
-from ..teacher_cache.choices import kept_choices
+from ..teacher_cache.choices import KeptChoices, kept_choices
 from ..teacher_cache.filling import FillingTeacher, why_not_kept
 from ..teacher_cache.identity import teacher_facts
 from ..teacher_cache.teacher import CachedTeacher
@@ -253,10 +253,7 @@ class DistillationTrainer(Trainer):
         self.results.facts = {"recipe": None, "dataset": None}  # a command that knows them sets them
         self.checkpoints = Checkpoints(args, self.accelerator.wait_for_everyone)
         self._teacher_cache_limit = teacher_cache_limit
-        keeps = args.keep_teacher_evaluation or teacher_cache_limit > 0
-        # Before `_begin`, which rounds the teacher's weights.
-        self._teacher_facts = teacher_facts(self.teacher, args) if keeps else None
-        kept = kept_choices(self.teacher, self._teacher_facts, args)
+        kept = self._kept_choices()
         self._continue_log = ContinueLog(self, self.term_log)
         self._measuring: Measuring | None = None  # the pass under way
         self._steps_per_epoch = 1  # known once training begins, when a schedule that a user has created is replaced
@@ -279,6 +276,12 @@ class DistillationTrainer(Trainer):
             raise HfkdError("With model_init every training builds its own losses: give them as args.losses.")
         set_seed(args.seed)
         return self.call_model_init()
+
+    def _kept_choices(self) -> KeptChoices | None:
+        """Return where the teacher's classes are kept. Call it before `_begin`, which rounds the teacher's weights."""
+        keeps = self.args.keep_teacher_evaluation or self._teacher_cache_limit > 0
+        self._teacher_facts = teacher_facts(self.teacher, self.args) if keeps else None
+        return kept_choices(self.teacher, self._teacher_facts, self.args)
 
     def _add_own_callbacks(self) -> None:
         # Block and report come before the clocks of the others.
@@ -360,8 +363,8 @@ class DistillationTrainer(Trainer):
         views: list[Any] = [loss.views for loss in losses.values()]
         cache = self.teacher.files if isinstance(self.teacher, CachedTeacher) else None
         eval_sets = data_sets(self.eval_dataset)
-        self._read_of_images = max(views, default=1), cache
-        images = place_images(self.train_dataset, eval_sets, *self._read_of_images, self.args)
+        self._views_and_cache = max(views, default=1), cache
+        images = place_images(self.train_dataset, eval_sets, *self._views_and_cache, self.args)
         self.pop_callback(SetEpoch)
         self._set_epoch = None if images is None else SetEpoch(images)
         if self._set_epoch is not None:
@@ -488,7 +491,7 @@ class DistillationTrainer(Trainer):
     @contextlib.contextmanager
     def _outputs_written(self) -> Iterator[None]:
         """Read the images as this trainer does, and write what the teacher has said, however the training ends."""
-        claim_images(self.train_dataset, *self._read_of_images)
+        claim_images(self.train_dataset, *self._views_and_cache)
         if self._filling is not None:
             self._filling.begin()
         try:
