@@ -1,7 +1,7 @@
 """Measure how fast hfkd is and what each method costs, in one run on random images.
 
-python scripts/benchmark/run.py [--quick] [--pairs 11] [--batch_size 64] [--threads N] [--torch_compile] [--only ...]
-                                [--json FILE]
+python scripts/benchmark/run.py [--quick] [--pairs 11] [--batch_size 64] [--threads N] [--torch_compile]
+                                [--pair NAME] [--only ...] [--json FILE]
 
 data       Images/s of finished batches (float32, cropped, flipped, normalised) from one CPU thread, or made on the GPU:
            the weak view, and the weak and the strong view. torchvision's transforms on one PIL image at a time, on the
@@ -16,7 +16,7 @@ released   The same with the loaders of the published code as well, which make o
            With --torch_compile these three sections compile Trainer; the published loop stays eager.
 cache      A step of KD with resnet20 that reads the teacher's logits from a cache, all or the largest 16, against one
            from the labels alone: make the batch, forward, backward and update, without the rest of Trainer.
-methods    A step of each method of hfkd.losses.LOSSES that has a recipe for resnet32x4 -> resnet8x4, against one of the
+methods    A step of each method of hfkd.losses.LOSSES that has a recipe for the pair of --pair, against one of the
            recipe with KD alone: forward, backward and update on batches that are ready, without the rest of Trainer.
            The row `kd` shows how far two equal contenders differ.
 profile    Where the time of a Trainer's step goes, resnet32x4 -> resnet8x4, KD + Z-score, in percent of the step. On
@@ -39,7 +39,7 @@ from pathlib import Path
 import torch
 from meters import DEVICE, print_table, record
 from pipelines import data_rows, jpeg_rows
-from steps import cache_rows, method_rows, profile_rows, reference_rows, released_rows, trainer_rows
+from steps import PAIR, cache_rows, method_rows, profile_rows, reference_rows, released_rows, trainer_rows
 from transformers.utils import logging
 
 SECTIONS = {
@@ -74,6 +74,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, help="Images a step (64; quick: 8).")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of a step.")
     parser.add_argument("--torch_compile", action="store_true", help="Compile Trainer's steps, except in profile.")
+    parser.add_argument("--pair", default=PAIR, help=f"CIFAR-100 pair of the section methods ({PAIR}).")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="Sections to run (all).")
     parser.add_argument("--json", type=Path, metavar="FILE", help="Write the rows of the tables there as well.")
     args = parser.parse_args()

@@ -24,7 +24,7 @@ from hfkd.teacher_cache.rows import RowFormat
 from hfkd.teacher_cache.teacher import CachedTeacher
 from hfkd.teacher_cache.writing import write_cache
 
-PAIR = "cifar100/resnet32x4-resnet8x4"  # has recipes of nearly every method
+PAIR = "cifar100/resnet32x4-resnet8x4"  # of the sections other than methods, which takes --pair
 
 
 # ---- A training step ---------------------------------------------------------------------------------------------
@@ -213,18 +213,20 @@ def cache_rows(args: argparse.Namespace) -> list[Row]:
 # ---- What a method costs ------------------------------------------------------------------------------------------
 
 
-def small_trainer(args: argparse.Namespace, recipe: str, dataset: ImageDataset, folder: str) -> DistillationTrainer:
-    """Build the trainer of a recipe of the pair; in quick mode with smaller networks."""
-    # The thin ones have the same blocks, which recipes name.
-    student, teacher = ("cifar_resnet8", "cifar_resnet32") if args.quick else ("cifar_resnet8x4", "cifar_resnet32x4")
-    config = recipe_config(f"{PAIR}/{recipe}", args.batch_size, folder)
+def pair_trainer(args: argparse.Namespace, recipe: str, dataset: ImageDataset, folder: str) -> DistillationTrainer:
+    """Build the trainer of a recipe of a CIFAR-100 pair; in quick mode with thin networks."""
+    pair = recipe.split("/")[1]
+    if args.quick:
+        pair = pair.replace("x4", "")  # the thin ones have the same blocks, which recipes name
+    teacher, student = (f"cifar_{name}" for name in pair.split("-"))
+    config = recipe_config(recipe, args.batch_size, folder)
     networks = load_student(student, num_classes=CLASSES), timm.create_model(teacher, num_classes=CLASSES)
     return DistillationTrainer(*networks, config, train_dataset=dataset)
 
 
 def training_steps(args: argparse.Namespace, recipe: str, dataset: ImageDataset, folder: str) -> Iterator[None]:
-    """Train as a recipe of the pair says, one step for each `next`, on batches that are ready."""
-    trainer = small_trainer(args, recipe, dataset, folder)
+    """Train as a recipe of a pair says, one step for each `next`, on batches that are ready."""
+    trainer = pair_trainer(args, recipe, dataset, folder)
     loader = DataLoader(dataset, args.batch_size, shuffle=True, collate_fn=collate_batch)
     batches = list(itertools.islice(loader, 8))
     model = trainer.accelerator.prepare_model(trainer.distiller).train()
@@ -237,15 +239,15 @@ def training_steps(args: argparse.Namespace, recipe: str, dataset: ImageDataset,
         yield
 
 
-def method_recipes() -> dict[str, str]:
+def method_recipes(pair: str) -> dict[str, str]:
     """Return the pair's recipes: KD, KD on Z-scores, and each other method of hfkd that has a recipe there.
 
     The names say what a recipe trains with, such as "kd + Z-score" or "kd + crd".
     """
-    others = [method for method in LOSSES if method != "kd" and f"{PAIR}/{method}" in packaged_names()]
+    others = [method for method in LOSSES if method != "kd" and f"{pair}/{method}" in packaged_names()]
     recipes = {}
-    for recipe in ("kd", "kd_zscore", *others):
-        config = recipe_config(f"{PAIR}/{recipe}", 1, "")
+    for recipe in (f"{pair}/{method}" for method in ("kd", "kd_zscore", *others)):
+        config = recipe_config(recipe, 1, "")
         recipes[" + ".join([*config.losses, *["Z-score"] * config.logit_standardization])] = recipe
     return recipes
 
@@ -256,9 +258,9 @@ def method_rows(args: argparse.Namespace) -> list[MethodRow]:
     dataset = random_images(1_000 if args.quick else 50_000)  # CRD remembers every image
     dataset.to(DEVICE)
     rows = []
-    recipes = method_recipes()  # before any trainer: reading a recipe resets accelerate's state
+    recipes = method_recipes(args.pair)  # before any trainer: reading a recipe resets accelerate's state
     with tempfile.TemporaryDirectory() as folder:
-        alone = training_steps(args, "kd_ce1", dataset, folder)
+        alone = training_steps(args, f"{args.pair}/kd", dataset, folder)
         next(alone)
         alone_bytes = step_bytes(alone)
         for name, recipe in recipes.items():
@@ -303,7 +305,7 @@ def profile_rows(args: argparse.Namespace) -> list[ShareRow]:
     """Measure where the time of a step goes, always in eager mode: a compiled forward is one call."""
     dataset = random_images(args.batch_size * (args.pairs + 2))
     with tempfile.TemporaryDirectory() as folder:
-        trainer = small_trainer(args, "kd_zscore", dataset, folder)
+        trainer = pair_trainer(args, f"{PAIR}/kd_zscore", dataset, folder)
         trainer.remove_callback(PrinterCallback)
         steps = ClockedSteps(trainer)
         trainer.add_callback(steps)
