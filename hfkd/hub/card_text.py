@@ -28,12 +28,14 @@ def summary(results: dict[str, Any]) -> str:
     if not results["losses"]:
         purpose = " to teach smaller ones" if results["role"] == "teacher" else ""
         return f"{student} trained with hfkd from the labels alone{on}{purpose}."
+    methods = " + ".join([*map(code, results["losses"]), *["Z-score"] * results["logit_standardization"]])
+    if results["teacher"] is None:
+        return f"{student} trained with hfkd{on}. The method is {methods}, which needs no teacher."
     teacher = ("the ensemble " if " + " in results["teacher"] else "") + code(results["teacher"])
-    methods = [code(name) for name in results["losses"]] + ["Z-score"] * results["logit_standardization"]
     share = f"{100 * own / theirs:.3g} % of" if own < theirs else f"{own / theirs:.3g} times"
     return (
-        f"{student} taught with hfkd by {teacher} with {theirs:,} parameters{on}. The method is "
-        f"{' + '.join(methods)}; the student has {share} its teacher's parameters."
+        f"{student} taught with hfkd by {teacher} with {theirs:,} parameters{on}. The method is {methods}; the student "
+        f"has {share} its teacher's parameters."
     )
 
 

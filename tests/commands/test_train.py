@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
 from hfkd import load_student
+from hfkd.cli import main
 from hfkd.commands.build import evaluation_set, load_splits
 from hfkd.commands.evaluate import evaluate
 from hfkd.commands.train import build_trainer, distill, train_teacher
@@ -99,6 +100,17 @@ def test_train_teacher_then_distil():
     assert last["eval_teacher_top1"] == pytest.approx(results["best"]["top1"])
     with pytest.raises(ValueError, match="labels alone"):
         train_teacher([recipe(**KD)])
+
+
+def test_methods_that_need_no_teacher(capsys):
+    distill([recipe(losses={"uskd": {}, "tf_kd": {}}), "--num_train_epochs", "1"])
+    results = json.loads(open("runs/digits/run/results.json").read())
+    assert results["teacher"] is None and {"loss_uskd_target", "loss_tf_kd"} <= results["epochs"][0].keys()
+    card = open("runs/digits/run/student/README.md").read()
+    assert "The method is `tf_kd` + `uskd`, which needs no teacher." in card and "`None`" not in card
+    evaluate(["runs/digits/run/student"])
+    main(["compare", "runs"])
+    assert "None" not in capsys.readouterr().out
 
 
 def test_resume_keeps_the_rows_and_ends_alike(teacher):

@@ -12,7 +12,7 @@ from hfkd.export.formats import FORMATS, write_model
 from hfkd.export.int8 import TOLERANCE, for_file, write_int8
 from hfkd.export.quantization import logits_of_file
 from hfkd.networks.features import logits_of
-from hfkd.networks.int8 import is_int8, quantize, round_weight, without_rounding
+from hfkd.networks.int8 import ActivationQuantizer, is_int8, quantize, round_weight, without_rounding
 from hfkd.networks.loading import exported_state_dict, load_pretrained, wrap_timm
 
 SIMKD = {"student_width": 32, "teacher_width": 32, "teacher_size": [8, 8], "factor": 2}
@@ -52,6 +52,22 @@ def test_files_agree_with_the_training(tmp_path, name):
     if name == "cifar_resnet8":
         program = write_model(for_file(model, "torch"), 32, FORMATS["torch"], tmp_path / "model.pt2", "")
         torch.testing.assert_close(program(images), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("low, high", [(-3.0, 2.1), (0.0, 5.1), (-2.0, 0.0), (0.0, 0.0)])
+def test_activations_round_as_torch_rounds_them(low, high):
+    quantizer = ActivationQuantizer()
+    quantizer.range.copy_(torch.tensor([low, high]))
+    scale, zero_point = quantizer.scale_and_zero_point()
+    halves = torch.arange(-300, 300) * scale + scale / 2  # between two integers, and far outside
+    normal = 2 * torch.randn(2, 3, 10, 10, generator=torch.Generator().manual_seed(0))
+    for x in (halves.view(6, 4, 5, 5), normal, normal.to(memory_format=torch.channels_last)):
+        x = x.detach().requires_grad_()
+        ours, theirs = quantizer(x), torch.fake_quantize_per_tensor_affine(x, scale, zero_point, 0, 255)
+        assert torch.equal(ours, theirs)
+        upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+        (our_gradient,), (their_gradient,) = (torch.autograd.grad(out, x, upstream) for out in (ours, theirs))
+        assert torch.equal(our_gradient, their_gradient)
 
 
 def test_a_saved_folder_loads_again(tmp_path):
