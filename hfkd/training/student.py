@@ -60,7 +60,8 @@ def _simulate_int8(model: nn.Module, train_dataset: Any, args: DistillationConfi
     """Put simulated int8 into a student that is to be trained in it, unless it was trained in it before.
 
     Raises:
-        HfkdError: if there are no training images, or the student is for int8 and the run is not.
+        HfkdError: if there are no training images, if the student has seen no image yet, or if it is for int8 and the
+            run is not.
     """
     if args.quantize == "none":
         if is_int8(model) and train_dataset is not None:  # it may be evaluated
@@ -70,6 +71,12 @@ def _simulate_int8(model: nn.Module, train_dataset: Any, args: DistillationConfi
         return
     if train_dataset is None:
         raise HfkdError("quantize reads the first ranges of activations from training images: give a train_dataset.")
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    if norms and not any(norm.running_mean.any() for norm in norms):  # the norms are held from the first step
+        raise HfkdError(
+            "quantize goes on from a trained student, and the batch norms of this one have seen no image: their means "
+            "are 0. Train it without quantize first."
+        )
     batch = first_images(train_dataset, collate_batch)
     quantize(model, batch["pixel_values"].to(next(model.parameters()).device))
 

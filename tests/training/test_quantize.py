@@ -10,11 +10,19 @@ from hfkd.networks.int8 import is_int8
 from hfkd.recipe.reading import parse_recipe
 
 
+def seen(name):
+    """A student whose batch norms have seen a few images."""
+    model = load_student(name, num_classes=10)
+    with torch.no_grad():
+        model.train()(torch.randn(8, 3, 32, 32))
+    return model
+
+
 def trainer(folder, **changes):
     torch.manual_seed(0)
     settings = {"quantize": "int8", "max_steps": 4, "save_strategy": "steps", "save_steps": 1, "learning_rate": 0.01}
     return DistillationTrainer(
-        load_student("cifar_resnet8", num_classes=10),
+        seen("cifar_resnet8"),
         args=config(folder, **(settings | changes)),
         train_dataset=images(16),
         eval_dataset=images(16, augment=False),
@@ -58,6 +66,9 @@ def test_a_student_with_random_weights(tmp_path):
     recipe = ["cifar100/base", "--student", "cifar_resnet8", "--dataset_name", "digits"]
     with pytest.raises(HfkdError, match="cifar_resnet8 has random weights"):
         distill([*recipe, "--quantize", "int8", "--output_dir", str(tmp_path / "run")])
+    student, args = load_student("cifar_resnet8", num_classes=10), config(tmp_path / "run", quantize="int8")
+    with pytest.raises(HfkdError, match="batch norms of this one have seen no image"):
+        DistillationTrainer(student, args=args, train_dataset=images(16))
 
 
 def test_a_student_for_int8_in_another_run(tmp_path):
@@ -78,7 +89,7 @@ def test_features_average_and_bf16(tmp_path):
     losses = {"fitnet": {}, "kd": {"temperature": 4.0}}
     settings = {"losses": losses, "logit_standardization": True, "ema_decay": 0.5, "bf16": True, "quantize": "int8"}
     run = DistillationTrainer(
-        load_student("cifar_resnet8", num_classes=10),
+        seen("cifar_resnet8"),
         load_student("cifar_resnet14", num_classes=10),
         config(tmp_path, **settings),
         train_dataset=images(16),
