@@ -102,6 +102,17 @@ def test_batch_norm_sees_the_images_of_one_process(runs):
     assert first["metrics"]["eval_top1"] == second["metrics"]["eval_top1"]
 
 
+def test_ranges_of_int8_are_those_of_the_first_process(runs):
+    one, first, second = (run["int8"] for run in runs[:3])
+    assert sum(name.endswith(".range") for name in first["state"]) > 10
+    assert largest_difference(first["state"], second["state"], first["state"]) == 0
+    for key in ("eval_loss", "eval_top1"):
+        assert first["metrics"][key] == second["metrics"][key]
+    # The first loss is that of one process: the first ranges are those of the same images.
+    assert first["logs"][0]["loss_kd"] == pytest.approx(one["logs"][0]["loss_kd"], rel=0.05)
+    assert largest_difference(one["state"], first["state"], first["state"]) > 0
+
+
 def test_evaluation_sees_every_image_once(runs):
     one, first, second = (run["kd"] for run in runs[:3])
     for key in ("eval_loss", "eval_top1", "eval_top5", "eval_agreement", "eval_teacher_top1", "eval_knn"):
