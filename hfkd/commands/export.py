@@ -23,7 +23,7 @@ from ..names import architecture_of
 from ..networks.class_matching import class_names_of
 from ..networks.costs import latencies, multiply_adds, parameter_count
 from ..networks.headless import is_headless
-from ..networks.int8 import is_int8
+from ..networks.int8 import is_int8, without_rounding
 from ..networks.loading import load_network, load_teacher
 from ..networks.teacher import Teacher
 from ..recipe.checks import AT_LEAST_1, NOT_NEGATIVE, check_ranges
@@ -153,10 +153,13 @@ def export(argv: list[str] | None = None) -> Path:
     update_card(Path(name))
     how = folder / PREPROCESSING_NAME
     print(f"{path} gives the model's {output_name(model)}; {how} says how to prepare its images.\n")
-    sides = {"student": Side(model, preprocessing.image_size, exported, path.stat().st_size)}
+    in_float = without_rounding(model) if trained else model
+    sides = {"student": Side(in_float, parameter_count(model), preprocessing.image_size, exported, path.stat().st_size)}
     if teacher is not None:
         sides = {"teacher": side_of_teacher(teacher, file_format)} | sides
     print(cost_table(sides, file_format))
+    if trained:
+        print(f"{path.name} rounds with operators of float32. `hfkd export {name} --precision int8` computes in int8.")
     return path
 
 
@@ -223,11 +226,14 @@ class Side:
     """Model in the table of costs, the student or its teacher.
 
     Attributes:
+        model: network whose time is measured in torch.
+        parameters: of the model as it is loaded.
         image_size: side of its square images in pixels.
         file_model, file_size: the model in its file, and the file's bytes; None if the format cannot express it.
     """
 
     model: nn.Module
+    parameters: int
     image_size: int
     file_model: FileModel | None = None
     file_size: int | None = None
@@ -235,7 +241,7 @@ class Side:
 
 def side_of_teacher(teacher: Teacher, file_format: FileFormat) -> Side:
     """Export the teacher to the student's format, so that the networks are compared and not the runtimes."""
-    side = Side(teacher.network, teacher.input_spec.image_size)
+    side = Side(teacher.network, parameter_count(teacher.network), teacher.input_spec.image_size)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, file_format.file_name)
         try:
@@ -256,7 +262,7 @@ def cost_table(sides: dict[str, Side], file_format: FileFormat) -> str:
     sizes = {role: side.image_size for role, side in sides.items()}
     times = latencies(eager | from_file, sizes | {f"{role} file": size for role, size in sizes.items()})
     rows = {
-        "parameters": ([parameter_count(model) for model in eager.values()], "{:,.0f}"),
+        "parameters": ([side.parameters for side in sides.values()], "{:,.0f}"),
         "multiply-adds of an image": (
             [multiply_adds(side.model, side.image_size) for side in sides.values()],
             "{:,.0f}",

@@ -15,6 +15,7 @@ from ..models.checkpoints import load_architecture
 from ..names import architecture_of, hub_id
 from ..networks.costs import latencies, multiply_adds, parameter_count
 from ..networks.input_spec import input_spec
+from ..networks.int8 import is_int8, without_rounding
 from ..networks.loading import load_pretrained
 from ..runs.finished import RecipeTeacher
 from .rows import Row
@@ -80,7 +81,8 @@ def _student(row: Row) -> nn.Module:
     folder = next((run.export for run in row.runs if run.export is not None), None)
     if folder is None:
         raise NotFoundError(f"{row.first.folder} holds no trained model")
-    return load_pretrained(str(folder))
+    model = load_pretrained(str(folder))
+    return without_rounding(model) if is_int8(model) else model  # int8 files have a table of their own
 
 
 def teacher_networks(row: Row, given: str | None) -> list[nn.Module]:

@@ -125,8 +125,7 @@ class Int8Conv2d(nn.Conv2d):
     """Convolution and the batch norm behind it, if there is one, in simulated int8."""
 
     def __init__(self, conv: nn.Conv2d, norm: FoldedBatchNorm2d | None):
-        shape = conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation
-        super().__init__(*shape, conv.groups, conv.bias is not None, conv.padding_mode, device="meta")
+        super().__init__(*_shape(conv), conv.bias is not None, conv.padding_mode, device="meta")
         self.weight, self.bias = conv.weight, conv.bias
         self.norms = [] if norm is None else [norm]  # in a list: the network holds the norm in a place of its own
         self.quantize_input, self.quantize_output = ActivationQuantizer(), ActivationQuantizer()
@@ -151,6 +150,11 @@ class Int8Conv2d(nn.Conv2d):
             if self.quantize_input.rounds:
                 weight, bias = round_weight(weight), None if bias is None else round_bias(bias, self.sum_scales(weight))
             return self.quantize_output(self._conv_forward(self.quantize_input(x.float()), weight, bias))
+
+
+def _shape(conv: nn.Conv2d) -> tuple[Any, ...]:
+    """Return the first arguments of a convolution like this one."""
+    return conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups
 
 
 class Int8Linear(nn.Linear):
@@ -285,12 +289,27 @@ def restore_int8(model: Any, name_or_path: str) -> None:
         ) from error
 
 
+@torch.no_grad()
 def without_rounding(model: nn.Module) -> nn.Module:
-    """Return a copy of a model that computes in float with the same weights."""
+    """Return a copy of a model that computes in float with the same weights, those of norms folded into them."""
     model = copy.deepcopy(model)
-    for quantizer in activation_quantizers(model):
-        quantizer.rounds = False
+    network = timm_model_of(model)
+    for name, layer in list(network.named_modules()):
+        if isinstance(layer, (Int8Conv2d, Int8Linear)):
+            network.set_submodule(name, _in_float(layer))
     return model
+
+
+def _in_float(layer: Int8Conv2d | Int8Linear) -> nn.Conv2d | nn.Linear:
+    """Return the plain layer that computes what a layer in simulated int8 computes but for the rounding."""
+    weight, bias = layer.folded()
+    plain: nn.Conv2d | nn.Linear
+    if isinstance(layer, Int8Conv2d):
+        plain = nn.Conv2d(*_shape(layer), bias is not None, layer.padding_mode, device="meta")
+    else:
+        plain = nn.Linear(layer.in_features, layer.out_features, bias is not None, device="meta")
+    plain.weight, plain.bias = nn.Parameter(weight), None if bias is None else nn.Parameter(bias)
+    return plain
 
 
 def move_ranges(model: nn.Module, momentum: float) -> None:

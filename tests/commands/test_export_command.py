@@ -296,7 +296,9 @@ def test_a_teacher_that_the_format_cannot_express_is_a_gap(monkeypatch, capsys):
     monkeypatch.setattr("hfkd.export.formats.LARGEST_ONNX", 2_000)  # between the two
     side = side_of_teacher(Teacher(Plain(width=16), "plain", InputSpec(32, (0.0,) * 3, (1.0,) * 3)), FORMATS["onnx"])
     assert "The teacher was not exported. The weights take" in capsys.readouterr().out
-    table = cost_table({"teacher": side, "student": Side(Plain(), 32, FileModel(Plain()), 2_000_000)}, FORMATS["onnx"])
+    table = cost_table(
+        {"teacher": side, "student": Side(Plain(), 1, 32, FileModel(Plain()), 2_000_000)}, FORMATS["onnx"]
+    )
     rows, _ = cells(table)
     assert rows["model.onnx, MB"] == ["–", "2.00", "–"]
     teacher, student, ratio = rows["ONNX Runtime, ms an image"]
