@@ -179,6 +179,8 @@ def _write_onnx(program: ExportedProgram, path: Path, preprocessing: str) -> Non
             f"ONNX cannot express {operator}. Write that part of the model with other operators of torch, or give "
             "--format torch."
         ) from error
+    for node in converted.model.graph:  # which line made it: up to half of a small file, with paths of this machine
+        node.metadata_props.clear()
     converted.model.metadata_props[METADATA] = preprocessing
     converted.save(path, external_data=False)
 

@@ -133,7 +133,7 @@ def parse_recipe(
 def _shortened(recipe: dict[str, Any], overrides: list[str], parser: ArgumentParser) -> dict[str, Any]:
     """Return the keys of a recipe that change where the command line sets `quantize`, with their new values.
 
-    Length and learning rate are a tenth, and milestones keep their shares of the length. A recipe that sets `quantize`
+    Length, steps of warm-up and learning rate are a tenth, and milestones keep their shares of the length. A recipe that sets `quantize`
     itself is left as it is, and so is what the command line gives.
     """
     options = [parser.option(token) for token in overrides]
@@ -146,6 +146,8 @@ def _shortened(recipe: dict[str, Any], overrides: list[str], parser: ArgumentPar
         changed.pop("num_train_epochs", None)
     elif "num_train_epochs" not in given and values["max_steps"] > 0:
         changed["max_steps"] = max(1, round(values["max_steps"] / 10))
+    if values["warmup_steps"] >= 1 and "warmup_steps" not in given:  # below 1 it is a share of the steps
+        changed["warmup_steps"] = round(values["warmup_steps"] / 10)
     if values["lr_milestones"] and "lr_milestones" not in given:
         share = values["num_train_epochs"] / recipe.get("num_train_epochs", values["num_train_epochs"])
         share = share if "num_train_epochs" in given else 0.1

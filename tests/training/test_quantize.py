@@ -1,5 +1,7 @@
 """Training in simulated int8: resumes to the bit, learns, holds its ranges; what is refused."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import config, images, train_logs
@@ -58,6 +60,11 @@ def test_a_tenth_of_the_recipe():
     assert shortened.lr_milestones == pytest.approx([each / 10 for each in original.lr_milestones])
     given = parse_recipe([*recipe, "--quantize", "int8", "--num_train_epochs", "24", "--learning_rate", "0.3"])[2]
     assert (given.num_train_epochs, given.learning_rate) == (24, 0.3)
+    for steps, fewer in ((500, 50), (0.05, 0.05)):
+        Path("own.yaml").write_text(
+            f"student_name_or_path: cifar_resnet8\ndataset_name: digits\nwarmup_steps: {steps}\n"
+        )
+        assert parse_recipe(["own.yaml", "--quantize", "int8"])[2].warmup_steps == fewer
 
 
 def test_a_student_with_random_weights(tmp_path):
