@@ -38,6 +38,17 @@ def ttm_loss(student_logits: Tensor, teacher_logits: Tensor, exponent: float, re
     return reduced(divergence.sum(dim=1), reduction)
 
 
+def spread_caveat(exponent: float) -> str:
+    """Return why Z-scores do not suit a target with this exponent; nothing if they do."""
+    if exponent >= 1:
+        return ""
+    return (
+        f"It asks the student for probabilities as flat as the teacher's at temperature {1 / exponent:.3g}, and the "
+        "Z-scores of the student's logits always have a standard deviation of 1, so it learns to be wrong. Set "
+        "logit_standardization to false."
+    )
+
+
 class TTMLoss(PerImageLoss):
     """`ttm_loss` as a method of a recipe.
 
@@ -66,6 +77,10 @@ class TTMLoss(PerImageLoss):
     @property
     def teacher_temperature(self) -> float:
         return 1 / self.exponent
+
+    @property
+    def zscore_caveat(self) -> str:
+        return spread_caveat(self.exponent)
 
     def per_image(self, student_logits: Tensor, teacher_logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         return ttm_loss(student_logits, teacher_logits, self.exponent, reduction="none")

@@ -11,7 +11,7 @@ from torch import Tensor
 from .base import paired, reduced
 from .checks import positive
 from .regions import PerImageLoss
-from .ttm import TTMLoss
+from .ttm import TTMLoss, spread_caveat
 
 
 def wttm_loss(student_logits: Tensor, teacher_logits: Tensor, exponent: float, reduction: str = "mean") -> Tensor:
@@ -57,6 +57,10 @@ class WTTMLoss(PerImageLoss):
     def __init__(self, exponent: float = 0.2, weight: float = 4.0, regions: list | None = None):
         super().__init__(weight, regions)
         self.exponent = positive("exponent", exponent)
+
+    @property
+    def zscore_caveat(self) -> str:
+        return spread_caveat(self.exponent)
 
     def per_image(self, student_logits: Tensor, teacher_logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         return wttm_loss(student_logits, teacher_logits, self.exponent, reduction="none")

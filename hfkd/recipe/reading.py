@@ -133,8 +133,8 @@ def parse_recipe(
 def _shortened(recipe: dict[str, Any], overrides: list[str], parser: ArgumentParser) -> dict[str, Any]:
     """Return the keys of a recipe that change where the command line sets `quantize`, with their new values.
 
-    Length, steps of warm-up and learning rate are a tenth, and milestones keep their shares of the length. A recipe that sets `quantize`
-    itself is left as it is, and so is what the command line gives.
+    Length, steps of warm-up and learning rate are a tenth, and milestones keep their shares of the length. A recipe
+    that sets `quantize` itself is left as it is, and so is what the command line gives.
     """
     options = [parser.option(token) for token in overrides]
     given = {option.dest for option in options if option is not None}

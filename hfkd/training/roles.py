@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 from transformers import set_seed
+from transformers.utils import logging
 
 from ..losses import build_losses
 from ..losses.base import trains_classifier
@@ -21,6 +22,8 @@ from .checks import check_mixed, check_roles
 from .loaders import first_set
 from .student import fit_student, load_named_student, own_processor
 from .unlabelled import check_can_measure_terms, has_labels, measures_terms, settle_best_metric
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,9 @@ def cast_roles(
     weights = {"student": student_weights(model)} if isinstance(model, str) else {}
     weights |= {"teacher": teacher_weights(teacher)} if isinstance(teacher, str) else {}
     built = build_losses(losses, args.logit_standardization)
+    for name, loss in built.items():
+        if args.logit_standardization and loss.zscore_caveat:
+            logger.warning_once(f"The loss '{name}' does not suit Z-scores. {loss.zscore_caveat}")
     if not has_labels(train_dataset):
         check_without_labels(built, args, "the training images")
     if not isinstance(teacher, CachedTeacher):

@@ -1,7 +1,9 @@
 import pytest
 import torch
+from helpers import Plain, config, images
 from torch.autograd import gradcheck
 
+from hfkd import DistillationTrainer
 from hfkd.losses import kd_loss
 from hfkd.losses.ttm import TTMLoss, ttm_loss
 
@@ -31,6 +33,16 @@ def test_an_exponent_of_one_is_kd_at_temperature_one():
 def test_the_teacher_is_read_at_the_inverse_of_the_exponent():
     assert TTMLoss(0.25).teacher_temperature == 4
     assert TTMLoss(0.1).teacher_temperature == pytest.approx(10)
+
+
+@pytest.mark.parametrize("method", ["ttm", "wttm"])
+def test_zscores_of_a_softened_teacher_are_warned_of(method, caplog):
+    """The Z-scores of a student cannot be as flat."""
+    for exponent in (1.0, 0.5):
+        assert "does not suit Z-scores" not in caplog.text
+        args = config(losses={method: {"exponent": exponent}}, logit_standardization=True)
+        DistillationTrainer(Plain(), Plain(), args, train_dataset=images(8))
+    assert f"The loss '{method}' does not suit Z-scores" in caplog.text and "temperature 2," in caplog.text
 
 
 def test_gradcheck():
