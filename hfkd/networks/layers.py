@@ -87,7 +87,10 @@ def find_pooling(model: nn.Module) -> nn.Module:
     pools = [module for path, module in modules if path.rpartition(".")[2] == "global_pool"]
     pools = pools or [module for _, module in modules if isinstance(module, nn.AdaptiveAvgPool2d)]
     if not pools:
-        raise HfkdError(f"{type(timm_model_of(model)).__name__} has no module that averages its last map.")
+        raise HfkdError(
+            f"{type(timm_model_of(model)).__name__} has no module that averages its last map, and a loss reads what that "
+            "module averages: take a CNN in its place, or leave the loss (or its `regions`) out."
+        )
     return pools[-1]
 
 
