@@ -36,10 +36,11 @@ SMALLEST_SCALE = 1e-12
 
 
 class _Rounding(torch.autograd.Function):
-    """`torch.fake_quantize_per_tensor_affine` for 0..255, to the bit in value and gradient, from vectorised operators.
+    """`torch.fake_quantize_per_tensor_affine` for 0..255 on a CPU, to the bit in value and gradient.
 
-    torch's own kernel computes one element at a time on a CPU and took a third of a step of ResNet-20. What is cut off
-    is found again in the backward pass: the input is mostly kept anyway, and a mask would be written and read slowly.
+    torch's own kernel computes one element at a time there and took a third of a step of ResNet-20; these operators are
+    vectorised. What is cut off is found again in the backward pass: the input is mostly kept anyway, and a mask of
+    booleans is slow to write and read.
     """
 
     @staticmethod
@@ -84,7 +85,11 @@ class ActivationQuantizer(nn.Module):
         if self.training and self.momentum:
             # aminmax() would copy a batch that is stored channels last.
             self.range.lerp_(torch.stack([x.detach().amin(), x.detach().amax()]), self.momentum)
-        return _Rounding.apply(x, *self.scale_and_zero_point()) if self.rounds else x
+        if not self.rounds:
+            return x
+        if x.device.type == "cpu":
+            return _Rounding.apply(x, *self.scale_and_zero_point())
+        return torch.fake_quantize_per_tensor_affine(x, *self.scale_and_zero_point(), 0, 255)  # one kernel
 
 
 def weight_scales(weight: Tensor) -> Tensor:

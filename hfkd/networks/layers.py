@@ -88,8 +88,8 @@ def find_pooling(model: nn.Module) -> nn.Module:
     pools = pools or [module for _, module in modules if isinstance(module, nn.AdaptiveAvgPool2d)]
     if not pools:
         raise HfkdError(
-            f"{type(timm_model_of(model)).__name__} has no module that averages its last map, and a loss reads what that "
-            "module averages: take a CNN in its place, or leave the loss (or its `regions`) out."
+            f"{type(timm_model_of(model)).__name__} has no module that averages its last map, and a loss reads what it "
+            "averages: take a CNN in its place, or leave the loss (or its `regions`) out."
         )
     return pools[-1]
 
