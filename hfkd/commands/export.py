@@ -241,7 +241,8 @@ class Side:
 
 def side_of_teacher(teacher: Teacher, file_format: FileFormat) -> Side:
     """Export the teacher to the student's format, so that the networks are compared and not the runtimes."""
-    side = Side(teacher.network, parameter_count(teacher.network), teacher.input_spec.image_size)
+    network = without_rounding(teacher.network) if is_int8(teacher.network) else teacher.network
+    side = Side(network, parameter_count(teacher.network), teacher.input_spec.image_size)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, file_format.file_name)
         try:

@@ -81,8 +81,12 @@ def _student(row: Row) -> nn.Module:
     folder = next((run.export for run in row.runs if run.export is not None), None)
     if folder is None:
         raise NotFoundError(f"{row.first.folder} holds no trained model")
-    model = load_pretrained(str(folder))
-    return without_rounding(model) if is_int8(model) else model  # int8 files have a table of their own
+    return _in_float(load_pretrained(str(folder)))
+
+
+def _in_float(model: nn.Module) -> nn.Module:
+    """Return a model as it computes in float32: int8 files have a table of their own."""
+    return without_rounding(model) if is_int8(model) else model
 
 
 def teacher_networks(row: Row, given: str | None) -> list[nn.Module]:
@@ -102,7 +106,7 @@ def teacher_networks(row: Row, given: str | None) -> list[nn.Module]:
             for models in _variants(teacher.members, dataset.get("classes")):
                 parameters = sum(map(parameter_count, models))
                 if parameters == expected:
-                    return models
+                    return [_in_float(model) for model in models]
             reasons.append(
                 f"the model at {teacher.names[0]} has {parameters:,} parameters, the teacher had {expected:,}"
             )

@@ -1,5 +1,7 @@
 """Simulated int8: files agree with it for a CNN, a ViT and a SimKD student; folders load again."""
 
+import re
+
 import pytest
 import timm
 import torch
@@ -7,10 +9,12 @@ from helpers import aligned
 from torch import nn
 
 from hfkd import load_student
+from hfkd.commands.export import export
 from hfkd.errors import HfkdError
 from hfkd.export.formats import FORMATS, write_model
 from hfkd.export.int8 import TOLERANCE, for_file, write_int8
 from hfkd.export.quantization import logits_of_file
+from hfkd.networks.costs import multiply_adds, parameter_count
 from hfkd.networks.features import logits_of
 from hfkd.networks.int8 import ActivationQuantizer, is_int8, quantize, round_weight, without_rounding
 from hfkd.networks.loading import exported_state_dict, load_pretrained, wrap_timm
@@ -78,6 +82,19 @@ def test_a_saved_folder_loads_again(tmp_path):
     assert is_int8(loaded)
     with torch.no_grad():
         torch.testing.assert_close(logits_of(loaded, images), logits_of(model, images))
+
+
+def test_time_and_parameters_are_those_of_the_float_network(tmp_path, capsys):
+    model, images = network("cifar_resnet8")
+    expected, parameters = multiply_adds(model, 32), parameter_count(model)
+    quantize(model, images)
+    plain = without_rounding(model)
+    assert not is_int8(plain) and multiply_adds(plain, 32) == expected
+    model.save_pretrained(tmp_path / "student", state_dict=exported_state_dict(model), save_original_format=False)
+    export([str(tmp_path / "student"), "--format", "torch", "--teacher", str(tmp_path / "student")])
+    printed = capsys.readouterr().out
+    assert re.search(rf"\| parameters \| +{parameters:,} \| +{parameters:,} \| +1.00 \|", printed), printed
+    assert "model.pt2 rounds with operators of float32." in printed and "was not exported" not in printed
 
 
 def test_an_outlier_channel_of_the_weights():
