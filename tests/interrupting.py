@@ -1,5 +1,6 @@
 """Processes that are ended in the middle of something, and what a run comes to in the end."""
 
+import contextlib
 import functools
 import itertools
 import json
@@ -116,8 +117,9 @@ def start(function) -> int:
         except BaseException:
             traceback.print_exc()
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError):  # of a terminal that is closed
+                    stream.flush()
             os._exit(code)
     return process
 
