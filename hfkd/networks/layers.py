@@ -94,8 +94,11 @@ def find_pooling(model: nn.Module) -> nn.Module:
     return pools[-1]
 
 
-def settle_layers(losses: Iterable[nn.Module], student: nn.Module, teacher: nn.Module) -> None:
+def settle_layers(losses: Iterable[nn.Module], student: nn.Module, teacher: nn.Module | None) -> None:
     """Set the layers of losses that leave them open (None) to every stage except the stem, and `beside_stages`.
+
+    Args:
+        teacher: None without a network, as from a cache; its layers then stay as they are.
 
     Raises:
         HfkdError: for a network without stages.
@@ -103,7 +106,7 @@ def settle_layers(losses: Iterable[nn.Module], student: nn.Module, teacher: nn.M
     for loss in losses:
         if loss.student_layers is None:
             loss.student_layers = [*range(1, len(stages_of(student))), *loss.beside_stages]
-        if loss.teacher_layers is None:
+        if loss.teacher_layers is None and teacher is not None:
             loss.teacher_layers = [*range(1, len(stages_of(teacher))), *loss.beside_stages]
 
 

@@ -137,8 +137,19 @@ def _wrap(model: nn.Module, source: ImageSource | None) -> PreTrainedModel:
     return wrap_timm(model, [*names, *map(str, range(len(names), model.num_classes))][: model.num_classes])
 
 
-def tell_losses(losses: nn.ModuleDict, args: DistillationConfig) -> torch.dtype | None:
-    """Tell the losses the seed and the precision of the run, and return the latter, None for float32."""
+def tell_losses(
+    losses: nn.ModuleDict,
+    student: nn.Module,
+    teacher: Teacher | TeacherEnsemble | CachedTeacher | None,
+    args: DistillationConfig,
+) -> torch.dtype | None:
+    """Tell the losses seed, layers and precision of the run, and return the latter, None for float32.
+
+    Raises:
+        HfkdError: for a network without stages, where a loss reads them all.
+    """
+    has_network = teacher is not None and not isinstance(teacher, CachedTeacher)
+    settle_layers(losses.values(), student, teacher.members[0].model if has_network else None)
     autocast_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     for loss in losses.values():
         loss.autocast_dtype = autocast_dtype
@@ -148,7 +159,6 @@ def tell_losses(losses: nn.ModuleDict, args: DistillationConfig) -> torch.dtype 
 
 def prepare_teacher(
     teacher: Teacher | TeacherEnsemble | CachedTeacher,
-    student: nn.Module,
     losses: nn.ModuleDict,
     args: DistillationConfig,
     images: InputSpec | None,
@@ -165,7 +175,6 @@ def prepare_teacher(
     """
     if not isinstance(teacher, CachedTeacher):  # which has no network
         check_placement(teacher, args.world_size, args.torch_compile)
-        settle_layers(losses.values(), student, teacher.members[0].model)
     layers, member_layers = [], []
     for loss in losses.values():
         read = [*loss.teacher_layers, *(norm + AFFINE for norm in loss.teacher_norms)]

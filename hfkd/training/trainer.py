@@ -326,10 +326,10 @@ class DistillationTrainer(Trainer):
         if args.gradient_checkpointing:
             settings: Any = args.gradient_checkpointing_kwargs  # a mapping or None once args is built
             use_gradient_checkpointing(self.model, settings or {})
-        autocast_dtype = tell_losses(losses, args)
+        autocast_dtype = tell_losses(losses, self.model, self.teacher, args)
         if self.teacher is not None:
             images = batch_spec(self.train_dataset, first_set(self.eval_dataset), self.model)
-            prepare_teacher(self.teacher, self.model, losses, args, images, autocast_dtype)
+            prepare_teacher(self.teacher, losses, args, images, autocast_dtype)
         own = self._label_loss, cross_entropy(args, self.train_dataset)
         added = unlabelled_images(self.train_dataset)
         self.distiller = Distiller(self.model, losses, args.ce_weight, *own, frozen_norms, added)

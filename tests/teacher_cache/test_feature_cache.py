@@ -1,5 +1,6 @@
-"""Students that learn from a teacher's stored embeddings: as from the teacher itself."""
+"""Students that learn from a teacher's stored embeddings and logits: as from the teacher itself."""
 
+import inspect
 import json
 from pathlib import Path
 
@@ -26,6 +27,16 @@ METHODS = [
 ]
 
 
+ON_LOGITS = [
+    name
+    for name, loss in LOSSES.items()
+    if loss.needs_teacher
+    and loss.teacher_layers == ()
+    and not (loss.reads_classifier or loss.reads_members)
+    and {"teacher_layer", "teacher_layers"}.isdisjoint(inspect.signature(loss).parameters)
+]
+
+
 class Rounding(Plain):
     """A teacher whose embedding is rounded to float16."""
 
@@ -45,9 +56,9 @@ def teacher_of(kind=Rounding):
     return Teacher(kind(width=12), has_classifier=kind is Rounding)
 
 
-def cached(folder="cache", teacher=None, **row):
+def cached(folder="cache", teacher=None, views=1, **row):
     args, data = config(), (images(24), images(10, augment=False))
-    row = RowFormat(10, 1, **row)
+    row = RowFormat(10, views, **row)
     write_cache(folder, teacher or teacher_of(), *data, args, row, epochs=2, rows_a_shard=9, with_embeddings=True)
     return CachedTeacher(folder)
 
@@ -79,6 +90,23 @@ def test_as_from_the_teacher_itself(cache, name):
     assert logs[0] == logs[1] and max(logs[0]) > 0
     for key, value in live.distiller.state_dict().items():
         torch.testing.assert_close(replayed.distiller.state_dict()[key], value, rtol=0, atol=0, msg=key)
+
+
+@pytest.fixture(scope="module")
+def cache_of_two_views(tmp_path_factory):
+    return cached(tmp_path_factory.mktemp("features") / "views", views=2)
+
+
+@pytest.mark.parametrize("name", ON_LOGITS)
+def test_methods_on_logits(cache, cache_of_two_views, name):
+    """The first steps, in which float16 is the only difference; OFA-KD reads all stages of the student besides."""
+    logs = []
+    for teacher in (teacher_of(), cache_of_two_views if LOSSES[name].views == 2 else cache):
+        torch.manual_seed(4)
+        student = load_student("cifar_resnet8", num_classes=10)
+        run = trained(teacher, {name: {}}, student, max_steps=2, learning_rate=1e-4)
+        logs.append([entry["loss"] for entry in train_logs(run)])
+    assert logs[0] == pytest.approx(logs[1], rel=1e-2)
 
 
 def test_with_logits_too(cache):
