@@ -139,6 +139,7 @@ def test_a_closed_terminal():
     def run():
         terminal, own = os.openpty()
         os.setsid()
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup, if it runs the tests, has them ignore
         fcntl.ioctl(own, termios.TIOCSCTTY, 0)
         for descriptor in (own, 1, 2):
             os.dup2(own, descriptor)
