@@ -153,8 +153,8 @@ def export(argv: list[str] | None = None) -> Path:
     update_card(Path(name))
     how = folder / PREPROCESSING_NAME
     print(f"{path} gives the model's {output_name(model)}; {how} says how to prepare its images.\n")
-    in_float = without_rounding(model) if trained else model
-    sides = {"student": Side(in_float, parameter_count(model), preprocessing.image_size, exported, path.stat().st_size)}
+    size, in_float = path.stat().st_size, without_rounding(model)
+    sides = {"student": Side(in_float, parameter_count(model), preprocessing.image_size, exported, size)}
     if teacher is not None:
         sides = {"teacher": side_of_teacher(teacher, file_format)} | sides
     print(cost_table(sides, file_format))
@@ -241,7 +241,7 @@ class Side:
 
 def side_of_teacher(teacher: Teacher, file_format: FileFormat) -> Side:
     """Export the teacher to the student's format, so that the networks are compared and not the runtimes."""
-    network = without_rounding(teacher.network) if is_int8(teacher.network) else teacher.network
+    network = without_rounding(teacher.network)
     side = Side(network, parameter_count(teacher.network), teacher.input_spec.image_size)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, file_format.file_name)

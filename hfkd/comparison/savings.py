@@ -15,7 +15,7 @@ from ..models.checkpoints import load_architecture
 from ..names import architecture_of, hub_id
 from ..networks.costs import latencies, multiply_adds, parameter_count
 from ..networks.input_spec import input_spec
-from ..networks.int8 import is_int8, without_rounding
+from ..networks.int8 import without_rounding
 from ..networks.loading import load_pretrained
 from ..runs.finished import RecipeTeacher
 from .rows import Row
@@ -81,12 +81,7 @@ def _student(row: Row) -> nn.Module:
     folder = next((run.export for run in row.runs if run.export is not None), None)
     if folder is None:
         raise NotFoundError(f"{row.first.folder} holds no trained model")
-    return _in_float(load_pretrained(str(folder)))
-
-
-def _in_float(model: nn.Module) -> nn.Module:
-    """Return a model as it computes in float32: int8 files have a table of their own."""
-    return without_rounding(model) if is_int8(model) else model
+    return without_rounding(load_pretrained(str(folder)))  # int8 files have a table of their own
 
 
 def teacher_networks(row: Row, given: str | None) -> list[nn.Module]:
@@ -106,7 +101,7 @@ def teacher_networks(row: Row, given: str | None) -> list[nn.Module]:
             for models in _variants(teacher.members, dataset.get("classes")):
                 parameters = sum(map(parameter_count, models))
                 if parameters == expected:
-                    return [_in_float(model) for model in models]
+                    return [without_rounding(model) for model in models]
             reasons.append(
                 f"the model at {teacher.names[0]} has {parameters:,} parameters, the teacher had {expected:,}"
             )

@@ -75,16 +75,12 @@ class DistillationLoss(nn.Module):
 
         @property
         def teacher_temperature(self) -> float | None: ...
-
-    else:
-        teacher_temperature = None
-    if TYPE_CHECKING:
-
         @property
         def zscore_caveat(self) -> str: ...
 
     else:
-        zscore_caveat = ""  # why Z-scores do not suit it, as sentences that the run prints before it trains on them
+        teacher_temperature = None
+        zscore_caveat = ""  # why Z-scores do not suit it, in sentences that a run tells before it trains on them
     # True: it reads `labels`. Of a batch in which some images have no label it then gets the others, and a training
     # without labels is refused.
     reads_labels = False

@@ -65,7 +65,7 @@ class ActivationQuantizer(nn.Module):
     Attributes:
         range: buffer (2,), the smallest and the largest value that is not cut off.
         momentum: share of a batch in the range in training: 0 for a range that does not move.
-        rounds: False for the float network with the same weights.
+        rounds: False while the first ranges are read.
     """
 
     range: Tensor
@@ -296,7 +296,12 @@ def restore_int8(model: Any, name_or_path: str) -> None:
 
 @torch.no_grad()
 def without_rounding(model: nn.Module) -> nn.Module:
-    """Return a copy of a model that computes in float with the same weights, those of norms folded into them."""
+    """Return a model that computes in float with the same weights: itself if none of its layers rounds, else a copy.
+
+    In the copy the norms are folded into the weights, so it has other parameters.
+    """
+    if not is_int8(model):
+        return model
     model = copy.deepcopy(model)
     network = timm_model_of(model)
     for name, layer in list(network.named_modules()):
