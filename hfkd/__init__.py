@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for type checkers and editors, which do not run __getattr__
     from .networks.input_spec import input_spec
-    from .networks.loading import load_student, load_teacher
+    from .networks.student_loading import load_student
     from .networks.teacher import Teacher
-    from .recipe.arguments import DataArguments, DistillationConfig, ModelArguments
+    from .networks.teacher_loading import load_teacher
+    from .recipe.arguments import DataArguments, ModelArguments
+    from .recipe.config import DistillationConfig
     from .teacher_cache.teacher import CachedTeacher
     from .training.trainer import DistillationTrainer
 
@@ -37,13 +39,13 @@ __all__ = [
 _HOMES = {
     "CachedTeacher": "teacher_cache.teacher",
     "DataArguments": "recipe.arguments",
-    "DistillationConfig": "recipe.arguments",
+    "DistillationConfig": "recipe.config",
     "DistillationTrainer": "training.trainer",
     "ModelArguments": "recipe.arguments",
     "Teacher": "networks.teacher",
     "input_spec": "networks.input_spec",
-    "load_student": "networks.loading",
-    "load_teacher": "networks.loading",
+    "load_student": "networks.student_loading",
+    "load_teacher": "networks.teacher_loading",
 }
 _ARCHITECTURES = ("hfkd.models", "hfkd.networks.simkd_student")  # the modules that register with timm
 
@@ -107,9 +109,11 @@ else:
 
 
 def _moved(name: str):
-    if name not in ("input_spec", "load_pretrained", "load_student", "load_teacher"):
-        raise AttributeError(f"module 'hfkd.loading' has no attribute '{name}': see hfkd and hfkd.networks.loading")
-    return getattr(importlib.import_module("hfkd.networks.loading"), name)
+    if name == "load_pretrained":
+        return importlib.import_module("hfkd.networks.loading").load_pretrained
+    if name not in ("input_spec", "load_student", "load_teacher"):
+        raise AttributeError(f"module 'hfkd.loading' has no attribute '{name}': see hfkd and hfkd.networks")
+    return _public(name)
 
 
 # `from hfkd.loading import input_spec` is in programs written after the README of November 2026.

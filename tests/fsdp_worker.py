@@ -9,8 +9,8 @@ from helpers import config, images
 from torch.distributed.tensor import DTensor
 
 from hfkd import DistillationTrainer, Teacher
-from hfkd.networks.loading import wrap_timm
 from hfkd.networks.sharding import gathered
+from hfkd.networks.wrapping import wrap_timm
 
 LOSSES = {"kd": {}, "ctkd": {"instance_wise": True}}  # no projector with BatchNorm: a batch may be split
 SAVING = {

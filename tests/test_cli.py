@@ -19,7 +19,7 @@ from transformers import TrainingArguments
 import hfkd
 from hfkd.cli import COMMANDS, main
 from hfkd.losses import LOSSES
-from hfkd.recipe.arguments import DistillationConfig
+from hfkd.recipe.config import DistillationConfig
 from hfkd.recipe.parser import to_argv
 from hfkd.recipe.reading import ARGUMENT_CLASSES
 

@@ -31,12 +31,15 @@ from ..names import NO_LABELS
 from ..networks.backbones import lacks_classifier
 from ..networks.class_matching import check_class_indices, class_names_of, match_classes, name_lists_of
 from ..networks.features import InputSpec
-from ..networks.loading import check_model, load_student, load_teacher
+from ..networks.loading import check_model
 from ..networks.origins import RANDOM_WEIGHTS, student_weights, teacher_weights
+from ..networks.student_loading import load_student
 from ..networks.teacher import Teacher, check_ensemble_members
+from ..networks.teacher_loading import load_teacher
 from ..networks.zero_shot import check_has_texts
-from ..recipe.arguments import DataArguments, DistillationConfig, ModelArguments
+from ..recipe.arguments import DataArguments, ModelArguments
 from ..recipe.checks import check_quantized_losses
+from ..recipe.config import DistillationConfig
 from ..teacher_cache.identity import given_teachers
 from ..teacher_cache.teacher import CachedTeacher
 from ..training.checks import check_reads_features

@@ -12,7 +12,7 @@ from ..errors import HfkdError
 from ..losses import DistillationLoss, build_losses
 from ..losses.base import trains_classifier
 from ..networks.input_spec import input_spec
-from ..networks.loading import as_teacher
+from ..networks.teacher_loading import as_teacher
 from ..recipe.checks import check_without_labels
 from ..recipe.finding import find_recipe
 from ..recipe.parser import ArgumentParser

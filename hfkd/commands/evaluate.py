@@ -19,8 +19,9 @@ from ..networks.class_matching import class_names_of
 from ..networks.input_spec import input_spec
 from ..networks.loading import load_pretrained
 from ..networks.sources import resolve_name
-from ..recipe.arguments import DataArguments, DistillationConfig
+from ..recipe.arguments import DataArguments
 from ..recipe.checks import AT_LEAST_1, NOT_NEGATIVE, check_ranges
+from ..recipe.config import DistillationConfig
 from ..recipe.parser import HELP_WORDS, ArgumentParser, to_argv
 from ..recipe.reading import load_recipe
 from ..runs.finished import read_run

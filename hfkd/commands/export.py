@@ -24,8 +24,9 @@ from ..networks.class_matching import class_names_of
 from ..networks.costs import latencies, multiply_adds, parameter_count
 from ..networks.headless import is_headless
 from ..networks.int8 import is_int8, without_rounding
-from ..networks.loading import load_network, load_teacher
+from ..networks.loading import load_network
 from ..networks.teacher import Teacher
+from ..networks.teacher_loading import load_teacher
 from ..recipe.checks import AT_LEAST_1, NOT_NEGATIVE, check_ranges
 from ..recipe.parser import ArgumentParser
 from ..recipe.reading import load_recipe

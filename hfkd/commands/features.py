@@ -16,9 +16,9 @@ from ..hub.card_probes import record_probes
 from ..names import last_part
 from ..networks.embeddings import collect_embeddings
 from ..networks.features import EMBEDDING
-from ..networks.loading import load_teacher
 from ..networks.probes import PROBES, linear_cka, mean_cosine, top1
 from ..networks.teacher import Teacher
+from ..networks.teacher_loading import load_teacher
 from ..recipe.arguments import DataArguments
 from ..runs.folder import RESULTS_NAME
 from ..training.loaders import plain_loader

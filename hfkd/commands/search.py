@@ -18,7 +18,8 @@ from ..losses.base import trains_classifier
 from ..names import counted
 from ..networks.input_spec import input_spec
 from ..networks.loading import check_model
-from ..recipe.arguments import DataArguments, DistillationConfig, ModelArguments
+from ..recipe.arguments import DataArguments, ModelArguments
+from ..recipe.config import DistillationConfig
 from ..recipe.differences import recipe_differences
 from ..recipe.finding import find_recipe
 from ..recipe.parser import ArgumentParser

@@ -17,8 +17,9 @@ from ..errors import HfkdError
 from ..losses import build_losses
 from ..losses.base import trains_classifier
 from ..names import NO_LABELS, hub_id, last_part
-from ..recipe.arguments import DataArguments, DistillationConfig, ModelArguments
+from ..recipe.arguments import DataArguments, ModelArguments
 from ..recipe.checks import check_probe, check_without_labels
+from ..recipe.config import DistillationConfig
 from ..recipe.differences import recipe_differences
 from ..recipe.finding import find_recipe
 from ..recipe.reading import parse_recipe

@@ -26,8 +26,8 @@ from ..losses.checks import count, positive
 from ..names import last_part
 from ..networks.features import EMBEDDING
 from ..networks.input_spec import input_spec
-from ..networks.loading import as_teacher
 from ..networks.teacher import Teacher, TeacherEnsemble
+from ..networks.teacher_loading import as_teacher
 from ..recipe.arguments import DataArguments, ModelArguments
 from ..runs.claims import check_own
 from ..runs.finished import FinishedRun, RecipeTeacher, read_run, teacher_of

@@ -11,7 +11,7 @@ from typing import Any
 from ..losses import LOSSES
 from ..losses.regions import CITATION as REGIONS_CITATION
 from ..losses.standardize import CITATION
-from ..recipe.arguments import DistillationConfig
+from ..recipe.config import DistillationConfig
 from ..recipe.yaml_file import parse_yaml
 from ..runs.finished import BY_TOP1, best_words
 from ..runs.tables import markdown_table, plain, without_empty_columns

@@ -23,9 +23,9 @@ from ..losses.feature_maps import as_map
 from .class_matching import class_names_of
 from .features import EMBEDDING, InputSpec, Layer, Outputs, find_classifier, find_layer, stages_of, timm_model_of
 from .input_spec import known_input_spec
-from .loading import wrap_timm
 from .simkd_student import SimKDStudent, remove_modules, trunk_map
 from .teacher import Teacher, TeacherEnsemble
+from .wrapping import wrap_timm
 
 logger = logging.get_logger(__name__)
 

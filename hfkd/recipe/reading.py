@@ -15,7 +15,8 @@ from transformers.utils import logging
 
 from ..errors import HfkdError, unknown_key_error
 from ..losses import LOSSES, build_losses, installed_losses
-from .arguments import DataArguments, DistillationConfig, ModelArguments
+from .arguments import DataArguments, ModelArguments
+from .config import DistillationConfig
 from .finding import RecipeSource, find_recipe, name_from
 from .keys import NOT_RECORDED, SECTIONS
 from .parser import ArgumentParser, to_argv

@@ -11,7 +11,8 @@ from typing import Any
 
 from ..errors import HfkdError
 from ..names import NO_LABELS, hub_id
-from ..recipe.arguments import DataArguments, DistillationConfig, ModelArguments
+from ..recipe.arguments import DataArguments, ModelArguments
+from ..recipe.config import DistillationConfig
 from ..recipe.differences import recipe_differences
 from ..recipe.finding import find_recipe
 from ..recipe.reading import load_recipe, parse_recipe

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..recipe.arguments import DataArguments, DistillationConfig, ModelArguments
+from ..recipe.arguments import DataArguments, ModelArguments
+from ..recipe.config import DistillationConfig
 
 # Classes and training images of the published data sets. A copy of a data set may have another name, so counts are
 # compared.

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import HfkdError, did_you_mean
 from ..losses import loss_class
-from ..recipe.arguments import DistillationConfig
+from ..recipe.config import DistillationConfig
 from ..recipe.finding import LOCAL, find_recipe, names_below, packaged_names
 from ..recipe.reading import load_recipe
 from .planned import PlannedRun, plan_run

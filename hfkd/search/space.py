@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import HfkdError, did_you_mean
 from ..losses import build_losses
-from ..recipe.arguments import DistillationConfig
+from ..recipe.config import DistillationConfig
 from ..recipe.keys import SEARCHABLE_KEYS
 
 if TYPE_CHECKING:

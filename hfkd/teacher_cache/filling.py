@@ -16,8 +16,8 @@ from transformers.utils import logging
 from ..data import ImageSource, IndexedImageSource, MixedImageDataset
 from ..networks.features import EMBEDDING, Outputs
 from ..networks.teacher import Teacher, TeacherEnsemble
-from ..recipe.arguments import DistillationConfig
 from ..recipe.checks import AUTO
+from ..recipe.config import DistillationConfig
 from .batches import KeptBatches, NoRoomError
 from .identity import PROBE_IMAGES, arithmetic_of, images_facts, key_of
 from .rows import EMBEDDINGS, LOGITS

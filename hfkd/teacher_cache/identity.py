@@ -22,7 +22,7 @@ from ..data import ImageDataset, IndexedImageSource
 from ..names import hub_id
 from ..networks.teacher import Teacher, TeacherEnsemble
 from ..networks.zero_shot import ZeroShotNetwork
-from ..recipe.arguments import DistillationConfig
+from ..recipe.config import DistillationConfig
 
 PROBE_IMAGES = 8
 PROBE_TOLERANCE = 0.01  # of normalised pixels; a crop that is off by one pixel changes some mean by more

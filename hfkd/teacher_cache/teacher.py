@@ -15,7 +15,7 @@ from ..data import ImageSource, IndexedImageSource
 from ..errors import HfkdError
 from ..losses import DistillationLoss
 from ..networks.features import EMBEDDING, Outputs
-from ..recipe.arguments import DistillationConfig
+from ..recipe.config import DistillationConfig
 from .files import CacheFiles, read_facts
 from .identity import appearance, describe_given, differences, is_public, same_augmentation
 from .rows import EMBEDDINGS

@@ -11,7 +11,7 @@ import torch
 from ..data import IndexedImageSource
 from ..errors import HfkdError, RunError
 from ..networks.teacher import Teacher, TeacherEnsemble
-from ..recipe.arguments import DistillationConfig
+from ..recipe.config import DistillationConfig
 from .files import CacheFiles, read_facts
 from .identity import describe_teacher, differences
 from .rows import EMBEDDINGS, LOGITS, VALUES

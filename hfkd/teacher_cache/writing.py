@@ -24,7 +24,7 @@ from ..data import ImageDataset, IndexedImageSource, collate_batch
 from ..errors import HfkdError, RunError
 from ..networks.features import EMBEDDING, InputSpec, Outputs
 from ..networks.teacher import Teacher, TeacherEnsemble, check_placement
-from ..recipe.arguments import DistillationConfig
+from ..recipe.config import DistillationConfig
 from ..runs.claims import check_own
 from ..runs.folder import environment
 from ..runs.writing import write_whole

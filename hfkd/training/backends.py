@@ -18,8 +18,8 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from ..errors import HfkdError
 from ..networks.features import prediction_of
-from ..networks.loading import exported_state_dict
-from ..recipe.arguments import DistillationConfig
+from ..networks.wrapping import exported_state_dict
+from ..recipe.config import DistillationConfig
 from . import fsdp, zero
 from .distiller import Distiller
 

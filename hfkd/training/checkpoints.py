@@ -22,9 +22,9 @@ from ..data import StreamingImageDataset
 from ..data.subsets import image_source
 from ..errors import HfkdError, RunError
 from ..networks.features import timm_model_of
-from ..networks.loading import exported_state_dict, load_exported, with_own_memory
 from ..networks.sharding import gathered
-from ..recipe.arguments import DistillationConfig
+from ..networks.wrapping import exported_state_dict, load_exported, with_own_memory
+from ..recipe.config import DistillationConfig
 from ..runs.checkpoints import (
     UNLOGGED_NAME,
     begin_checkpoint,

@@ -16,7 +16,7 @@ from ..losses import DistillationLoss
 from ..networks.frozen import trainable_weights_in_common
 from ..networks.headless import is_headless
 from ..networks.teacher import Teacher, TeacherEnsemble
-from ..recipe.arguments import DistillationConfig
+from ..recipe.config import DistillationConfig
 from ..teacher_cache.teacher import CachedTeacher
 from .distiller import Distiller
 from .loaders import data_sets

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from ..networks.teacher import Teacher
-from ..recipe.arguments import DistillationConfig
+from ..recipe.config import DistillationConfig
 from .results import ResultsWriter
 
 WARM_UP, MEASURED = 5, 20  # steps

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ..errors import RunError
-from ..recipe.arguments import DistillationConfig
+from ..recipe.config import DistillationConfig
 from ..runs.checkpoints import checkpoints, defect
 from ..runs.folder import RESULTS_NAME
 from .results import ResultsWriter

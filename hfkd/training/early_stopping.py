@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import EarlyStoppingCallback
 
-from ..recipe.arguments import DistillationConfig
+from ..recipe.config import DistillationConfig
 from .results import ResultsWriter
 
 

@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 from ..errors import RunError
 from ..hub.card import CARD_NAME, FIGURE_NAME, write_card
-from ..recipe.arguments import DistillationConfig
+from ..recipe.config import DistillationConfig
 from ..recipe.keys import NOT_RECORDED, public_recipe
 from ..recipe.yaml_file import dump_yaml
 from ..runs.claims import is_own_export

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..errors import HfkdError
 from ..networks.sharding import gathered
-from ..recipe.arguments import DistillationConfig
+from ..recipe.config import DistillationConfig
 
 
 def check_fsdp(plugin, args: DistillationConfig) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ..data import ImageSource, IndexedImageSource
 from ..data.subsets import image_source, training_labels
 from ..errors import HfkdError
-from ..recipe.arguments import DistillationConfig
 from ..recipe.checks import BALANCED, check_label_smoothing
+from ..recipe.config import DistillationConfig
 
 
 def cross_entropy(args: DistillationConfig, train_dataset: Any) -> nn.CrossEntropyLoss:

@@ -17,7 +17,7 @@ from ..data import ImageDataset, ImageSource, MixedImageDataset, StreamingImageD
 from ..data.source import RowCache
 from ..data.subsets import image_source
 from ..errors import HfkdError
-from ..recipe.arguments import DistillationConfig
+from ..recipe.config import DistillationConfig
 from .preemption import end_workers_at_exit, ignore_signals
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..networks.embeddings import recording_embeddings
 from ..networks.headless import is_headless
-from ..recipe.arguments import DistillationConfig
+from ..recipe.config import DistillationConfig
 from .distiller import Distiller
 from .metrics import EvaluationMetrics
 from .probes import ProbedMetrics, is_due

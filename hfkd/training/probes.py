@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import EvalPrediction
 
 from ..networks.probes import knn_classes, top1
-from ..recipe.arguments import DistillationConfig
+from ..recipe.config import DistillationConfig
 from .checks import PLATEAU
 
 KNN = "knn"

@@ -12,7 +12,7 @@ from transformers.utils import logging
 from ..errors import HfkdError
 
 if TYPE_CHECKING:
-    from ..recipe.arguments import DistillationConfig
+    from ..recipe.config import DistillationConfig
 
 
 logger = logging.get_logger(__name__)

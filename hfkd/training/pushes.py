@@ -14,7 +14,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
 from ..hub.repository import ensure_repository, export_files, open_repository, upload
-from ..recipe.arguments import DistillationConfig
+from ..recipe.config import DistillationConfig
 from ..runs.checkpoints import MANIFEST_NAME, size_and_checksum
 from .exports import Exports
 

@@ -15,7 +15,7 @@ from ..errors import HfkdError
 from ..names import hub_id, public_name
 from ..networks.headless import is_headless
 from ..networks.teacher import Teacher, TeacherEnsemble
-from ..recipe.arguments import DistillationConfig
+from ..recipe.config import DistillationConfig
 from ..runs.finished import BY_TOP1, best_words
 from ..runs.folder import RESULTS_NAME, environment
 from ..runs.reading import read_results

@@ -12,11 +12,11 @@ from transformers.utils import logging
 from ..losses import build_losses
 from ..losses.base import trains_classifier
 from ..networks.headless import is_headless
-from ..networks.loading import as_teacher
 from ..networks.origins import student_weights, teacher_weights
 from ..networks.teacher import Teacher, TeacherEnsemble
-from ..recipe.arguments import DistillationConfig
+from ..networks.teacher_loading import as_teacher
 from ..recipe.checks import check_probe, check_quantized_losses, check_without_labels
+from ..recipe.config import DistillationConfig
 from ..teacher_cache.teacher import CachedTeacher
 from .checks import check_mixed, check_roles
 from .loaders import first_set

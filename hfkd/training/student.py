@@ -18,10 +18,11 @@ from ..networks.channels import check_channels
 from ..networks.features import AFFINE, InputSpec, remove_taps, settle_layers
 from ..networks.input_spec import known_input_spec, load_processor
 from ..networks.int8 import is_int8, quantize
-from ..networks.loading import load_student, wrap_timm
 from ..networks.simkd_rebuild import with_teacher_classifier
+from ..networks.student_loading import load_student
 from ..networks.teacher import Teacher, TeacherEnsemble, check_placement
-from ..recipe.arguments import DistillationConfig
+from ..networks.wrapping import wrap_timm
+from ..recipe.config import DistillationConfig
 from ..teacher_cache.teacher import CachedTeacher
 from .checks import check_ensemble
 from .freezing import frozen_names

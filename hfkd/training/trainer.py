@@ -38,10 +38,10 @@ from ..losses.standardize import at_least_float32
 from ..networks.features import find_classifier
 from ..networks.gradient_checkpointing import use_gradient_checkpointing
 from ..networks.headless import is_headless
-from ..networks.loading import exported_state_dict
 from ..networks.teacher import Teacher, TeacherEnsemble
-from ..recipe.arguments import DistillationConfig
+from ..networks.wrapping import exported_state_dict
 from ..recipe.checks import AUTO
+from ..recipe.config import DistillationConfig
 from ..runs.writing import finite_or_none, use_umask
 from ..teacher_cache.choices import KeptChoices, kept_choices
 from ..teacher_cache.filling import FillingTeacher, why_not_kept

@@ -14,7 +14,7 @@ from ..data import ImageSource
 from ..data.subsets import image_source
 from ..errors import HfkdError
 from ..networks.headless import is_headless
-from ..recipe.arguments import DistillationConfig
+from ..recipe.config import DistillationConfig
 from ..teacher_cache.teacher import CachedTeacher
 
 AGREEMENT = "agreement"

@@ -71,7 +71,7 @@ USED = (
     "transformers.Trainer._prepare_inputs",  # trainer.py
     "transformers.Trainer._remove_unused_columns",  # trainer.py
     "transformers.Trainer._inner_training_loop",  # calls everything above in the order that trainer.py relies on
-    "transformers.TrainingArguments._VALID_DICT_FIELDS",  # recipe/arguments.py
+    "transformers.TrainingArguments._VALID_DICT_FIELDS",  # recipe/config.py
     "accelerate.optimizer.is_lomo_available",  # optimization.py patches it
     "accelerate.utils.deepspeed.DeepSpeedOptimizerWrapper",  # zero.py
     "torch._C._current_graph_task_id",  # networks/gradient_checkpointing.py

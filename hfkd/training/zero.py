@@ -17,7 +17,7 @@ from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 from torch import Tensor, nn
 
 from ..errors import HfkdError
-from ..recipe.arguments import DistillationConfig
+from ..recipe.config import DistillationConfig
 from .fsdp import broadcast_state
 
 # torch's name of the only entry in an optimizer's state that does not have the parameter's shape.

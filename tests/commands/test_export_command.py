@@ -34,7 +34,7 @@ from hfkd import DistillationTrainer, Teacher, load_student
 from hfkd.commands.export import Side, cost_table, export, find_teacher, side_of_teacher
 from hfkd.export.formats import FORMATS, FileModel
 from hfkd.networks.features import InputSpec
-from hfkd.networks.loading import exported_state_dict, wrap_timm
+from hfkd.networks.wrapping import exported_state_dict, wrap_timm
 
 CLASSES = ["ant", "Große Katze", "bee, wild"]
 RESULTS = {"exported": "best", "best": {"top1": 81.25}, "last": {"top1": 79.0}, "dataset": {"name": "pets"}}

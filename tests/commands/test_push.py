@@ -22,7 +22,7 @@ from hfkd.commands import train as hfkd_run
 from hfkd.commands.push import push
 from hfkd.commands.train import distill
 from hfkd.hub.repository import PushError
-from hfkd.networks.loading import exported_state_dict
+from hfkd.networks.wrapping import exported_state_dict
 from hfkd.runs.checkpoints import MANIFEST_NAME, defect
 
 CLASSES = ["ant", "bee", "cow"]

@@ -22,7 +22,7 @@ from hfkd.commands.reduced_precision import precision_table, read_calibration
 from hfkd.data import ImageDataset, NoAugmentation
 from hfkd.errors import HfkdError, RunError
 from hfkd.networks.input_spec import input_spec
-from hfkd.networks.loading import exported_state_dict
+from hfkd.networks.wrapping import exported_state_dict
 
 CLASSES = ["upper left", "upper right", "lower left", "lower right"]
 BRIGHTEST = 140  # of training images; test images have a white corner

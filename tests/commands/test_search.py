@@ -16,7 +16,7 @@ from hfkd import load_student
 from hfkd.cli import main
 from hfkd.commands.search import build_search_trainer, search
 from hfkd.commands.train import distill
-from hfkd.recipe.arguments import DistillationConfig
+from hfkd.recipe.config import DistillationConfig
 from hfkd.recipe.finding import find_recipe
 from hfkd.recipe.reading import load_recipe, parse_recipe
 from hfkd.search import study as search_study

@@ -15,7 +15,7 @@ from hfkd import DistillationTrainer, load_student
 from hfkd.commands.build import load_splits
 from hfkd.commands.evaluate import evaluate
 from hfkd.commands.train import build_trainer, distill
-from hfkd.networks.loading import exported_state_dict
+from hfkd.networks.wrapping import exported_state_dict
 from hfkd.recipe.reading import parse_recipe
 
 CLASSES = ["ant", "bee", "cat"]

@@ -14,7 +14,7 @@ from hfkd import load_student
 from hfkd.cli import main
 from hfkd.commands.evaluate import evaluate
 from hfkd.commands.train import distill
-from hfkd.networks.loading import exported_state_dict
+from hfkd.networks.wrapping import exported_state_dict
 
 DINO = Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4)
 SETTINGS = {

@@ -44,7 +44,7 @@ def fetched(monkeypatch):
         names.append(name)
         return timm.create_model(name, **settings)
 
-    monkeypatch.setattr("hfkd.networks.loading.create_pretrained", create)
+    monkeypatch.setattr("hfkd.networks.student_loading.create_pretrained", create)
     return names
 
 

@@ -16,7 +16,7 @@ from hfkd import load_student
 from hfkd.commands.export import export
 from hfkd.export.preprocessing import Preprocessing
 from hfkd.export.quantization import StaticQuantizer
-from hfkd.networks.loading import exported_state_dict
+from hfkd.networks.wrapping import exported_state_dict
 
 EXAMPLE = ROOT / "examples" / "browser"
 LIBRARY = EXAMPLE / "node_modules" / "onnxruntime-web"

@@ -20,7 +20,8 @@ from hfkd.hub.card import write_card
 from hfkd.losses import LOSSES
 from hfkd.losses.regions import CITATION as REGIONS
 from hfkd.losses.standardize import CITATION
-from hfkd.networks.loading import exported_state_dict, load_pretrained
+from hfkd.networks.loading import load_pretrained
+from hfkd.networks.wrapping import exported_state_dict
 
 NAMES = ["a|b", 'c: "d"', "e"]
 ROWS = [

@@ -9,7 +9,7 @@ from helpers import RESULTS
 from hfkd.commands.evaluate import evaluate
 from hfkd.hub.card import write_card
 from hfkd.hub.card_probes import HEADING
-from hfkd.networks.loading import load_student
+from hfkd.networks.student_loading import load_student
 
 DIGITS = ["--dataset_name", "digits", "--eval_split", "test[:60]"]
 

@@ -21,7 +21,7 @@ from hfkd.commands.push import find_export, push
 from hfkd.hub import errors as hub_errors
 from hfkd.hub import repository as hfkd_hub
 from hfkd.hub.repository import PushError, ensure_repository, open_repository, upload
-from hfkd.networks.loading import exported_state_dict
+from hfkd.networks.wrapping import exported_state_dict
 
 CLASSES = ["ant", "bee", "cow"]
 CONFIG = {"architecture": "test_resnet", "model_type": "timm_wrapper", "label_names": CLASSES}

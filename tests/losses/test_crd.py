@@ -16,8 +16,8 @@ from hfkd.data import CenterCrop, StreamingImageDataset, open_streams
 from hfkd.losses import crd
 from hfkd.losses.crd import CRDLoss, crd_loss, memory_mib
 from hfkd.networks.features import Outputs
-from hfkd.networks.loading import wrap_timm
 from hfkd.networks.teacher import Teacher
+from hfkd.networks.wrapping import wrap_timm
 
 # Classes of nine rows; two are not trained on.
 LABELS = torch.tensor([4, 0, 4, -100, 1, 4, 0, -100, 4])

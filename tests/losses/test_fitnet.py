@@ -9,7 +9,7 @@ from torch.autograd import gradcheck
 from hfkd import DistillationTrainer, load_student
 from hfkd.losses.fitnet import FitNetLoss, fitnet_loss, regressor
 from hfkd.networks.features import Outputs
-from hfkd.networks.loading import wrap_timm
+from hfkd.networks.wrapping import wrap_timm
 
 TINY = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 2}
 

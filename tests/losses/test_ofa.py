@@ -10,7 +10,7 @@ from hfkd.losses import standardize
 from hfkd.losses.branch_heads import TokenHead, map_head
 from hfkd.losses.ofa import OFALoss, ofa_loss
 from hfkd.networks.features import Outputs
-from hfkd.networks.loading import wrap_timm
+from hfkd.networks.wrapping import wrap_timm
 
 TINY = {"img_size": 32, "patch_size": 8, "depth": 4, "embed_dim": 24, "num_heads": 2}
 

@@ -12,7 +12,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 from hfkd import DistillationTrainer, Teacher, load_student
 from hfkd.losses.srrl import SRRLLoss, srrl_loss
 from hfkd.networks.features import Outputs
-from hfkd.networks.loading import wrap_timm
+from hfkd.networks.wrapping import wrap_timm
 
 TINY_VIT = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 2, "num_classes": 10}
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForImageClassification
 
 from hfkd import load_student
 from hfkd.models.t2t_vit import Performer, sinusoid_table
-from hfkd.networks.loading import exported_state_dict
+from hfkd.networks.wrapping import exported_state_dict
 
 GOLDEN = json.loads((GOLDEN_FOLDER / "models_vit.json").read_text())
 BLOCKS = {"t2t_vit_7": 7, "t2t_vit_10": 10, "t2t_vit_12": 12, "t2t_vit_14": 14, "pvt_tiny": 8, "pvt_small": 16}

@@ -11,7 +11,7 @@ from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
 from hfkd import DistillationTrainer
 from hfkd.cli import main
 from hfkd.data.decode import to_rgb
-from hfkd.networks.loading import wrap_timm
+from hfkd.networks.wrapping import wrap_timm
 
 GREY = "takes images of 1 channel.s., and hfkd gives every network three"
 

@@ -38,8 +38,8 @@ from hfkd import DistillationTrainer, load_student, load_teacher
 from hfkd.errors import HfkdError
 from hfkd.models.base import CIFAR_MEAN, CIFAR_STD
 from hfkd.networks.features import InputSpec
-from hfkd.networks.loading import wrap_timm
 from hfkd.networks.teacher import Teacher, TeacherEnsemble
+from hfkd.networks.wrapping import wrap_timm
 from tests.helpers import Plain, config, images, train_logs
 
 CPU = torch.device("cpu")

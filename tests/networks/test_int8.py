@@ -17,7 +17,8 @@ from hfkd.export.quantization import logits_of_file
 from hfkd.networks.costs import multiply_adds, parameter_count
 from hfkd.networks.features import logits_of
 from hfkd.networks.int8 import ActivationQuantizer, is_int8, quantize, round_weight, without_rounding
-from hfkd.networks.loading import exported_state_dict, load_pretrained, wrap_timm
+from hfkd.networks.loading import load_pretrained
+from hfkd.networks.wrapping import exported_state_dict, wrap_timm
 
 SIMKD = {"student_width": 32, "teacher_width": 32, "teacher_size": [8, 8], "factor": 2}
 SIMKD |= {"architecture": "cifar_resnet8", "stage": 2}

@@ -23,7 +23,8 @@ from hfkd import load_student, load_teacher
 from hfkd.networks import sources
 from hfkd.networks.features import InputSpec
 from hfkd.networks.input_spec import input_spec, known_input_spec
-from hfkd.networks.loading import exported_state_dict, load_pretrained
+from hfkd.networks.loading import load_pretrained
+from hfkd.networks.wrapping import exported_state_dict
 
 IMAGENET = InputSpec(32, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 

@@ -28,8 +28,9 @@ from hfkd.losses import ATLoss, KDLoss, PKTLoss, SimKDLoss, SPLoss
 from hfkd.models.base import CIFAR_MEAN, CIFAR_STD
 from hfkd.networks.features import InputSpec, find_layer, has_two_heads
 from hfkd.networks.input_spec import input_spec
-from hfkd.networks.loading import load_pretrained, wrap_timm
+from hfkd.networks.loading import load_pretrained
 from hfkd.networks.simkd_student import SimKDStudent
+from hfkd.networks.wrapping import wrap_timm
 
 TINY_VIT = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 2}
 TINY_HF_VIT = {

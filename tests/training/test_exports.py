@@ -25,7 +25,8 @@ from hfkd.commands.train import distill
 from hfkd.losses import KDLoss
 from hfkd.names import architecture_of, hub_id, is_local, public_name
 from hfkd.networks.input_spec import input_spec
-from hfkd.networks.loading import exported_state_dict, load_pretrained, wrap_timm
+from hfkd.networks.loading import load_pretrained
+from hfkd.networks.wrapping import exported_state_dict, wrap_timm
 from hfkd.recipe.keys import public_recipe
 from hfkd.recipe.reading import parse_recipe
 

@@ -13,7 +13,7 @@ from hfkd.data import ImageSource, LazyImageDataset, RandomResizedCrop, load_ima
 from hfkd.data.subsets import training_labels
 from hfkd.losses import LOSSES
 from hfkd.models.base import CIFAR_MEAN, CIFAR_STD
-from hfkd.networks.loading import wrap_timm
+from hfkd.networks.wrapping import wrap_timm
 
 MAPS = ("fitnet", "at", "sp", "vid", "semckd")
 EMBEDDINGS = ("pkt", "crd", "srrl")

@@ -14,7 +14,7 @@ from hfkd import DistillationTrainer, Teacher, load_student
 from hfkd.data import ImageDataset, NoAugmentation
 from hfkd.losses import DistillationLoss, KDLoss, kd_loss
 from hfkd.models.base import CIFAR_MEAN, CIFAR_STD
-from hfkd.networks.loading import wrap_timm
+from hfkd.networks.wrapping import wrap_timm
 
 KD = {"kd": {"temperature": 4.0}}
 

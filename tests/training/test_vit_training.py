@@ -8,7 +8,7 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from hfkd import DistillationTrainer, load_student
-from hfkd.networks.loading import wrap_timm
+from hfkd.networks.wrapping import wrap_timm
 
 METHODS = {
     "kd": {"kd": {}},
