@@ -13,10 +13,10 @@ from pathlib import Path
 
 from mkdocs.structure.files import File
 
+from hfkd import DataArguments, DistillationConfig, ModelArguments
 from hfkd.losses import LOSSES
 from hfkd.losses.regions import CITATION as REGIONS
 from hfkd.losses.standardize import CITATION as ZSCORE
-from hfkd.recipe.arguments import DataArguments, DistillationConfig, ModelArguments
 from hfkd.runs.published import published_runs
 
 ROOT = Path(__file__).parents[1]
