@@ -83,13 +83,28 @@ class ActivationQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and self.momentum:
-            # aminmax() would copy a batch that is stored channels last.
-            self.range.lerp_(torch.stack([x.detach().amin(), x.detach().amax()]), self.momentum)
+            self._follow(x)
         if not self.rounds:
             return x
         if x.device.type == "cpu":
-            return _Rounding.apply(x, *self.scale_and_zero_point())
-        return torch.fake_quantize_per_tensor_affine(x, *self.scale_and_zero_point(), 0, 255)  # one kernel
+            rounded = _Rounding.apply(x, *self.scale_and_zero_point())
+        else:
+            rounded = torch.fake_quantize_per_tensor_affine(x, *self.scale_and_zero_point(), 0, 255)  # one kernel
+        if self.training:
+            rounded.rounded_to = self.range, rounded._version
+        return rounded
+
+    def _follow(self, x: Tensor) -> None:
+        """Move the range towards that of a batch; of one that was rounded just before, take the range of that rounding.
+
+        ONNX Runtime makes one rounding of two in a row, which changes nothing only if both have the same range.
+        """
+        earlier, version = getattr(x, "rounded_to", (None, None))
+        if earlier is not None and version == x._version:  # no activation has changed it in place since
+            self.range.copy_(earlier)
+        else:
+            # aminmax() would copy a batch that is stored channels last.
+            self.range.lerp_(torch.stack([x.detach().amin(), x.detach().amax()]), self.momentum)
 
 
 def weight_scales(weight: Tensor) -> Tensor:
