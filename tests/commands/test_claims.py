@@ -143,7 +143,7 @@ def test_a_claim_ends_with_its_process():
     code = (
         "import os, pathlib, time\nfrom hfkd.runs.claims import claimed\n"
         "with claimed(pathlib.Path('run'), 'output_dir'):\n"
-        "    child = os.fork()\n    print(child, flush=True)\n    time.sleep(60)\n"
+        "    child = os.fork()\n    os.write(1, b'%d\\n' % child)\n    time.sleep(60)\n"
     )
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     child = max(int(holder.stdout.readline()) for _ in range(2))  # the worker's line: it has let go of the file
