@@ -1,4 +1,4 @@
-"""Loading of trained networks by name: folders and Hub ids, and what is known of a name before."""
+"""Loading of trained networks from folders and the Hub, and checks of their names before."""
 
 from __future__ import annotations
 
