@@ -40,6 +40,7 @@ from ..search.halving import TRIALS_NAME, Journal, Plan, Trial, halve
 from ..search.results import TRIAL_ONLY_KEYS
 from ..search.space import TRIAL_SETTINGS
 from ..search.verdict import gains, page
+from ..teacher_cache.teacher import reads_inside
 from ..training.teacher_report import TeacherReport
 from ..training.trainer import DistillationTrainer
 from .arguments import parse_known, split_subject
@@ -219,8 +220,10 @@ class Trainings:
         step = max(1e-4, (seconds[-1] - seconds[-2]) / difference)
         teacher = max(0.0, (seconds[1] - seconds[-1]) / difference) if self.outputs_limit else 0.0
         overhead = max(0.0, seconds[-2] - short * step)
+        losses = [build_losses(each.losses, False).values() for each in found]
+        inside = sum(any(reads_inside(loss) for loss in each) for each in losses)  # type: ignore[arg-type]
         spent = (time.monotonic() - began) / 60
-        return Plan.fit(len(found), minutes, step, overhead, self.longest, spent, teacher)
+        return Plan.fit(len(found), minutes, step, overhead, self.longest, spent, teacher, inside)
 
     def expect(self, total: int, done: int) -> None:
         """Announce the number of trainings, for the lines that are printed."""

@@ -59,6 +59,7 @@ class Plan:
         longest: int,
         spent: float = 0.0,
         teacher: float = 0.0,
+        inside: int = 0,
     ) -> Plan:
         """Return the longest rounds that fit into the time.
 
@@ -69,7 +70,9 @@ class Plan:
             longest: steps of the recipe's own schedule, which no training exceeds.
             spent: minutes that have passed.
             teacher: seconds more of a step whose batch the teacher has not seen. Its outputs are kept, those of
-                candidates that read logits and of those that read features apart, so it sees each twice.
+                candidates that read logits and of those that read embeddings apart, so it sees each twice.
+            inside: number of candidates that read more of the teacher than is kept. It runs in all of their steps, of
+                which there are most where they are the best.
 
         Raises:
             HfkdError: if the time is too short; the message says how much is needed.
@@ -78,7 +81,9 @@ class Plan:
         lengths = [FACTOR**number for number in range(len(sizes))]
         units = sum(size * length for size, length in zip(sizes, lengths, strict=True))
         left = RESERVE * 60 * (minutes - spent) - overhead * sum(sizes)
-        unit = units * step + 2 * lengths[-1] * teacher
+        running = [*(min(inside, size) for size in sizes[:-1]), min(inside, FINALISTS) * SEEDS]
+        seen = 2 * lengths[-1] + sum(size * length for size, length in zip(running, lengths, strict=True))
+        unit = units * step + seen * teacher
         base = min(left / unit, longest / lengths[-1])
         if base < min(FEWEST_STEPS, longest / lengths[-1]):
             needed = math.ceil((FEWEST_STEPS * unit + overhead * sum(sizes)) / RESERVE / 60 + spent)
