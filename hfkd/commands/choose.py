@@ -57,7 +57,6 @@ TRAINING_SETTINGS = TRIAL_SETTINGS | {
     "early_stopping_patience": "null",
     "early_stopping_threshold": "0",
     "logging_strategy": "no",
-    "disable_tqdm": "true",
 }
 
 
@@ -263,6 +262,7 @@ class Trainings:
             setattr(config, key, value)
         share = steps / self.longest
         config.output_dir, config.seed, config.max_steps = output_dir, seed, steps
+        config.disable_tqdm = True  # here, so that a teacher that is trained first shows its epochs
         config.data_seed = self.config.seed if config.data_seed is None else config.data_seed
         if config.lr_milestones:
             config.lr_milestones = [share * epoch for epoch in config.lr_milestones]

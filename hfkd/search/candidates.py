@@ -56,8 +56,8 @@ def candidates(own: Candidate | None = None) -> list[Candidate]:
     for weight in (1.0, 9.0):
         losses = {"dkd": {"alpha": 1.0, "beta": 2.0, "temperature": 2.0, "warmup_epochs": 0, "weight": weight}}
         found.append(Candidate(f"DKD + Z-score, weight {weight:g}", losses, 1.0, True))
-    on_regions = {"kd": {"temperature": 4.0, "weight": 0.9, "regions": [1, 2, 4]}}
-    found.append(Candidate("KD on regions", on_regions, 0.1))
+    on_regions = {"kd": {"temperature": 4.0, "weight": 1.0, "regions": [1, 2, 4]}}
+    found.append(Candidate("KD on regions", on_regions))
     kd = {"kd": {"temperature": 4.0, "weight": 1.0}}
     for method, weight in (("sp", 3000.0), ("pkt", 30000.0)):
         found.append(Candidate(f"KD and {method.upper()}", kd | {method: {"weight": weight}}))

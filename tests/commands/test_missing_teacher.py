@@ -97,6 +97,15 @@ def test_two_processes_train_both():
     assert results("runs/student")["epochs"][0]["eval_teacher_top1"] == results(RUN)["last"]["top1"]
 
 
+def test_choose_shows_the_epochs_of_a_teacher_that_it_trains_first(capsys):
+    write("teacher", **TEACHER | {"disable_tqdm": False})
+    with pytest.raises(SystemExit):
+        main(["choose", "mine/student", "--minutes", "0.01"])
+    told = capsys.readouterr()
+    assert "minutes: 0.01 are too few" in told.err
+    assert "epoch 2/2  top1" in told.out and "{'eval_top1'" not in told.out
+
+
 def refused(capsys, argv):
     """The message of a command that must be refused before anything is written."""
     with pytest.raises(SystemExit) as ending:
