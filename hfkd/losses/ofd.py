@@ -50,11 +50,14 @@ def _partial_distance(student: Tensor, teacher: Tensor, margin: Tensor) -> Tenso
             f"maps of one batch and one number of channels expected, got {tuple(student.shape)} and "
             f"{tuple(teacher.shape)}"
         )
-    student = at_least_float32(student)
-    teacher = F.adaptive_avg_pool2d(at_least_float32(teacher), (student.shape[2], student.shape[3]))
-    target = torch.where(teacher > 0, teacher, teacher.maximum(margin.to(student.dtype)[:, None, None]))
-    difference = torch.where((teacher > 0) | (student > target), student - target, 0.0)
-    return difference.square().sum() / len(student)
+    student, teacher = at_least_float32(student), at_least_float32(teacher)
+    if teacher.shape[2:] != student.shape[2:]:
+        teacher = F.adaptive_avg_pool2d(teacher, (student.shape[2], student.shape[3]))
+    # By products with 0 and 1: torch.where is not vectorised on a CPU, and took half of this loss.
+    positive = (teacher > 0).to(student.dtype)
+    difference = student - teacher.maximum(margin.to(student.dtype)[:, None, None] * (1 - positive))
+    counted = positive.maximum((difference.detach() > 0).to(student.dtype))
+    return (difference * counted).square().sum() / len(student)
 
 
 def ofd_margin(weight: Tensor, bias: Tensor) -> Tensor:
