@@ -40,7 +40,7 @@ from ..search.halving import TRIALS_NAME, Journal, Plan, Trial, halve
 from ..search.results import TRIAL_ONLY_KEYS
 from ..search.space import TRIAL_SETTINGS
 from ..search.verdict import gains, page
-from ..teacher_cache.teacher import reads_inside
+from ..teacher_cache.filling import kept_layers, reads_more
 from ..training.teacher_report import TeacherReport
 from ..training.trainer import DistillationTrainer
 from .arguments import parse_known, split_subject
@@ -219,10 +219,11 @@ class Trainings:
         step = max(1e-4, (seconds[-1] - seconds[-2]) / difference)
         teacher = max(0.0, (seconds[1] - seconds[-1]) / difference) if self.outputs_limit else 0.0
         overhead = max(0.0, seconds[-2] - short * step)
-        losses = [build_losses(each.losses, False).values() for each in found]
-        inside = sum(any(reads_inside(loss) for loss in each) for each in losses)  # type: ignore[arg-type]
+        losses: list[list[Any]] = [list(build_losses(each.losses, False).values()) for each in found]
+        inside = [each for each in losses if any(reads_more(loss) for loss in each)]
+        kinds = len({tuple(kept_layers(each)) for each in losses if each and each not in inside})
         spent = (time.monotonic() - began) / 60
-        return Plan.fit(len(found), minutes, step, overhead, self.longest, spent, teacher, inside)
+        return Plan.fit(len(found), minutes, step, overhead, self.longest, spent, teacher, kinds, len(inside))
 
     def expect(self, total: int, done: int) -> None:
         """Announce the number of trainings, for the lines that are printed."""

@@ -59,6 +59,7 @@ class Plan:
         longest: int,
         spent: float = 0.0,
         teacher: float = 0.0,
+        kinds: int = 1,
         inside: int = 0,
     ) -> Plan:
         """Return the longest rounds that fit into the time.
@@ -69,8 +70,9 @@ class Plan:
             step, overhead: seconds of a step, and of a training besides its steps.
             longest: steps of the recipe's own schedule, which no training exceeds.
             spent: minutes that have passed.
-            teacher: seconds more of a step whose batch the teacher has not seen. Its outputs are kept, those of
-                candidates that read logits and of those that read embeddings apart, so it sees each twice.
+            teacher: seconds more of a step whose batch the teacher has not seen.
+            kinds: how often it sees a batch, whose outputs are kept: once for the candidates that read logits, once
+                for those that read the embedding too, and so on.
             inside: number of candidates that read more of the teacher than is kept. It runs in all of their steps, of
                 which there are most where they are the best.
 
@@ -82,7 +84,7 @@ class Plan:
         units = sum(size * length for size, length in zip(sizes, lengths, strict=True))
         left = RESERVE * 60 * (minutes - spent) - overhead * sum(sizes)
         running = [*(min(inside, size) for size in sizes[:-1]), min(inside, FINALISTS) * SEEDS]
-        seen = 2 * lengths[-1] + sum(size * length for size, length in zip(running, lengths, strict=True))
+        seen = kinds * lengths[-1] + sum(size * length for size, length in zip(running, lengths, strict=True))
         unit = units * step + seen * teacher
         base = min(left / unit, longest / lengths[-1])
         if base < min(FEWEST_STEPS, longest / lengths[-1]):

@@ -102,7 +102,7 @@ class KeptBatches:
         new = [(rows, outputs) for rows, outputs in batches if rows.tobytes() not in self._batches]
         if not new:
             return
-        tensors = {name: torch.cat([outputs[name] for _, outputs in new]) for name in self.formats}
+        tensors = {name: torch.cat([outputs[name] for _, outputs in new]).contiguous() for name in self.formats}
         tensors[ROWS] = torch.from_numpy(np.concatenate([rows for rows, _ in new]))
         tensors[SIZES] = torch.tensor([len(rows) for rows, _ in new])
         content = save(tensors, {"crc32": _crc32(tensors)})

@@ -10,20 +10,22 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import logging
 
 from ..data import ImageSource, IndexedImageSource, MixedImageDataset
-from ..networks.features import EMBEDDING, Outputs
+from ..losses import DistillationLoss
+from ..networks.features import AVERAGED_MAP, EMBEDDING, Layer, Outputs
 from ..networks.teacher import Teacher, TeacherEnsemble
 from ..recipe.checks import AUTO
 from ..recipe.config import DistillationConfig
 from .batches import KeptBatches, NoRoomError
 from .identity import PROBE_IMAGES, arithmetic_of, images_facts, key_of
 from .rows import EMBEDDINGS, LOGITS
-from .teacher import reads_inside
+from .teacher import reads_beyond
 
 STRONG_LOGITS = "teacher_logits_strong"
+KEPT_LAYERS = {EMBEDDING: EMBEDDINGS, AVERAGED_MAP: "teacher_averaged_map"}  # and their entries in a batch
 FILE_BYTES = 2**26  # outputs that are collected, on their device, before they are written
 
 logger = logging.get_logger(__name__)
@@ -39,7 +41,7 @@ class FillingTeacher:
         teacher: the teacher, prepared.
         source: training images, whose batches hold the outputs that are found.
         facts: result of `teacher_facts`.
-        losses: those that read them; the embedding is kept if one reads it.
+        losses: those that read them; embedding and averaged map are kept if one reads them.
         args: settings of the run.
         limit: GiB that the outputs of all teachers may take.
     """
@@ -55,7 +57,8 @@ class FillingTeacher:
     ):
         self.teacher: Teacher | TeacherEnsemble = teacher
         self.source: IndexedImageSource = source
-        self._with_embedding = any(EMBEDDING in (loss.teacher_layers or ()) for loss in losses)
+        self._layers = kept_layers(losses)
+        self._classifier: nn.Linear | None = None  # set by `_probe`
         pixels, probed = self._probe(args)
         half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
         self._kinds = {name: (value.dtype, value.stride()) for name, value in probed.items()}
@@ -125,9 +128,8 @@ class FillingTeacher:
             # In the teacher's layout: an embedding may be part of a larger tensor, of which a sum is rounded otherwise.
             value = torch.empty_strided(batch[name].shape, stride, dtype=dtype, device=batch[name].device)
             found[name] = value.copy_(batch[name])
-        outputs = Outputs(found[LOGITS], found[LOGITS])
-        if self._with_embedding:
-            outputs.features = {EMBEDDING: found[EMBEDDINGS]}
+        features = {layer: found[KEPT_LAYERS[layer]] for layer in self._layers}
+        outputs = Outputs(found[LOGITS], found[LOGITS], features, self._classifier)
         if STRONG_LOGITS in found:
             outputs.strong = Outputs(found[STRONG_LOGITS], found[STRONG_LOGITS])
         return outputs
@@ -136,7 +138,7 @@ class FillingTeacher:
         views = outputs.views()
         classes = None if self.teacher.shares_classes else 0  # logits of other classes are read by no loss
         values = {name: view.logits[:, :classes] for name, view in zip((LOGITS, STRONG_LOGITS), views, strict=False)}
-        return values | ({EMBEDDINGS: outputs.embedding} if self._with_embedding else {})
+        return values | {KEPT_LAYERS[layer]: outputs.features[layer] for layer in self._layers}
 
     def _keep(self, index: Tensor, outputs: Outputs) -> None:
         epoch = self.source.shown_epoch
@@ -165,6 +167,7 @@ class FillingTeacher:
         eager = torch.compiler.set_stance("force_eager") if args.torch_compile else contextlib.nullcontext()
         with eager:  # compiled code is for batches of the training's size
             outputs = self.teacher(batch)
+        self._classifier = outputs.classifier
         return [value for name, value in batch.items() if name.startswith("pixel")], self._values(outputs)
 
 
@@ -184,8 +187,19 @@ def why_not_kept(facts: list[Any] | None, losses: Iterable[Any], source: ImageSo
         return "the training images have no rows of one data set, as those of a stream"
     if args.accelerator_config.dispatch_batches:
         return "dispatch_batches joins the batches of several processes"
-    inside = [type(loss).__name__ for loss in losses if loss.needs_teacher and reads_inside(loss)]
-    return f"{inside[0]} reads more of it than its logits and its embedding" if inside else None
+    inside = [type(loss).__name__ for loss in losses if loss.needs_teacher and reads_more(loss)]
+    return f"{inside[0]} reads more of it than logits, embedding and averaged map" if inside else None
+
+
+def reads_more(loss: DistillationLoss) -> bool:
+    """Return whether a loss reads more of the teacher than is kept, so that the teacher runs in every step."""
+    return reads_beyond(loss, KEPT_LAYERS)
+
+
+def kept_layers(losses: Iterable[DistillationLoss]) -> list[Layer]:
+    """Return the layers that are kept beside the logits for losses that read no more than that."""
+    read = {layer for loss in losses for layer in loss.teacher_layers or ()}
+    return [layer for layer in KEPT_LAYERS if layer in read]
 
 
 def _exact_type(value: Tensor, half: torch.dtype) -> torch.dtype:

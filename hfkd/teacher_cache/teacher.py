@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from transformers.utils import logging
 from ..data import ImageSource, IndexedImageSource
 from ..errors import HfkdError
 from ..losses import DistillationLoss
-from ..networks.features import EMBEDDING, Outputs
+from ..networks.features import EMBEDDING, Layer, Outputs
 from ..recipe.config import DistillationConfig
 from .files import CacheFiles, read_facts
 from .identity import appearance, describe_given, differences, is_public, same_augmentation
@@ -256,19 +256,17 @@ def check_supported(losses: Mapping[str, DistillationLoss], args: DistillationCo
             "leave mixup and cutmix at 0, or train with the teacher itself."
         )
     for name, loss in losses.items():
-        if reads_inside(loss):
+        if reads_beyond(loss, [EMBEDDING]) or loss.reads_classifier:
             raise HfkdError(
                 f"The loss '{name}' reads the teacher's features or classifier, and a teacher cache holds its logits "
                 "and its pooled embedding only: train with the teacher itself, or take losses that read these."
             )
 
 
-def reads_inside(loss: DistillationLoss) -> bool:
-    """Return whether a loss reads more of the teacher than its logits and its embedding."""
-    layers = loss.teacher_layers
-    if layers is None or set(layers) - {EMBEDDING} or loss.teacher_norms:
-        return True
-    return loss.reads_members or loss.reads_classifier
+def reads_beyond(loss: DistillationLoss, layers: Iterable[Layer]) -> bool:
+    """Return whether a loss reads more of the teacher than its logits, its classifier's weights and these layers."""
+    read = loss.teacher_layers
+    return read is None or bool(set(read) - set(layers) or loss.teacher_norms) or loss.reads_members
 
 
 def reads_embedding(losses: Mapping[str, DistillationLoss]) -> bool:

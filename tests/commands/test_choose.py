@@ -88,13 +88,13 @@ def test_a_plan_fits_into_the_time_and_short_times_are_refused():
     seconds = sum(size * (1.0 + 0.05 * steps) for size, steps in zip(sizes, plan.steps, strict=True))
     assert 0.8 * 600 < seconds <= 0.9 * 600
     assert Plan.fit(18, 10**6, 0.05, 1.0, longest=900).steps == (100, 300, 900), "no longer than the recipe"
-    slow = Plan.fit(18, minutes=10, step=0.05, overhead=1.0, longest=10**6, teacher=1.0)
+    slow = Plan.fit(18, minutes=10, step=0.05, overhead=1.0, longest=10**6, teacher=1.0, kinds=2)
     seen = 2 * slow.steps[-1]  # steps whose batch is the teacher's to compute
     seconds = sum(size * (1.0 + 0.05 * steps) for size, steps in zip(sizes, slow.steps, strict=True)) + 1.0 * seen
     assert 0.8 * 600 < seconds <= 0.9 * 600
-    inside = Plan.fit(18, minutes=10, step=0.05, overhead=1.0, longest=10**6, teacher=0.1, inside=2)
+    inside = Plan.fit(18, minutes=10, step=0.05, overhead=1.0, longest=10**6, teacher=0.1, kinds=3, inside=2)
     # Two candidates, which are trained in all rounds and have three seeds in the last one.
-    seen = 2 * inside.steps[-1] + sum(number * steps for number, steps in zip((2, 2, 6), inside.steps, strict=True))
+    seen = 3 * inside.steps[-1] + sum(number * steps for number, steps in zip((2, 2, 6), inside.steps, strict=True))
     seconds = sum(size * (1.0 + 0.05 * steps) for size, steps in zip(sizes, inside.steps, strict=True)) + 0.1 * seen
     assert 0.8 * 600 < seconds <= 0.9 * 600
     with pytest.raises(ValueError, match="minutes: 0.5 are too few. .* give 2 or more"):

@@ -12,6 +12,7 @@ import torch
 import yaml
 from helpers import DIGITS_RECIPE, Plain, config, images, train_logs
 from interrupting import flip_a_bit, in_two_processes
+from torch import nn
 from torch.utils.data import Subset
 from transformers import TrainerCallback
 
@@ -37,8 +38,25 @@ class Counting(Plain):
         return super().forward(pixel_values)
 
 
+class PooledStudent(Plain):
+    """The same network, with a module that averages its map."""
+
+    def __init__(self):
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, pixel_values):
+        return self.fc(self.pool(self.conv(pixel_values).relu()).flatten(1))
+
+
+class Pooled(PooledStudent):
+    def forward(self, pixel_values):
+        Counting.seen += len(pixel_values)
+        return super().forward(pixel_values)
+
+
 class Tokens(Counting):
-    """The same, whose embedding is part of a larger tensor."""
+    """A teacher whose embedding is part of a larger tensor."""
 
     def forward(self, pixel_values):
         return self.fc(self.features(pixel_values)[:, 0])
@@ -62,12 +80,14 @@ def teacher_of(kind=Counting, seed=1):
     return Teacher(model, has_classifier=kind is not Backbone)
 
 
-def trained(teacher=None, limit=8.0, resume=None, callback=None, train_set=None, output_dir="run", **changes):
+def trained(
+    teacher=None, limit=8.0, resume=None, callback=None, train_set=None, output_dir="run", student=Plain, **changes
+):
     """Train for two epochs of three batches; `seen` is the number of images that the teacher sees meanwhile."""
     settings = {"losses": KD, "num_train_epochs": 2, "seed": 3} | changes
     torch.manual_seed(settings["seed"])
     trainer = DistillationTrainer(
-        Plain(),
+        student(),
         teacher or teacher_of(),
         config(output_dir, **settings),
         train_dataset=train_set or images(24),
@@ -130,6 +150,23 @@ def test_live_while_it_fills_and_from_it(changes):
     assert_same(live, reads)
     assert live.seen == fills.seen >= IMAGES and reads.seen == 0
     assert len(files()) == 2 and not files("*.partial")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"losses": {"kd": {"regions": [1, 2, 4]}}},
+        {"losses": {"dkd": {"regions": [1, 2], "warmup_epochs": 0}}, "logit_standardization": True, "bf16": True},
+        {"losses": {"cat_kd": {}, "kd": {}}, "bf16": True, "channels_last": True},
+        {"losses": {"srrl": {}}},
+    ],
+    ids=["regions", "regions on Z-scores", "CAT-KD", "the classifier"],
+)
+def test_averaged_map_and_classifier(changes):
+    runs = [trained(teacher_of(Pooled), limit, student=PooledStudent, **changes) for limit in (0.0, 8.0, 8.0)]
+    assert_same(runs[0], runs[1])
+    assert_same(runs[0], runs[2])
+    assert runs[0].seen == runs[1].seen >= IMAGES and runs[2].seen == 0
 
 
 def test_half_the_bytes_where_the_precision_has_them():
@@ -295,7 +332,7 @@ def test_the_limit(caplog):
 @pytest.mark.parametrize(
     "changes, reason",
     [
-        ({"losses": {"fitnet": LAYERS}}, "FitNetLoss reads more of it than its logits and its embedding"),
+        ({"losses": {"fitnet": LAYERS}}, "FitNetLoss reads more of it than logits, embedding and averaged map"),
         ({"mixup": 0.5, "dataloader_drop_last": True}, "mixup and cutmix mix images in each batch anew"),
         ({"train_set": [(torch.ones(3, 32, 32), 0)] * 8}, "the training images have no rows of one data set"),
         ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches joins the batches"),
