@@ -220,10 +220,10 @@ class Trainings:
         teacher = max(0.0, (seconds[1] - seconds[-1]) / difference) if self.outputs_limit else 0.0
         overhead = max(0.0, seconds[-2] - short * step)
         losses: list[list[Any]] = [list(build_losses(each.losses, False).values()) for each in found]
-        inside = [each for each in losses if any(reads_more(loss) for loss in each)]
-        kinds = len({tuple(kept_layers(each)) for each in losses if each and each not in inside})
+        kept = [each for each in losses if not any(reads_more(loss) for loss in each)]
+        kinds = len({tuple(kept_layers(each)) for each in kept if each})
         spent = (time.monotonic() - began) / 60
-        return Plan.fit(len(found), minutes, step, overhead, self.longest, spent, teacher, kinds, len(inside))
+        return Plan.fit(len(found), minutes, step, overhead, self.longest, spent, teacher, kinds, len(losses) - len(kept))
 
     def expect(self, total: int, done: int) -> None:
         """Announce the number of trainings, for the lines that are printed."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.utils import logging
 
 from ..data import ImageSource, IndexedImageSource, MixedImageDataset
@@ -58,8 +58,8 @@ class FillingTeacher:
         self.teacher: Teacher | TeacherEnsemble = teacher
         self.source: IndexedImageSource = source
         self._layers = kept_layers(losses)
-        self._classifier: nn.Linear | None = None  # set by `_probe`
-        pixels, probed = self._probe(args)
+        pixels, outputs = self._probe(args)
+        self._classifier, probed = outputs.classifier, self._values(outputs)
         half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
         self._kinds = {name: (value.dtype, value.stride()) for name, value in probed.items()}
         formats = {name: (_exact_type(value, half), tuple(value.shape[1:])) for name, value in probed.items()}
@@ -157,7 +157,7 @@ class FillingTeacher:
         self._keeping = False
         logger.warning_once(f"The teacher's further outputs are not kept: {reason}. The training goes on without.")
 
-    def _probe(self, args: DistillationConfig) -> tuple[list[Tensor], dict[str, Tensor]]:
+    def _probe(self, args: DistillationConfig) -> tuple[list[Tensor], Outputs]:
         """Return the pixels of a few images of epoch 0, and the teacher's outputs for them."""
         source, epoch = self.source, self.source.epoch
         rows = np.linspace(0, len(source) - 1, min(len(source), PROBE_IMAGES), dtype=np.int64)
@@ -167,8 +167,7 @@ class FillingTeacher:
         eager = torch.compiler.set_stance("force_eager") if args.torch_compile else contextlib.nullcontext()
         with eager:  # compiled code is for batches of the training's size
             outputs = self.teacher(batch)
-        self._classifier = outputs.classifier
-        return [value for name, value in batch.items() if name.startswith("pixel")], self._values(outputs)
+        return [value for name, value in batch.items() if name.startswith("pixel")], outputs
 
 
 def why_not_kept(facts: list[Any] | None, losses: Iterable[Any], source: ImageSource | None, args: Any) -> str | None:
