@@ -221,9 +221,9 @@ class Trainings:
         overhead = max(0.0, seconds[-2] - short * step)
         losses: list[list[Any]] = [list(build_losses(each.losses, False).values()) for each in found]
         kept = [each for each in losses if not any(reads_more(loss) for loss in each)]
-        kinds = len({tuple(kept_layers(each)) for each in kept if each})
+        kinds, inside = len({tuple(kept_layers(each)) for each in kept if each}), len(losses) - len(kept)
         spent = (time.monotonic() - began) / 60
-        return Plan.fit(len(found), minutes, step, overhead, self.longest, spent, teacher, kinds, len(losses) - len(kept))
+        return Plan.fit(len(found), minutes, step, overhead, self.longest, spent, teacher, kinds, inside)
 
     def expect(self, total: int, done: int) -> None:
         """Announce the number of trainings, for the lines that are printed."""
