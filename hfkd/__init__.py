@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for type checkers and editors, which do not run __getattr__
+    from .networks.inheritance import inherit_blocks
     from .networks.input_spec import input_spec
     from .networks.student_loading import load_student
     from .networks.teacher import Teacher
@@ -31,6 +32,7 @@ __all__ = [
     "DistillationTrainer",
     "ModelArguments",
     "Teacher",
+    "inherit_blocks",
     "input_spec",
     "load_student",
     "load_teacher",
@@ -43,6 +45,7 @@ _HOMES = {
     "DistillationTrainer": "training.trainer",
     "ModelArguments": "recipe.arguments",
     "Teacher": "networks.teacher",
+    "inherit_blocks": "networks.inheritance",
     "input_spec": "networks.input_spec",
     "load_student": "networks.student_loading",
     "load_teacher": "networks.teacher_loading",

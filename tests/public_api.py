@@ -20,6 +20,7 @@ from hfkd import (
     DistillationTrainer,
     ModelArguments,
     Teacher,
+    inherit_blocks,
     input_spec,
     load_student,
     load_teacher,
@@ -184,6 +185,7 @@ def train() -> Path:
     student = load_student("cifar_resnet8", test_split.class_names, drop_path_rate=0.1)
     assert_type(student, PreTrainedModel)
     teacher = load_teacher("runs/digits/teacher/teacher", class_indices=range(10))
+    inherit_blocks(student, teacher, {"layer1": [1], "layer2": (0,)})
     assert_type(teacher, Teacher)
     spec = input_spec(student)
     assert train_split is not None

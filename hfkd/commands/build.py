@@ -31,6 +31,7 @@ from ..names import NO_LABELS
 from ..networks.backbones import lacks_classifier
 from ..networks.class_matching import check_class_indices, class_names_of, match_classes, name_lists_of
 from ..networks.features import InputSpec
+from ..networks.inheritance import inherit_blocks
 from ..networks.loading import check_model
 from ..networks.origins import RANDOM_WEIGHTS, student_weights, teacher_weights
 from ..networks.student_loading import load_student
@@ -45,9 +46,18 @@ from ..teacher_cache.teacher import CachedTeacher
 from ..training.checks import check_reads_features
 
 
-def build_student(model_args: ModelArguments, data_args: DataArguments, class_names: list[str]) -> PreTrainedModel:
-    """Load the student that the arguments name, without classes as a backbone; see `load_student`."""
-    return load_student(
+def build_student(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    class_names: list[str],
+    teachers: Sequence[Teacher] | CachedTeacher | None,
+) -> PreTrainedModel:
+    """Load the student that the arguments name, without classes as a backbone; see `load_student`.
+
+    Args:
+        teachers: loaded teachers; the weights of `teacher_blocks` are those of the one.
+    """
+    student = load_student(
         model_args.student_name_or_path,
         class_names,
         image_size=data_args.image_size,
@@ -58,6 +68,9 @@ def build_student(model_args: ModelArguments, data_args: DataArguments, class_na
         interpolation=data_args.interpolation,
         trust_remote_code=model_args.trust_remote_code,
     )
+    if model_args.teacher_blocks:
+        inherit_blocks(student, teachers[0], model_args.teacher_blocks)
+    return student
 
 
 def check_names(
@@ -157,6 +170,9 @@ def load_teachers(model_args: ModelArguments, class_names: Sequence[str] = ()) -
 def weights_in_words(model_args: ModelArguments) -> dict[str, str]:
     """Return where the weights of the student and the teachers come from."""
     words = {"student": student_weights(model_args.student_name_or_path, model_args.pretrained)}
+    if model_args.teacher_blocks:
+        blocks = (f"{path} {' '.join(map(str, taken))}" for path, taken in model_args.teacher_blocks.items())
+        words["student"] = f"weights of the teacher's blocks {', '.join(blocks)}"
     names = model_args.teacher_name_or_path or []
     checkpoints = model_args.teacher_checkpoint or [None] * len(names)
     teachers = " + ".join(map(teacher_weights, names, checkpoints))

@@ -144,7 +144,7 @@ def _write_from_arguments(folder, cache_args, model_args, data_args, config) -> 
         check_top_k(cache_args.top_k, len(splits[0].class_names))
     teacher = as_teacher(teachers, config.logit_standardization)
     # The student's input, because the teacher sees the student's images.
-    spec = input_spec(build_student(model_args, data_args, splits[0].class_names))
+    spec = input_spec(build_student(model_args, data_args, splits[0].class_names, teachers))
     image_data = image_sets(splits, spec, data_args, config)
     if cache_args.verify:
         number, largest = verify_cache(folder, teacher, *image_data, config)

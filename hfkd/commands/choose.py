@@ -164,7 +164,8 @@ class Trainings:
             )
         cached = open_cache(model_args) if model_args.teacher_cache else None
         self.teacher = cached or load_teachers(model_args, splits[0].class_names)
-        self.make_student: Callable = lambda: build_student(model_args, data_args, splits[0].class_names)
+        class_names = splits[0].class_names
+        self.make_student: Callable = lambda: build_student(model_args, data_args, class_names, self.teacher)
         set_seed(config.seed)
         self.train_set, held = held_out_sets(splits[0], input_spec(self.make_student()), data_args, config, held_out)
         rows = list(held.indices)

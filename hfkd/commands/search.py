@@ -246,7 +246,7 @@ def build_search_trainer(
     teacher = cached or load_teachers(model_args, splits[1].class_names) or None
 
     def make_student():
-        return build_student(model_args, data_args, splits[0].class_names)
+        return build_student(model_args, data_args, splits[0].class_names, teacher)
 
     set_seed(config.seed)
     spec = input_spec(make_student())

@@ -231,7 +231,8 @@ def build_trainer(
     if has_classifier and not splits[0].has_labels:
         splits = with_teacher_classes(splits, teacher)
     check_weight_count(config.class_weights, len(splits[0].class_names))
-    student = build_student(model_args, data_args, splits[0].class_names if has_classifier else [])
+    class_names = splits[0].class_names if has_classifier else []
+    student = build_student(model_args, data_args, class_names, teacher)
     check_layer_names(student, config)
     train_set, eval_set = image_sets(splits, input_spec(student), data_args, config)
     wrapped = isinstance(student, TimmWrapperPreTrainedModel)  # timm's config.json holds the preprocessing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperPreTrainedModel
@@ -75,6 +76,17 @@ def find_classifier(model: nn.Module) -> nn.Module:
     if not linear:
         raise HfkdError(f"{type(inner).__name__} has no linear layer that could be its classifier.")
     return linear[-1]
+
+
+def classifier_names(model: nn.Module) -> set[str]:
+    """Return the names of the classifier's parameters in a timm or transformers model; with two heads, of both."""
+    inner: Any = timm_model_of(model)
+    if not hasattr(inner, "get_classifier"):  # of transformers
+        return {name for name in inner.state_dict() if not name.startswith(f"{inner.base_model_prefix}.")}
+    classifiers = inner.get_classifier()
+    classifiers = classifiers if isinstance(classifiers, tuple) else (classifiers,)
+    own = {id(parameter) for classifier in classifiers for parameter in classifier.parameters()}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in own}
 
 
 def find_pooling(model: nn.Module) -> nn.Module:

@@ -12,11 +12,11 @@ from huggingface_hub import is_offline_mode
 from timm.models import split_model_name_tag
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
-from transformers.models.timm_wrapper import TimmWrapperForImageClassification
 from transformers.utils import logging
 
 from ..errors import HfkdError, NotFoundError, did_you_mean
 from ..names import RESULTS_NAME, ROLES
+from .layers import classifier_names
 
 HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")  # timm's
 MAX_LISTED = 3
@@ -140,7 +140,7 @@ def check_loaded(model: PreTrainedModel, info: dict[str, Any], name_or_path: str
     shapes = {key: (given, expected) for key, given, expected in info["mismatched_keys"]}
     counters = {key for key in info["missing_keys"] if key.endswith("num_batches_tracked")}  # PyTorch 0.4.1 added them
     absent = (set(info["missing_keys"]) | set(shapes)) - counters
-    head = absent & _classifier_names(model)
+    head = absent & classifier_names(model)
     if absent - head:
         raise HfkdError(
             f"{name_or_path} lacks weights of {type(model).__name__}: {_listed(absent - head)}. They would be "
@@ -173,16 +173,6 @@ def check_backbone_loaded(model: PreTrainedModel, absent: set[str], name_or_path
             f"{name_or_path} lacks weights of {type(model).__name__}: {_listed(absent)}. They would be random. Get the "
             "whole checkpoint."
         )
-
-
-def _classifier_names(model):
-    """Return the names of the classifier's parameters."""
-    if isinstance(model, TimmWrapperForImageClassification):
-        classifiers = model.timm_model.get_classifier()
-        classifiers = classifiers if isinstance(classifiers, tuple) else (classifiers,)
-        own = {id(parameter) for classifier in classifiers for parameter in classifier.parameters()}
-        return {name for name, parameter in model.named_parameters() if id(parameter) in own}
-    return {name for name in model.state_dict() if not name.startswith(f"{model.base_model_prefix}.")}
 
 
 def _listed(names):

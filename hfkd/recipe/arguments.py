@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import HfkdError
-from .checks import check_names, check_prompts, check_ranges, check_unlabelled
+from .checks import check_blocks, check_names, check_prompts, check_ranges, check_unlabelled
 from .keys import AUTO_CACHE, PATH_KEYS, RECIPE_KEYS
 from .yaml_file import parse_yaml
 
@@ -108,6 +108,13 @@ class ModelArguments:
             "reproduce keep them by themselves); 0 keeps none."
         },
     )
+    teacher_blocks: dict[str, list[int]] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Start the student from the teacher's weights, if it has the same layers and fewer blocks: the "
+            "index of the teacher's block for each of the student's, such as {blocks: [0, 2, 4, 6, 8, 10]}."
+        },
+    )
     pretrained: bool = field(
         default=False,
         metadata={
@@ -144,6 +151,9 @@ class ModelArguments:
                 f"teacher_checkpoint names {len(checkpoints)} files and teacher_name_or_path {len(teachers)} teachers: "
                 "give one file for each."
             )
+        if isinstance(self.teacher_blocks, str):
+            self.teacher_blocks = parse_yaml(self.teacher_blocks, "teacher_blocks")
+        check_blocks(self)
         check_prompts(self)
         self.keeps_outputs = self.teacher_cache == AUTO_CACHE
         if self.keeps_outputs:

@@ -153,6 +153,35 @@ def check_prompts(model_args: Any) -> None:
             raise HfkdError(f"teacher_prompts make a classifier of CLIP or SigLIP, which takes no {key}: leave it out.")
 
 
+def check_blocks(model_args: Any) -> None:
+    """Check teacher_blocks: lists of indices by the names of lists of blocks, and one network to take the blocks from.
+
+    Raises:
+        HfkdError: if not.
+    """
+    given = model_args.teacher_blocks
+    if given is None:
+        return
+    lists = list(given.values()) if isinstance(given, dict) else []
+    right = bool(lists) and all(isinstance(taken, list) and taken for taken in lists)
+    if not right or not all(type(index) is int and index >= 0 for taken in lists for index in taken):
+        raise HfkdError(
+            "teacher_blocks must map each list of blocks to indices from 0 on, such as "
+            f"{{layer1: [0, 3, 8], layer2: [0, 2, 4]}}, got {given!r}."
+        )
+    teachers = len(model_args.teacher_name_or_path or [])
+    if teachers != 1:
+        raise HfkdError(f"teacher_blocks needs one teacher, and teacher_name_or_path names {teachers or 'none'}.")
+    for key in ("pretrained", "teacher_prompts", "teacher_device_map"):
+        if getattr(model_args, key):
+            raise HfkdError(f"teacher_blocks starts the student from the teacher's own weights: leave {key} out.")
+    if model_args.teacher_cache not in (None, AUTO):
+        raise HfkdError(
+            f"teacher_blocks needs the teacher, and from the cache {model_args.teacher_cache} none is loaded: take "
+            "teacher_cache: auto, or leave it out."
+        )
+
+
 def check_unlabelled(data_args: Any) -> None:
     """Check the keys of further images without labels in a DataArguments.
 

@@ -139,7 +139,7 @@ _MODEL = {
     **dict.fromkeys(
         (
             *("teacher_image_size", "teacher_image_mean", "teacher_image_std", "teacher_class_indices"),
-            *("teacher_prompts", "pretrained", "drop_path_rate", "patch_size"),
+            *("teacher_prompts", "teacher_blocks", "pretrained", "drop_path_rate", "patch_size"),
         ),
         Key(RESULT),
     ),

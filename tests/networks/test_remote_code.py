@@ -73,6 +73,6 @@ def test_every_command_refuses_it(stranger, capsys):
 
 def test_code_that_is_trusted_runs(stranger):
     arguments = ModelArguments(stranger, teacher_name_or_path=stranger, trust_remote_code=True)
-    student = build_student(arguments, DataArguments("digits"), [str(index) for index in range(10)])
+    student = build_student(arguments, DataArguments("digits"), [str(index) for index in range(10)], None)
     (teacher,) = load_teachers(arguments)
     assert type(student).__name__ == type(teacher.model).__name__ == "Stranger" and Path("ran").exists()
