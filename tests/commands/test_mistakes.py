@@ -126,6 +126,29 @@ def test_a_value_out_of_range(key, value, message, nothing_loaded, capsys):
 
 
 @pytest.mark.parametrize(
+    "blocks, more, message",
+    [
+        ("{layer1: 3}", {}, r"must map each list of blocks to indices from 0 on, .*, got {'layer1': 3}"),
+        ("{layer1: []}", {}, "must map each list of blocks"),
+        ("{layer1: [0, -1]}", {}, "must map each list of blocks"),
+        ("{layer1: [true]}", {}, "must map each list of blocks"),
+        ("{}", {}, "must map each list of blocks"),
+        ("layer1", {}, "must map each list of blocks to indices from 0 on, .*, got 'layer1'"),
+        ("{layer1: [0]", {}, "--teacher_blocks is not valid YAML"),
+        ("{layer1: [0]}", {"teacher_name_or_path": None, "losses": {}}, "needs one teacher, .* names none"),
+        ("{layer1: [0]}", {"teacher_name_or_path": ["a/b", "a/c"]}, "needs one teacher, .* names 2"),
+        ("{layer1: [0]}", {"pretrained": True}, "leave pretrained out"),
+        ("{layer1: [0]}", {"teacher_device_map": "auto"}, "leave teacher_device_map out"),
+        ("{layer1: [0]}", {"teacher_prompts": ["a {}"]}, "leave teacher_prompts out"),
+        ("{layer1: [0]}", {"teacher_cache": "cache"}, "from the cache cache none is loaded: take teacher_cache: auto"),
+    ],
+)
+def test_blocks_of_the_teacher(blocks, more, message, nothing_loaded, capsys):
+    settings = {"teacher_name_or_path": "runs/t/teacher", "losses": {"kd": {}}} | more
+    refused(capsys, ["distill", recipe(**settings), "--teacher_blocks", blocks], f"teacher_blocks.*{message}|{message}")
+
+
+@pytest.mark.parametrize(
     "argv, message",
     [
         (["evaluate", "student", "--dataset_name", "digits", "--batch_size", "0"], "batch_size must be 1 or more"),

@@ -1,6 +1,7 @@
 """Students that start from blocks of their teacher: networks of timm, of transformers and of hfkd, and mistakes."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import timm
@@ -11,7 +12,9 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from hfkd import Teacher, inherit_blocks, load_student, load_teacher
 from hfkd.cli import main
+from hfkd.commands.search import build_search_trainer
 from hfkd.networks.wrapping import wrap_timm
+from hfkd.recipe.reading import parse_recipe
 
 NAMES = ["ant", "bee", "cat"]
 BLOCKS = {"layer1": [1], "layer2": [0], "layer3": [0]}
@@ -138,7 +141,7 @@ def test_networks_that_do_not_fit(teacher, student, blocks, message):
 
 
 def test_nothing_of_a_block_that_is_taken_is_dropped():
-    """A teacher with a second token has the weights of a student with one, and more."""
+    """A teacher with norms of queries and keys has all weights of a student without them, and more."""
     settings = {"img_size": 32, "embed_dim": 24, "num_heads": 3, "depth": 2}
     given = timm.create_model("vit_tiny_patch16_224", num_classes=3, qk_norm=True, **settings)
     own = wrap_timm(timm.create_model("vit_tiny_patch16_224", num_classes=3, **settings), NAMES, settings)
@@ -161,3 +164,17 @@ def test_from_the_command_line(capsys, more):
     written = load_file("run/student/model.safetensors")
     assert torch.equal(written["layer1.0.conv1.weight"], model.layer1[1].conv1.weight)
     assert torch.equal(written["fc.weight"], model.fc.weight)
+
+
+def test_every_trial_of_a_search_starts_from_them():
+    network("cifar_resnet14", [str(index) for index in range(10)]).save_pretrained("teacher")
+    Path("r.yaml").write_text(
+        "{student: cifar_resnet8, teacher: teacher, dataset_name: digits, train_split: 'train[:64]', losses: {kd: {}},"
+        "teacher_blocks: {layer1: [1], layer2: [0], layer3: [0]}}"
+    )
+    *settings, _ = parse_recipe(["r.yaml"])
+    trainer = build_search_trainer(*settings, held_out=0.25)
+    first, second = (trainer.call_model_init().state_dict() for _ in range(2))
+    given = load_file("teacher/model.safetensors")
+    assert torch.equal(first["timm_model.layer1.0.conv1.weight"], given["timm_model.layer1.1.conv1.weight"])
+    assert first and all(torch.equal(first[name], second[name]) for name in first)
