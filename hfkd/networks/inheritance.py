@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -136,7 +137,9 @@ def _classifier(
     """Return the weights of the student's classifier: the teacher's rows for its classes, or its own."""
     if not own or not teacher.has_classifier or not own.keys() <= given.keys():
         return own
-    names, classes = class_names_of(student), len(given[next(iter(own))])
+    names = class_names_of(student)
+    teaching: Any = _network(teacher.model)
+    classes = len(class_names_of(teacher.model)) or teaching.num_classes  # of timm
     indices = teacher.class_indices
     if indices is not None:
         check_class_indices(indices, len(names), classes)
@@ -146,4 +149,7 @@ def _classifier(
         except HfkdError:
             logger.warning("The student's classes are not the teacher's, so its classifier starts from new weights.")
             return own
-    return {name: given[name] if indices is None else given[name][list(indices)] for name in own}
+    if indices is None:
+        return {name: given[name] for name in own}
+    # A classifier may begin with a norm over its input, which has no rows for classes.
+    return {name: given[name][list(indices)] if len(given[name]) == classes else given[name] for name in own}

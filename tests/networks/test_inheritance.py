@@ -86,6 +86,20 @@ def test_a_model_of_transformers_and_the_rows_of_the_students_classes(indices, r
     assert own and all(torch.equal(own[name], given[name]) for name in given)
 
 
+def test_a_classifier_that_begins_with_a_norm():
+    """LeViT has one over its 16 channels."""
+    settings = {"img_size": 32, "embed_dim": (16, 16, 16), "num_heads": (1, 1, 1), "key_dim": 8}
+    deep = timm.create_model("levit_128s", num_classes=3, depth=(2, 1, 1), **settings)
+    nn.init.uniform_(deep.head.bn.weight)
+    model_args = settings | {"depth": (1, 1, 1)}
+    names = ["0", "1"]
+    own = wrap_timm(timm.create_model("levit_128s", num_classes=2, **model_args), names, model_args)
+    blocks = {"stages.0.blocks": [1]}
+    inherit_blocks(own, Teacher(deep, class_indices=[2, 0]), blocks)
+    assert torch.equal(own.timm_model.head.linear.weight, deep.head.linear.weight[[2, 0]])
+    assert torch.equal(own.timm_model.head.bn.weight, deep.head.bn.weight)
+
+
 def test_other_classes_leave_the_classifier_as_it_is(caplog):
     model, student = network("cifar_resnet8"), load_student("cifar_resnet8", ["oak", "elm"])
     before = student.timm_model.fc.weight.clone()
