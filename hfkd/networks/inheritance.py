@@ -103,13 +103,22 @@ def _in_words(lists: Mapping[str, int]) -> str:
     return ", ".join(f"{path} ({lists[path]})" for path in outermost) or "none"
 
 
-def _source(name: str, blocks: Mapping[str, Sequence[int]]) -> str:
-    """Return the name in the teacher of a weight of the student."""
-    for path, taken in blocks.items():
+def _place(name: str, blocks: Mapping[str, Sequence[int]]) -> tuple[str, int, str] | None:
+    """Return the list, the index of the block and the rest of a weight's name; None outside the lists."""
+    for path in blocks:
         if name.startswith(f"{path}."):
             index, _, rest = name.removeprefix(f"{path}.").partition(".")
-            return f"{path}.{taken[int(index)]}.{rest}"
-    return name
+            return path, int(index), rest
+    return None
+
+
+def _source(name: str, blocks: Mapping[str, Sequence[int]]) -> str:
+    """Return the name in the teacher of a weight of the student."""
+    place = _place(name, blocks)
+    if place is None:
+        return name
+    path, index, rest = place
+    return f"{path}.{blocks[path][index]}.{rest}"
 
 
 def _check_weight(name: str, own: Tensor, source: str, given: Tensor | None) -> None:
@@ -124,10 +133,8 @@ def _check_weight(name: str, own: Tensor, source: str, given: Tensor | None) -> 
 def _check_left_out(names: set[str], blocks: Mapping[str, Sequence[int]]) -> None:
     """Check that the weights that the student does not get belong to whole blocks."""
     for name in sorted(names):
-        for path, taken in blocks.items():
-            if name.startswith(f"{path}.") and int(name.removeprefix(f"{path}.").partition(".")[0]) not in taken:
-                break
-        else:
+        place = _place(name, blocks)
+        if place is None or place[1] in blocks[place[0]]:
             raise HfkdError(f"{ONLY_BLOCKS}: the student has no place for {name} of the teacher.")
 
 
